@@ -1,0 +1,52 @@
+# The whole project in a few words; `make` alone prints them.
+PROFILE ?= nano
+TASK ?= all
+SET ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+R3 := $(VENV)/bin/r3
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce smoke test test-fast lab lint base-model clean
+
+help: ## Print this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PROFILE=$(PROFILE) TASK=$(TASK) SET=\"KEY=VALUE ...\""
+
+install: $(STAMP) ## Make .venv and install the project into it
+
+$(STAMP): pyproject.toml
+	@for python in python3.11 python3; do $$python -c '$(SUPPORTED)' 2>/dev/null && break; python=; done; \
+	test -n "$$python" || { echo "r3 needs Python 3.11 or 3.12: install one and run make again" >&2; exit 2; }; \
+	$$python -m venv $(VENV) || { echo "no venv module in $$python: on Debian, apt install python3-venv" >&2; exit 2; }
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install $(TORCH)
+	$(VENV)/bin/python -m pip install -e '.[dev]'
+	@touch $@
+
+reproduce: $(STAMP) ## Run every notebook; tables, figures and report go to results/PROFILE
+	@$(R3) reproduce --profile $(PROFILE) --task $(TASK) $(addprefix --set ,$(SET))
+
+smoke: $(STAMP) ## The same with a handful of problems and steps
+	@$(R3) reproduce --profile smoke --task $(TASK) $(addprefix --set ,$(SET))
+
+test: $(STAMP) ## Every test, the slow ones too
+	@$(VENV)/bin/python -m pytest
+
+test-fast: $(STAMP) ## The tests that take a few seconds at most
+	@$(VENV)/bin/python -m pytest -m "not slow"
+
+lab: $(STAMP) ## Open the notebooks in JupyterLab
+	@$(VENV)/bin/jupyter lab notebooks
+
+lint: $(STAMP) ## Check the style of the code
+	@$(VENV)/bin/ruff check .
+
+base-model: $(STAMP) ## Train the embedded model again, from its seed
+	@$(R3) base-model
+
+clean: ## Remove .venv and caches; results stay
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,19 @@
+"""Reflect, Retry, Reward: the masked GRPO trainer, the verifiers and the study around them."""
+
+from importlib import import_module
+
+PUBLIC = {
+    "R3Config": "trainer",
+    "R3Trainer": "trainer",
+    "load_profile": "config",
+    "load_task": "tasks",
+    "run_episodes": "episodes",
+}
+__all__ = sorted(PUBLIC)
+
+
+def __getattr__(name: str):
+    """Import a public name on first use, so that `r3 --help` does not wait for torch."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{PUBLIC[name]}", __name__), name)

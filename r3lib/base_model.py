@@ -1,0 +1,207 @@
+"""Pretrain the embedded model from a seed: tokenizer, weights and training state, on generated conversations."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .tasks.countdown import CountdownTask, split_of
+from .tasks.countdown_corpus import conversation
+
+END, PAD = "<|end|>", "<|pad|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """One setting of the pretraining; `steps` batches of `batch` conversations."""
+
+    seed: int = 0
+    steps: int = 5000
+    batch: int = 64
+    lr: float = 4e-3
+    decay: float = 0.4  # last share of the steps, over which the learning rate falls to zero
+    warmup: int = 100
+    vocabulary: int = 800
+    hidden: int = 128
+    layers: int = 5
+    checkpoint_every: int = 250
+
+
+def training_task() -> CountdownTask:
+    """The embedded model's Countdown: 3 numbers up to 20, targets up to 99."""
+    return CountdownTask(count=3, largest=20, largest_target=99)
+
+
+def conversations(seed: int, start: int = 0) -> Iterator[list[tuple[str, str, bool]]]:
+    """Yield conversation number `start`, `start` + 1, ... of the corpus; training problems only."""
+    task = training_task()
+
+    def draw(random: Random):
+        while split_of(problem := task.draw(random)) != "train":
+            pass
+        return problem
+
+    while True:
+        yield conversation(task, draw, Random(f"corpus/{seed}/{start}"))
+        start += 1
+
+
+def train_tokenizer(config: PretrainConfig, samples: int = 4000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose tokens may span words; digits and <tags> stand alone."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"</?\w+>|\d|\n"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocabulary,
+        special_tokens=[PAD, END, *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=200,
+        show_progress=False,
+    )
+    source = conversations(config.seed)
+    tokenizer.train_from_iterator((text for _ in range(samples) for _, text, _ in next(source)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=list(ROLES),
+        chat_template=TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(turns, tokenizer) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation and, for each, whether it carries loss."""
+    ids, learn = [], []
+    for role, text, own in turns:
+        body = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+        ids += [tokenizer.convert_tokens_to_ids(f"<|{role}|>")] + body
+        learn += [False] + [own] * len(body)
+    return ids, learn
+
+
+def build_model(config: PretrainConfig, tokenizer) -> LlamaForCausalLM:
+    """A small Llama with grouped-query attention and tied embeddings."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden,
+            intermediate_size=3 * config.hidden,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.hidden // 32,
+            num_key_value_heads=config.hidden // 64,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def batches(config: PretrainConfig, tokenizer, step: int) -> Iterator[list]:
+    """Yield encoded batches from `step` on: windows of 16 batches, sorted by length inside, shuffled outside."""
+    window = 16
+    for block in range(step // window, math.ceil(config.steps / window)):
+        source = conversations(config.seed, block * window * config.batch)
+        rows = sorted((encode(next(source), tokenizer) for _ in range(window * config.batch)), key=lambda r: len(r[0]))
+        order = Random(f"order/{config.seed}/{block}").sample(range(window), window)
+        for place, index in enumerate(order):
+            if step <= block * window + place < config.steps:
+                yield rows[index * config.batch : (index + 1) * config.batch]
+
+
+def loss_of(model, rows, tokens: float) -> torch.Tensor:
+    """Summed cross-entropy of the learned tokens of `rows`, divided by the constant `tokens`."""
+    ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+    learn = pad_sequence([torch.tensor(learn) for _, learn in rows], batch_first=True)[:, 1:]
+    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[learn]
+    return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][learn], reduction="sum") / tokens
+
+
+def optimizers(model, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
+    return [
+        torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate(step: int, config: PretrainConfig) -> float:
+    """Learning-rate factor: linear warm-up, constant, then linear to zero over the last `decay` of the steps."""
+    left = (config.steps - step) / (config.decay * config.steps)
+    return min(1.0, (step + 1) / config.warmup, left)
+
+
+def pretrain(out: Path, config: PretrainConfig = PretrainConfig(), log=print) -> None:
+    """Train and save the model to `out`; a killed run goes on from its last checkpoint in `out`/state."""
+    out.mkdir(parents=True, exist_ok=True)
+    state_file = out / "state" / "state.pt"
+    torch.manual_seed(config.seed)
+    tokenizer = train_tokenizer(config)
+    model = build_model(config, tokenizer)
+    optims = optimizers(model, config)
+    step, lines = 0, []
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optim, saved in zip(optims, state["optimizers"]):
+            optim.load_state_dict(saved)
+        step, lines = state["step"], state["log"]
+        log(f"resuming at step {step}")
+    started, first, seen, total = time.time(), step, 0, 0.0
+    model.train()
+    for rows in batches(config, tokenizer, step):
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = config.lr * rate(step, config)
+        loss = loss_of(model, rows, tokens=config.batch * 30.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad(set_to_none=True)
+        step += 1
+        learned = sum(sum(learn) for _, learn in rows)
+        seen, total = seen + learned, total + loss.item() * config.batch * 30.0
+        if step % 50 == 0:
+            pace = (time.time() - started) / (step - first)
+            eta = pace * (config.steps - step) / 60
+            lines.append({"step": step, "loss": round(total / seen, 4)})
+            log(f"step {step}/{config.steps}  loss {total / seen:.4f}  {pace:.2f} s/step  ETA {eta:.0f} min")
+            seen, total = 0, 0.0
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+            save_state(state_file, model, optims, step, lines)  # last: a kill before it repeats the saving
+    (out / "pretraining.json").write_text(json.dumps({"config": asdict(config), "log": lines}, indent=1))
+
+
+def save_state(path: Path, model, optims, step: int, lines: list) -> None:
+    """Write the training state aside and rename it into place."""
+    path.parent.mkdir(exist_ok=True)
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "step": step, "log": lines}
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)

@@ -1,0 +1,100 @@
+"""The command `r3`: reproduce, doctor, report, base-model."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import R3Error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return 0, 1 (the doctor found a failure), 2 (a stated error) or 130 (interrupted)."""
+    options = parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except R3Error as error:
+        print(f"r3: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("r3: interrupted: the same command resumes from what is finished", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; heavy imports wait until a command runs."""
+    top = argparse.ArgumentParser(prog="r3", description="Reflect, Retry, Reward, reproduced.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=about, description=about)
+        one.set_defaults(run=run)
+        return one
+
+    one = command("reproduce", reproduce, "Run the notebooks and write every table, every figure and the report.")
+    one.add_argument("--profile", default="nano", help="nano (default), smoke, or a .yaml file of your own")
+    one.add_argument("--task", default="all", help="all (default) or one task, for example countdown")
+    one.add_argument("--from", dest="start", metavar="NN", help="first notebook to run, for example 03")
+    one.add_argument("--only", metavar="NN", help="the one notebook to run")
+    one.add_argument("--fresh", action="store_true", help="compute everything again")
+    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
+    one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
+    one.add_argument("--verbose", action="store_true", help="show what the notebooks print")
+
+    one = command("doctor", doctor, "Say whether this machine can run a profile, and what to mend.")
+    one.add_argument("--profile", default="nano")
+
+    one = command("report", report, "Write report.html again from the results that are there.")
+    one.add_argument("--profile", default="nano")
+    one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
+
+    one = command("base-model", base_model, "Pretrain the embedded model from a seed (hours; resumes after a kill).")
+    one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
+    return top
+
+
+def reproduce(options) -> int:
+    from . import pipeline
+
+    pipeline.reproduce(
+        options.profile, options.task, options.start, options.only, options.fresh,
+        _overrides(options.set), options.results, verbose=options.verbose,
+    )  # fmt: skip
+    return 0
+
+
+def doctor(options) -> int:
+    from . import doctor
+
+    return doctor.report(options.profile)
+
+
+def report(options) -> int:
+    from .config import ROOT, load_profile
+    from .report import write_report
+
+    print(write_report(ROOT / options.results / load_profile(options.profile).name))
+    return 0
+
+
+def base_model(options) -> int:
+    from .base_model import PretrainConfig, pretrain
+    from .config import ROOT
+
+    steps = PretrainConfig.steps if options.steps is None else options.steps
+    if steps < 1:
+        raise R3Error(f"--steps {steps} trains nothing: ask for at least 1")
+    pretrain(options.out or ROOT / "data" / "base_model", PretrainConfig(seed=options.seed, steps=steps))
+    return 0
+
+
+def _folder(text: str) -> Path:
+    return Path(text).resolve()
+
+
+def _overrides(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise R3Error(f"--set {pair!r}: write KEY=VALUE, for example --set seeds=3")
+    return dict(pair.split("=", 1) for pair in pairs)

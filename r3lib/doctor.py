@@ -1,0 +1,110 @@
+"""What this machine is, and whether it can run a profile: each finding with its mend."""
+
+import os
+import platform
+import shutil
+import subprocess
+import tomllib
+import urllib.request
+from contextlib import suppress
+from functools import cache
+from glob import glob
+from importlib import metadata
+from typing import NamedTuple
+
+import psutil
+from packaging.requirements import Requirement
+
+from .config import ROOT, Profile, load_profile
+
+PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
+INSTALLED = {d.name.lower(): d.version for d in metadata.distributions()}
+TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")  # 10 to 20% faster when preloaded
+GATED = "Salesforce/xlam-function-calling-60k"
+
+
+class Finding(NamedTuple):
+    """`state` is "ok", "warn" or "fail"; `mend` says what to do when it is not "ok"."""
+
+    name: str
+    state: str
+    value: str
+    mend: str = ""
+
+
+@cache
+def machine() -> dict:
+    """Git commit, package versions and hardware: where a result comes from."""
+    git, gpu = f'git -C "{ROOT}" ', "nvidia-smi --query-gpu=name --format=csv,noheader"
+    done = map(subprocess.getstatusoutput, (git + "rev-parse --verify HEAD", git + "status --porcelain", gpu))
+    commit, changes, gpu = (output if status == 0 else None for status, output in done)
+    versions = {name: INSTALLED.get(name) for name in PACKAGES}
+    hardware = {"cpus": os.cpu_count(), "gpu": gpu, "memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
+    return {"commit": commit, "dirty": bool(changes), "packages": versions, "hardware": hardware}
+
+
+def examine(profile: Profile) -> list[Finding]:
+    """All findings about this machine for `profile`."""
+    weights = profile.model != "base_model" or (ROOT / "data/base_model/model.safetensors").is_file()
+    memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(ROOT).free / 2**30
+    return [
+        *_versions(),
+        Finding("cores", "ok", str(os.cpu_count())),
+        _finding("memory", f"{memory:.1f} GiB", memory >= 3.5, "needs 4 GiB: use a larger machine"),
+        _finding("disk", f"{disk:.1f} GiB free", disk >= 2, "needs 2 GiB: free some disk space"),
+        _gpu(profile),
+        _finding("model", profile.model, weights, "no weights: restore data/base_model or run `r3 base-model`"),
+        *_hub(),
+        _finding("tcmalloc", TCMALLOC or "none", TCMALLOC, "10 to 20% slower: install libtcmalloc-minimal4", "warn"),
+    ]
+
+
+def report(profile: str = "nano", say=print) -> int:
+    """Print the findings as a table; return 1 if something that `profile` needs fails, else 0."""
+    findings = examine(load_profile(profile))
+    wide = [max(len(getattr(f, part)) for f in findings) for part in ("name", "value")]
+    for f in findings:
+        say(f"{f.state:4}  {f.name:{wide[0]}}  {f.value:{wide[1]}}  {f.mend}".rstrip())
+    return int(any(f.state == "fail" for f in findings))
+
+
+def _finding(name: str, value: str, good, mend: str, bad: str = "fail") -> Finding:
+    return Finding(name, "ok", value) if good else Finding(name, bad, value, mend)
+
+
+def _versions() -> list[Finding]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python, version = Requirement("python" + project["requires-python"]).specifier, platform.python_version()
+    found = [_finding("python", version, python.contains(version), f"install Python {python}")]
+    found += [_package(Requirement(text), "fail", "run `make install`") for text in project["dependencies"]]
+    extras = [(extra, text) for extra in ("gpu", "vllm") for text in project["optional-dependencies"][extra]]
+    return found + [_package(Requirement(text), "ok", f"optional: extra [{extra}]") for extra, text in extras]
+
+
+def _package(wanted: Requirement, absent: str, mend: str) -> Finding:
+    if not (version := INSTALLED.get(wanted.name)):
+        return Finding(wanted.name, absent, "not installed", mend)
+    fits = wanted.specifier.contains(version, prereleases=True)
+    return _finding(wanted.name, version, fits, f'tested with another: pip install "{wanted}"', "warn")
+
+
+def _gpu(profile: Profile) -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return _finding("gpu", "none", profile.model == "base_model", "slow on a CPU: use a GPU or nano", "warn")
+    bf16 = torch.cuda.get_device_capability()[0] >= 8  # in hardware from Ampere on
+    return _finding("gpu", torch.cuda.get_device_name(), bf16, "no bf16: train in fp16 or fp32", "warn")
+
+
+def _hub() -> list[Finding]:
+    from huggingface_hub import auth_check, get_token
+
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3).close()
+    except (OSError, ValueError):
+        return [Finding("hub", "warn", "not reachable", "nano and smoke work offline; else name local folders")]
+    allowed, mend = False, "only for function calling: run `hf auth login`, accept the data set's terms on the hub"
+    with suppress(Exception):  # whatever stands in the way, there is no access
+        allowed = bool(get_token()) and auth_check(GATED, repo_type="dataset") is None
+    return [Finding("hub", "ok", "reachable"), _finding("gated data", GATED, allowed, mend, "warn")]

@@ -1,0 +1,5 @@
+"""Engines sample completions from a policy; `base` says what each of them promises."""
+
+from .base import Completion, Engine, Sampling
+
+__all__ = ["Completion", "Engine", "Sampling"]

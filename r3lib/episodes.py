@@ -1,0 +1,278 @@
+"""Episodes: attempt, verdict, and a second try under a condition; and the failures that training starts from."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from random import Random
+
+import pandas as pd
+
+from .chat import Chat
+from .engines.base import Completion, Engine, Sampling
+from .errors import R3Error
+
+SCHEMA_VERSION = 1
+
+
+class Condition(StrEnum):
+    """What happens after a failed first try; the same words stand in code, tables, legends and prose."""
+
+    first_try = "first_try"
+    resample = "resample"  # asked afresh, blind, at temperature 1
+    retry = "retry"  # told that it failed, no reflection, greedy
+    retry_sampled = "retry_sampled"  # the same at temperature 1
+    generic_reflection = "generic_reflection"  # one fixed sentence in place of the reflection
+    shuffled_reflection = "shuffled_reflection"  # a reflection written for another problem
+    reflect_retry = "reflect_retry"  # the method
+
+
+SECOND_TRIES = tuple(c for c in Condition if c is not Condition.first_try)
+SAMPLED = (Condition.resample, Condition.retry_sampled)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One row of every results file. `*_tokens` count tokens; second-try fields are None in `first_try` rows."""
+
+    task: str
+    split: str
+    problem_id: str
+    policy: str
+    seed: int
+    condition: str
+    sample: int
+    prompt: str
+    attempt: str
+    attempt_reason: str
+    reflection: str | None
+    retry: str | None
+    retry_reason: str | None
+    attempt_tokens: int
+    reflection_tokens: int | None
+    retry_tokens: int | None
+    model: str
+    adapter: str
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who answers: the names that go into the results, and the seed of its training."""
+
+    name: str = "vanilla"
+    seed: int = 0
+    model: str = "base_model"
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Token limits of the three turns."""
+
+    attempt: int = 32
+    reflection: int = 160
+    retry: int = 32
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed attempt as token ids, with the number of samples that gave it."""
+
+    problem: object
+    prompt_ids: list[int]
+    attempt_ids: list[int]
+    attempt: str
+    reason: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Everything that an episode needs: who samples, on what, within which limits."""
+
+    engine: Engine
+    chat: Chat
+    task: object
+    limits: Limits = Limits()
+    reflection_temperature: float = 0.0
+
+    def first_tries(self, problems: Sequence, samples=1, temperature=0.0, seed=0) -> list[list[Completion]]:
+        """Answer every problem `samples` times; a completion depends on problem, seed and index alone."""
+        prompts = [self.chat.prompt(self.task.messages(p)) for p in problems]
+        return self.engine.generate(
+            prompts, samples, Sampling(self.limits.attempt, temperature), seeds_for(problems, seed, "attempt")
+        )
+
+    def reflections(self, failures: Sequence[Failure], seed=0) -> list[list[int]]:
+        """One reflection a failure (token ids)."""
+        asked = [self.reflection_prompt(f) for f in failures]
+        sampling = Sampling(self.limits.reflection, self.reflection_temperature)
+        seeds = seeds_for([f.problem for f in failures], seed, "reflection")
+        return [c[0].ids for c in self.engine.generate(asked, 1, sampling, seeds)]
+
+    def reflection_prompt(self, failure: Failure) -> list[int]:
+        """Task, failed attempt, the request to reflect."""
+        return self.chat.follow(failure.prompt_ids, failure.attempt_ids, self.task.reflection_prompt)
+
+    def retry_prompt(self, failure: Failure, reflection: list[int]) -> list[int]:
+        """Task, failed attempt, reflection, the request to try again."""
+        return self.chat.follow(self.reflection_prompt(failure), reflection, self.task.retry_prompt)
+
+    def second_tries(self, condition: Condition, failures: Sequence[Failure], seed=0, reflections=None):
+        """Return (reflection ids or None, retry completion) for each failure under `condition`.
+
+        `reflections` are those of `reflect_retry`, which `shuffled_reflection` deals out anew; they are
+        sampled when not given.
+        """
+        given = [None] * len(failures)
+        if condition is Condition.generic_reflection:
+            given = [self.chat.tokenizer.encode(self.task.generic_reflection, add_special_tokens=False)] * len(failures)
+        elif condition in (Condition.reflect_retry, Condition.shuffled_reflection):
+            given = reflections if reflections is not None else self.reflections(failures, seed)
+            if condition is Condition.shuffled_reflection:
+                given = deranged(given, seed)
+        prompts = [self._second_prompt(condition, f, g) for f, g in zip(failures, given)]
+        temperature = 1.0 if condition in SAMPLED else 0.0
+        sampling = Sampling(self.limits.retry, temperature)
+        seeds = seeds_for([f.problem for f in failures], seed, condition)
+        return list(zip(given, (c[0] for c in self.engine.generate(prompts, 1, sampling, seeds))))
+
+    def _second_prompt(self, condition, failure, reflection) -> list[int]:
+        if condition is Condition.resample:
+            return failure.prompt_ids
+        if condition in (Condition.retry, Condition.retry_sampled):
+            return self.chat.follow(failure.prompt_ids, failure.attempt_ids, self.task.blind_retry_prompt)
+        return self.retry_prompt(failure, reflection)
+
+
+def seeds_for(problems: Sequence, seed: int, purpose: str) -> list[int]:
+    """One sampling seed a problem, from its id, the run's seed and the purpose."""
+    return [Random(f"{seed}/{purpose}/{p.id}").getrandbits(32) for p in problems]
+
+
+def deranged(items: list, seed: int) -> list:
+    """`items` in another order, none in its own place; R3Error when there is no other."""
+    if len(items) < 2:
+        raise R3Error("shuffled_reflection needs at least 2 failures: ask for more problems")
+    order = Random(f"{seed}/shuffle").sample(range(len(items)), len(items))
+    place = {a: b for a, b in zip(order, order[1:] + order[:1])}
+    return [items[place[i]] for i in range(len(items))]
+
+
+def failures_of(problems, tries: list[list[Completion]], runner: Runner) -> list[Failure]:
+    """The failing (problem, attempt) pairs, each distinct attempt once with its count (paper: section on data)."""
+    found: dict[tuple, Failure] = {}
+    for problem, completions in zip(problems, tries):
+        prompt = runner.chat.prompt(runner.task.messages(problem))
+        for completion in completions:
+            text = runner.chat.text(completion.ids)
+            verdict = runner.task.verify(text, problem)
+            key = (problem.id, tuple(completion.ids))
+            if key in found:
+                found[key] = Failure(**{**vars(found[key]), "count": found[key].count + 1})
+            elif not verdict.ok:
+                found[key] = Failure(problem, prompt, completion.ids, text, verdict.reason)
+    return list(found.values())
+
+
+def mine_failures(runner: Runner, problems: Sequence, k: int = 64, temperature: float = 1.0, seed=0) -> list[Failure]:
+    """Sample `k` answers a problem and keep the failing ones, deduplicated (paper: k = 64).
+
+    `k=1, temperature=0` mines greedily: the problems that the model gets wrong with its best answer.
+    """
+    return failures_of(problems, runner.first_tries(problems, k, temperature, seed), runner)
+
+
+def run_episodes(
+    runner: Runner,
+    problems: Sequence,
+    policy: Policy,
+    out: Path,
+    split: str = "test",
+    conditions: Sequence[Condition] = tuple(Condition),
+    seed: int = 0,
+    shard: int = 1024,
+    say=lambda line: None,
+) -> pd.DataFrame:
+    """Run `problems` through the first try and each second-try condition; write shards to `out`; return all rows.
+
+    Shards that are already in `out` are kept, so that a killed run loses at most one. `seed` seeds the
+    sampling; `policy.seed` is the training seed written into the rows.
+    """
+    if not problems:
+        raise R3Error("no problems to run: ask for at least 1")
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(problems), shard):
+        path = out / f"shard-{start:06d}.parquet"
+        if not path.exists():
+            rows = _episodes(runner, problems[start : start + shard], policy, split, conditions, seed, say)
+            frame(rows).to_parquet(path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+        say(f"{policy.name} seed {policy.seed}: {min(start + shard, len(problems))}/{len(problems)} problems")
+    return read_episodes(out)
+
+
+def read_episodes(folder: Path) -> pd.DataFrame:
+    """All episodes in the parquet files of `folder`; R3Error when there is none or one is damaged."""
+    paths = sorted(Path(folder).glob("*.parquet"))
+    if not paths:
+        raise R3Error(f"no episodes in {folder}: run the notebook that writes them first (r3 reproduce)")
+    parts = []
+    for path in paths:
+        try:
+            parts.append(pd.read_parquet(path))
+        except Exception as error:
+            raise R3Error(f"{path} is damaged ({type(error).__name__}): delete it and run again") from error
+    return pd.concat(parts, ignore_index=True)
+
+
+def frame(rows: list[Episode]) -> pd.DataFrame:
+    """Episodes as a DataFrame with the columns of the schema and nullable counts."""
+    table = pd.DataFrame([asdict(r) for r in rows], columns=[f.name for f in fields(Episode)])
+    counts = ["seed", "sample", "attempt_tokens", "reflection_tokens", "retry_tokens", "schema_version"]
+    return table.astype({name: "Int64" for name in counts})
+
+
+def _episodes(runner, problems, policy, split, conditions, seed, say) -> list[Episode]:
+    tries = runner.first_tries(problems, seed=seed)
+    rows = [_first_row(runner, p, c[0], policy, split) for p, c in zip(problems, tries)]
+    failures = failures_of(problems, tries, runner)
+    first = {row.problem_id: row for row in rows}
+    wanted = [c for c in SECOND_TRIES if c in conditions]
+    if len(failures) == 1 and Condition.shuffled_reflection in wanted:
+        wanted.remove(Condition.shuffled_reflection)
+        say(f"{failures[0].problem.id}: shuffled_reflection left out, the shard has no other failure to swap with")
+    reflections = None
+    if {Condition.reflect_retry, Condition.shuffled_reflection} & set(wanted) and failures:
+        reflections = runner.reflections(failures, seed)
+    for condition in wanted if failures else []:
+        tried = runner.second_tries(condition, failures, seed, reflections)
+        for failure, (reflection, retry) in zip(failures, tried):
+            rows.append(_second_row(runner, first[failure.problem.id], failure, condition, reflection, retry))
+    return [row for row in rows if row.condition in conditions]
+
+
+def _first_row(runner, problem, completion, policy, split) -> Episode:
+    text = runner.chat.text(completion.ids)
+    messages = runner.task.messages(problem)
+    return Episode(
+        runner.task.name, split, problem.id, policy.name, policy.seed, Condition.first_try.value, 0,
+        messages[-1]["content"], text, runner.task.verify(text, problem).reason,
+        None, None, None, len(completion.ids), None, None, policy.model, policy.adapter,
+    )  # fmt: skip
+
+
+def _second_row(runner, first: Episode, failure, condition, reflection, retry) -> Episode:
+    text = runner.chat.text(retry.ids)
+    return Episode(
+        **{
+            **asdict(first),
+            "condition": condition.value,
+            "reflection": None if reflection is None else runner.chat.text(reflection),
+            "retry": text,
+            "retry_reason": runner.task.verify(text, failure.problem).reason,
+            "reflection_tokens": None if reflection is None else len(reflection),
+            "retry_tokens": len(retry.ids),
+        }
+    )

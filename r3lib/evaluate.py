@@ -1,0 +1,130 @@
+"""From episodes to the tidy tables of the study: accuracy, comparisons, and the paper's four columns."""
+
+import pandas as pd
+
+from .episodes import Condition
+from .errors import R3Error
+from .stats import holm, mcnemar, rate_difference, rate_interval, wilson
+
+FIRST, REFLECT, BOTH = Condition.first_try.value, Condition.reflect_retry.value, "both_tries"
+CONTROLS = {
+    "resample": "Does reflecting beat asking afresh?",
+    "retry": "Does reflecting beat a retry without reflection?",
+    "retry_sampled": "Does reflecting beat a sampled retry without reflection?",
+    "generic_reflection": "Does an own reflection beat one fixed sentence?",
+    "shuffled_reflection": "Does an own reflection beat one written for another problem?",
+}
+TRAINING = {
+    REFLECT: "Does training raise second-try success on failures?",
+    FIRST: "Does training raise first-try accuracy?",
+    BOTH: "Does training raise accuracy after both tries (the paper's 2nd column)?",
+}
+ACCURACY = ["task", "policy", "train_task", "condition", "split", "seed", "n", "k", "rate", "lo", "hi"]
+COMPARISONS = ["question", "task", "a", "b", "n", "seeds", "diff", "lo", "hi", "p"]
+VIEW = ["task", "policy", "train_task", "split", "column", "n", "seeds", "rate", "lo", "hi"]
+DRAWS = 10_000
+
+
+def judged(episodes: pd.DataFrame) -> pd.DataFrame:
+    """Episodes with a column `ok`, in display order; a second try is judged by `retry_reason`."""
+    if episodes.empty:
+        raise R3Error("no episodes to evaluate: run the notebook that writes them first")
+    if unknown := set(episodes.condition) - set(Condition):
+        raise R3Error(f"unknown conditions {sorted(unknown)} in the episodes: use {', '.join(Condition)}")
+    reason = episodes.attempt_reason.where(episodes.condition == FIRST, episodes.retry_reason)
+    order = {name: str(i) for i, name in enumerate([*Condition, "vanilla", "r3"])}
+    keys = ["task", "policy", "condition", "split", "seed", "problem_id"]
+    frame = episodes.assign(ok=reason.eq("ok").fillna(False).astype(bool))
+    return frame.sort_values(keys, key=lambda column: column.replace(order), ignore_index=True)
+
+
+def accuracy_table(episodes: pd.DataFrame, train_task: dict[str, str] | None = None) -> pd.DataFrame:
+    """One row a (task, policy, condition, split, seed) and one over its seeds, `seed` = "all".
+
+    `train_task` maps a policy to the task it was trained on (default: the row's own; empty for vanilla).
+    Second tries count failures of the same policy's first try. Intervals (95%) are Wilson's for one seed;
+    over seeds, problems are resampled with all their rows, which covers the choice of problems, not of seeds.
+    """
+    rows = []
+    for key, cell in judged(episodes).groupby(["task", "policy", "condition", "split"], sort=False):
+        task, policy, *rest = key
+        trained_on = "" if policy == "vanilla" else (train_task or {}).get(policy, task)
+        for seed, part in [*((int(s), p) for s, p in cell.groupby("seed")), ("all", cell)]:
+            k, n = int(part.ok.sum()), len(part)
+            interval = rate_interval(part.ok, part.problem_id)
+            rows.append([task, policy, trained_on, *rest, seed, n, k, k / n, *interval])
+    return pd.DataFrame(rows, columns=ACCURACY)
+
+
+def comparisons_table(episodes: pd.DataFrame) -> pd.DataFrame:
+    """The study's questions, each a difference of rates a - b with a 95% interval.
+
+    `a`, `b` are "policy/condition"; "both_tries": right at once or rescued by reflect_retry (oracle-gated, as
+    in the paper). `n` counts distinct problems, `seeds` those of a. Both sides have the same cases, but
+    second tries trained against untrained start from each policy's own failures. Intervals resample
+    problems. p is McNemar's (exact) where the sides pair one to one, with one seed, else the bootstrap's.
+    """
+    if len(splits := sorted(set(episodes.split))) > 1:
+        raise R3Error(f"comparisons mix the splits {splits}: pass the episodes of one")
+    rows = []
+    for task, frame in judged(episodes).groupby("task", sort=False):
+        cells = dict(list(frame.groupby(["policy", "condition"], sort=False)))
+        for policy in (policies := frame.policy.unique()):
+            if {(policy, FIRST), (policy, REFLECT)} <= set(cells):
+                cells[policy, BOTH] = _both_tries(policy, cells[policy, FIRST], cells[policy, REFLECT])
+        for text, a, b in _questions(policies):
+            if a in cells and b in cells:
+                rows.append([text, task, "/".join(a), "/".join(b), *_compare(cells, a, b)])
+    return pd.DataFrame(rows, columns=COMPARISONS).assign(p_holm=lambda table: holm(table.p))
+
+
+def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """The paper's four columns (Tables 1, 2) for each policy, from the pooled rows of an accuracy table.
+
+    `column` is vanilla_first, vanilla_second, trained_first or trained_second. Second: right at once or
+    rescued by reflect_retry; its interval is Wilson's on the problems of one seed (wide rather than narrow).
+    """
+    rows = []
+    for key, cell in accuracy.groupby(["task", "policy", "train_task", "split"], sort=False):
+        seeds = int((cell.condition == FIRST).sum()) - 1
+        pooled = cell[cell.seed.astype(str) == "all"].set_index("condition")
+        if {FIRST, REFLECT} <= set(pooled.index):
+            first, second = pooled.loc[FIRST], pooled.loc[REFLECT]
+            _complete(key[1], first.n - first.k, second.n)
+            rate, n = (first.k + second.k) / first.n, first.n // seeds
+            who = "vanilla" if key[1] == "vanilla" else "trained"
+            rows.append([*key, f"{who}_first", first.n, seeds, first.rate, first.lo, first.hi])
+            rows.append([*key, f"{who}_second", first.n, seeds, rate, *wilson(round(rate * n), n)])
+    return pd.DataFrame(rows, columns=VIEW)
+
+
+def _questions(policies):
+    """(question, (policy, condition) a, (policy, condition) b) for every question."""
+    for policy in sorted(policies, key="vanilla".__eq__):
+        if policy != "vanilla":
+            yield from ((text, (policy, c), ("vanilla", c)) for c, text in TRAINING.items())
+        yield from ((text, (policy, REFLECT), (policy, c)) for c, text in CONTROLS.items())
+
+
+def _both_tries(policy, first, second) -> pd.DataFrame:
+    _complete(policy, (~first.ok).sum(), len(second))
+    keys = ["seed", "problem_id", "sample"]
+    rescued = first[keys].merge(second.loc[second.ok, keys], how="left", indicator=True)._merge == "both"
+    return first.assign(ok=first.ok | rescued.to_numpy())
+
+
+def _complete(policy, failures, second):
+    if failures != second:
+        raise R3Error(f"{policy}: {second} of {failures} failures had a second try: finish the evaluation")
+
+
+def _compare(cells, one, two) -> list:
+    """[n, seeds, diff, lo, hi, p] of (policy, condition) `one` minus `two`."""
+    a, b = cells[one], cells[two]
+    if paired := one[0] == two[0] or one[1] != REFLECT:
+        keys = ["seed", "problem_id"] if one[0] == two[0] else ["problem_id"]
+        a, b = a.merge(b[keys].drop_duplicates()), b.merge(a[keys].drop_duplicates())
+    *difference, p = rate_difference(a.ok, a.problem_id, b.ok, b.problem_id, draws=DRAWS)
+    if paired and a.problem_id.is_unique and b.problem_id.is_unique:
+        p = mcnemar(a.ok, b.ok)
+    return [len(set(a.problem_id) | set(b.problem_id)), a.seed.nunique(), *difference, p]

@@ -1,0 +1,150 @@
+"""The study from end to end: papermill over the numbered notebooks, then the report."""
+
+import ast
+import io
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+import papermill
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbformat import NotebookNode, read
+from papermill.exceptions import PapermillExecutionError
+
+from .config import ROOT, Profile, load_profile, nearest
+from .doctor import TCMALLOC
+from .errors import R3Error
+from .tasks import TASKS
+
+NOTEBOOKS, RESULTS = ROOT / "notebooks", Path("results")
+BEAT = 30.0  # seconds between two lines of progress where there is no terminal to rewrite one
+
+
+def reproduce(
+    profile: str = "nano", task: str = "all", start: str | None = None, only: str | None = None,
+    fresh: bool = False, overrides: dict | None = None, results=RESULTS, say=print, verbose: bool = False,
+) -> Path:  # fmt: skip
+    """Run notebooks 00 to 05 (from `start`, or `only` one) under a profile and return the path of the report.
+
+    `results`, if relative, lies beside the notebooks, as does the kernels' working directory. Executed copies go
+    to `results/<profile>/executed`, also of a notebook that fails. Raises R3Error before anything runs for an
+    unknown profile, key, task, notebook or parameter, and for the cell that fails.
+    """
+    settings = load_profile(profile, **(overrides or {}))
+    if task != "all" and task not in TASKS:
+        raise R3Error(f"unknown task {task!r}: {nearest(task, ['all', *TASKS])}")
+    profile = str(Path(profile).resolve()) if profile.endswith(".yaml") else profile
+    given = dict(profile=profile, task=task, overrides=json.dumps(overrides or {}), results=str(results))
+    notebooks = choose(start, only)
+    for notebook in notebooks:
+        check_parameters(notebook, given)
+    from .report import write_report
+
+    kernel, started, folder = kernel_of(settings, fresh), time.time(), NOTEBOOKS.parent / results / settings.name
+    for notebook in notebooks:
+        copy = folder / "executed" / notebook.name
+        execute(notebook, copy, given, kernel, Progress(notebook.stem, say, verbose))
+    say(f"report: {write_report(folder)} ({time.time() - started:.0f} s in all)")
+    return folder / "report.html"
+
+
+def choose(start: str | None, only: str | None) -> list[Path]:
+    """The notebooks to run, in the order of their numbers."""
+    found = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("0[0-5]_*.ipynb"))}
+    if not found:
+        raise R3Error(f"no notebooks in {NOTEBOOKS}: run r3 from a source checkout (pip install -e .)")
+    wanted = (only or start or "00").zfill(2)
+    if (only or start) and wanted not in found:
+        raise R3Error(f"no notebook {wanted!r}: known: {', '.join(found)}")
+    return [path for number, path in found.items() if number == wanted or (number > wanted and not only)]
+
+
+def check_parameters(notebook: Path, given: dict) -> None:
+    """Raise R3Error unless the parameters cell declares all of `given`, as literals and at most eight."""
+    declared = papermill.inspect_notebook(str(notebook))
+    if absent := [name for name in given if name not in declared]:
+        raise R3Error(f"{notebook.name}: its parameters cell does not declare {', '.join(absent)}: add it there")
+    if len(declared) > 8:
+        raise R3Error(f"{notebook.name}: {len(declared)} parameters: keep 8, move others into the profile")
+    for name, parameter in declared.items():
+        try:
+            ast.literal_eval(parameter["default"])
+        except (ValueError, SyntaxError) as error:
+            raise R3Error(f"{notebook.name}: parameter {name!r} is no literal: write its value out") from error
+
+
+def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:
+    """A manager of kernels that run this very interpreter, whichever kernel specs the machine has."""
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    if profile.model == "base_model" and '"hub"' not in json.dumps(profile.task_options):
+        env["HF_HUB_OFFLINE"] = "1"
+    if TCMALLOC:
+        env["LD_PRELOAD"] = f"{TCMALLOC}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
+    if fresh or os.environ.get("R3_FRESH") == "1":
+        env["R3_FRESH"] = str(time.time_ns())  # one run: what an earlier notebook made afresh counts as cached
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
+    class ThisInterpreter(AsyncKernelManager):
+        kernel_spec = KernelSpec(argv=command, env=env, display_name="Python 3", language="python")
+
+    return ThisInterpreter
+
+
+def execute(notebook: Path, copy: Path, given: dict, kernel: type, progress: "Progress") -> None:
+    """Run one notebook into its executed copy; R3Error names the notebook and the cell that fails."""
+    sources = [cell.source for cell in read(notebook, 4).cells]
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with progress.shown(len(sources) + 1):  # papermill adds a cell with the parameters
+            papermill.execute_notebook(
+                notebook, copy, given, kernel_name="python3", language="python", progress_bar=False,
+                cwd=NOTEBOOKS.parent, stdout_file=progress, stderr_file=progress,
+                on_cell_start=progress.cell, kernel_manager_class=kernel,
+            )  # fmt: skip
+    except PapermillExecutionError as error:
+        place = sources.index(error.source) + 1 if error.source in sources else "of parameters"
+        line, why = error.source.strip().split("\n")[0], error.evalue.strip().split("\n")[-1]
+        raise R3Error(f"{notebook.name}, cell {place} (`{line}`): {error.ename}: {why} [see {copy}]") from error
+    except RuntimeError as error:
+        raise R3Error(f"{notebook.name}: the kernel died ({error}): is memory short? a rerun resumes") from error
+
+
+class Progress(io.TextIOBase):
+    """One line that tells which cell runs, for how long, and what it printed last."""
+
+    def __init__(self, name: str, say, verbose: bool):
+        self.name, self.say, self.verbose, self.number, self.last = name, say, verbose, 0, ""
+
+    def cell(self, cell: NotebookNode, cell_index: int) -> None:
+        self.number = cell_index + 1
+
+    def write(self, text: str) -> None:
+        self.last = ([line.strip() for line in text.split("\n") if line.strip()] or [self.last])[-1]
+        if self.verbose:
+            print(text, end="", flush=True)
+
+    @contextmanager
+    def shown(self, cells: int):
+        """Show the line while the block runs: each second on a terminal, else every BEAT seconds."""
+        done, started = Event(), time.time()
+        clear = "\r\x1b[2K" if sys.stdout.isatty() and not self.verbose else ""
+
+        def show():
+            over = False
+            while not over:
+                over = done.wait(1.0 if clear else BEAT)
+                line = f"{clear}{self.name}  cell {self.number}/{cells}  {time.time() - started:.0f} s  "
+                line += "ended" if over else self.last[:40]
+                print(line, end="", flush=True) if clear and not over else self.say(line)
+
+        (thread := Thread(target=show, daemon=True)).start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -1,0 +1,141 @@
+"""Steps that run once: a stage cache that says why it runs, atomic writes, and the manifest of artefacts."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
+
+from matplotlib import rc_context
+
+from .doctor import machine
+from .errors import R3Error
+
+STARTED = time.time()
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write aside, then rename: `path` holds the old or the new content, never a part. R3Error: disk full."""
+    with _room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+        aside.replace(path)
+
+
+def set_fresh(on: bool) -> None:
+    """Let every stage of this process and its children run once more, cached or not; False ends that."""
+    os.environ["R3_FRESH"] = str(time.time_ns()) if on else ""
+
+
+def stage(target: Path, config: dict, inputs, build, version: int = 1, say=print) -> Path:
+    """Make `target` (file or folder) unless the same config, `inputs` (paths) and version made it before.
+
+    `build(work: Path)` writes `work/<target.name>`; `work` survives a kill, so that a build can resume. The
+    marker `<target>.stage.json` comes last. R3Error: an input or the output is missing, the disk is full.
+    """
+    wanted = {"config": config, "inputs": _hashes(inputs, target.parent), "version": version}
+    wanted = json.loads(json.dumps(wanted, default=str))
+    marker, run = target.with_name(f"{target.name}.stage.json"), os.environ.get("R3_FRESH", "")
+    say(f"running {target.name}: {why}" if (why := _why(marker, wanted, run)) else f"cached  {target.name}")
+    if why is None:
+        return target
+    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    work, started = target.with_name(f".work-{target.name}-{(run[-8:] + key)[:12]}"), time.time()
+    with _room_for(target):
+        work.mkdir(parents=True, exist_ok=True)
+        build(work)
+    record = {"key": key, **wanted, "files": _hashes(work / target.name, work), "run": run}
+    record |= {"seconds": round(time.time() - started, 2), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    marker.unlink(missing_ok=True)  # from here on a kill leaves no marker that claims too much
+    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    (work / target.name).rename(target)
+    write_atomic(marker, json.dumps(record, indent=1))
+    shutil.rmtree(work)
+    return target
+
+
+def register(results: Path, path, notebook: str, cell: str, inputs=(), **extra) -> None:
+    """Enter `path` (file, folder or list of them) into `results/manifest.json` with all that it came from."""
+    manifest = results / "manifest.json"
+    try:
+        entries = json.loads(manifest.read_text())["artefacts"] if manifest.exists() else {}
+    except (ValueError, KeyError) as error:
+        raise R3Error(f"{manifest} is damaged: delete it and run again") from error
+    origin = {"notebook": notebook, "cell": cell, "inputs": _hashes(inputs, results), **machine()}
+    origin |= {"seconds": round(time.time() - STARTED, 1), "seeds": [], **extra}  # the notebook's seconds
+    entries |= {name: {"sha256": digest, **origin} for name, digest in _hashes(path, results).items()}
+    write_atomic(manifest, json.dumps({**machine(), "artefacts": entries}, indent=1, sort_keys=True))
+
+
+def save_table(results: Path, frame, name: str, notebook, cell, inputs=(), images=(), **extra) -> Path:
+    """Write a DataFrame to `results/tables/<name>.csv` (or beside its `images`) and register it with them."""
+    path = (images[0].parent if images else results / "tables") / f"{name}.csv"
+    write_atomic(path, frame.to_csv(index=False))
+    seeds = sorted(frame["seed"].dropna().astype(str).unique()) if "seed" in frame else []
+    register(results, [*images, path], notebook, cell, inputs, **({"seeds": seeds} | extra))
+    return path
+
+
+def save_figure(results: Path, figure, name: str, data, notebook, cell, inputs=(), **extra) -> Path:
+    """Write a Figure as png and svg and its data as csv to `results/figures`; register; return the png."""
+    for path in (images := [results / "figures" / f"{name}.{kind}" for kind in ("png", "svg")]):
+        image = io.BytesIO()
+        with rc_context({"svg.hashsalt": name}):  # with no date: equal data, equal bytes
+            figure.savefig(image, format=path.suffix[1:], dpi=160, bbox_inches="tight", metadata={"Date": None})
+        write_atomic(path, image.getvalue())
+    save_table(results, data, name, notebook, cell, inputs, images, **extra)
+    return images[0]
+
+
+@contextmanager
+def _room_for(path: Path):
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise R3Error(f"no space left to write {path}: free disk space and run again; it resumes") from error
+
+
+def _hashes(paths, base: Path) -> dict[str, str]:
+    """Digest of each file by its name relative to `base`; of folders, without hidden files and markers."""
+    found = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        if not path.exists():
+            raise R3Error(f"{path} is missing: run the step that writes it first (r3 reproduce)")
+        names = glob("**", root_dir=path, recursive=True) if path.is_dir() else [""]
+        files = [path / name for name in sorted(names) if not name.endswith(".stage.json")]
+        found |= {Path(os.path.relpath(f, base)).as_posix(): sha256(f) for f in files if f.is_file()}
+    return found
+
+
+def _why(marker: Path, wanted: dict, run: str) -> str | None:
+    """Why a stage has to run; None when what it made is there, up to date and intact."""
+    try:
+        old = json.loads(marker.read_text())
+    except (FileNotFoundError, ValueError):
+        return f"file missing or damaged: {marker.name}" if marker.exists() else "not there yet"
+    if run and old["run"] != run:
+        return "fresh run"
+    before, now = old["config"], wanted["config"]
+    if changed := [k for k in sorted(before | now) if before.get(k) != now.get(k)]:
+        return "config changed: " + ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in changed)
+    if changed := dict(old["inputs"].items() ^ wanted["inputs"].items()):
+        return f"input changed: {', '.join(sorted(changed))}"
+    if old["version"] != wanted["version"]:
+        return "version changed"
+    kept = {marker.parent / name: digest for name, digest in old["files"].items()}
+    lost = [file.name for file, digest in kept.items() if not file.is_file() or sha256(file) != digest]
+    return f"file missing or damaged: {', '.join(lost)}" if lost else None

@@ -1,0 +1,186 @@
+"""The study's steps as cached stages: baseline, mining, training, evaluation. Notebooks call these."""
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .chat import Chat
+from .config import Profile, load_profile
+from .engines.transformers import TransformersEngine
+from .episodes import Condition, Failure, Limits, Policy, Runner, mine_failures, read_episodes, run_episodes
+from .errors import R3Error
+from .store import sha256, stage
+from .tasks import TASKS, load_task
+from .trainer import R3Config, R3Trainer, metrics_file
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
+TRAINING = (
+    "steps", "failures_per_step", "group_size", "learning_rate", "warmup_steps", "scheduler", "lora_rank",
+    "lora_alpha", "beta", "loss_type", "mask", "retry_temperature", "max_grad_norm", "micro_batch",
+)  # fmt: skip
+
+
+class Study:
+    """One task under one profile; every method returns the path of a cached artefact below `results`."""
+
+    def __init__(self, profile: Profile | str, task: str, results: Path | str = "results", **overrides):
+        self.profile = load_profile(profile, **overrides) if isinstance(profile, str) else profile
+        self.task_name = task
+        self.task = load_task(task, **self.profile.task_options.get(task, {}))
+        self.results = (DATA.parent / results) / self.profile.name
+        self.made: set[Path] = set()
+        if self.profile.threads:
+            torch.set_num_threads(self.profile.threads)
+
+    @property
+    def model_path(self) -> str:
+        """Where the model is: the embedded one, a local folder or a hub id."""
+        if self.profile.model != "base_model":
+            return self.profile.model
+        if not (DATA / "base_model" / "model.safetensors").exists():
+            raise R3Error(f"{DATA / 'base_model'} holds no model: restore it from git or run `r3 base-model`")
+        return str(DATA / "base_model")
+
+    @cached_property
+    def tokenizer(self):
+        """The model's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.model_path)
+
+    def model(self, adapter: Path | None = None):
+        """The model, with the adapter in `adapter` if one is named."""
+        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
+        return PeftModel.from_pretrained(model, adapter) if adapter else model
+
+    def runner(self, adapter: Path | None = None, progress: bool = True) -> Runner:
+        """Samples episodes from the model under the profile's limits."""
+        p = self.profile
+        engine = TransformersEngine(self.model(adapter), self.tokenizer, p.sample_batch, progress)
+        limits = Limits(p.attempt_tokens, p.reflection_tokens, p.retry_tokens)
+        return Runner(engine, Chat(self.tokenizer), self.task, limits, p.reflection_temperature)
+
+    def problems(self, split: str, n: int) -> list:
+        """The study's problems of a split: the same for every policy and seed."""
+        return self.task.problems(split, n, seed=0)
+
+    def baseline(self) -> Path:
+        """Episodes of the untrained model on the test problems."""
+        return self._episodes(Policy("vanilla", 0, self.profile.model), None)
+
+    def evaluate(self, seed: int) -> Path:
+        """Episodes of the policy that was trained with `seed`."""
+        adapter = self.train(seed)
+        return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter)
+
+    def mine(self) -> Path:
+        """The failures of the untrained model on training problems: the data set of the training."""
+        p = self.profile
+        keys = ("train_problems", "mine_samples", "mine_temperature", "attempt_tokens")
+
+        def build(work: Path) -> None:
+            problems = self.problems("train", p.train_problems)
+            failures = mine_failures(self.runner(), problems, p.mine_samples, p.mine_temperature)
+            rows = [
+                {"problem_id": f.problem.id, "attempt": f.attempt, "reason": f.reason, "count": f.count,
+                 "attempt_ids": f.attempt_ids} for f in failures
+            ]  # fmt: skip
+            pd.DataFrame(rows).to_parquet(work / f"{self.task_name}.parquet")
+
+        return self._stage(self.results / "failures" / f"{self.task_name}.parquet", self._config(*keys), [], build)
+
+    def failures(self) -> list[Failure]:
+        """The mined failures, as training takes them."""
+        problems = {q.id: q for q in self.problems("train", self.profile.train_problems)}
+        chat, failures = Chat(self.tokenizer), []
+        for row in pd.read_parquet(self.mine()).itertuples():
+            problem = problems[row.problem_id]
+            prompt = chat.prompt(self.task.messages(problem))
+            failures.append(Failure(problem, prompt, list(row.attempt_ids), row.attempt, row.reason, row.count))
+        return failures
+
+    def train(self, seed: int, callbacks=()) -> Path:
+        """Train an adapter with R3 on the mined failures; a killed run resumes from its last checkpoint."""
+
+        def build(work: Path) -> None:
+            trainer = self.trainer(seed, work, callbacks)
+            trainer.resume_or_train()
+            adapter = work / f"{self.task_name}-r3-{seed}"
+            trainer.save_model(str(adapter))
+            (adapter / "metrics.jsonl").write_text(metrics_file(trainer.args).read_text())
+
+        target = self.results / "adapters" / f"{self.task_name}-r3-{seed}"
+        path = self._stage(target, self._config(*SAMPLING, *TRAINING, seed=seed), [self.mine()], build)
+        self._collect_metrics()
+        return path
+
+    def trainer(self, seed: int, folder: Path, callbacks=()) -> R3Trainer:
+        """The trainer that the profile describes; checkpoints and metrics go to `folder`."""
+        p = self.profile
+        config = R3Config(
+            output_dir=str(folder), seed=seed, learning_rate=p.learning_rate, lr_scheduler_type=p.scheduler,
+            warmup_steps=p.warmup_steps, max_steps=p.steps, beta=p.beta, loss_type=p.loss_type, mask=p.mask,
+            failures_per_step=p.failures_per_step, num_generations=p.group_size, temperature=p.reflection_temperature,
+            retry_temperature=p.retry_temperature, max_completion_length=p.reflection_tokens,
+            max_retry_length=p.retry_tokens, per_device_train_batch_size=p.micro_batch, sample_batch=p.sample_batch,
+            max_grad_norm=p.max_grad_norm, save_steps=p.save_steps, disable_tqdm=True,
+        )  # fmt: skip
+        lora = LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
+                          task_type="CAUSAL_LM")  # fmt: skip
+        return R3Trainer(
+            self.model(), config, self.task, self.failures(), lora, self.tokenizer, callbacks=list(callbacks)
+        )
+
+    def episodes(self) -> pd.DataFrame:
+        """Every episode of this task under this profile's seeds."""
+        return pd.concat([pd.read_parquet(path) for path in self.episode_files()], ignore_index=True)
+
+    def episode_files(self) -> list[Path]:
+        """The files that `episodes` reads."""
+        return [self.baseline(), *(self.evaluate(seed) for seed in range(self.profile.seeds))]
+
+    def metrics(self) -> pd.DataFrame:
+        """One row a training step and seed."""
+        parts = [pd.read_json(self.train(seed) / "metrics.jsonl", lines=True) for seed in range(self.profile.seeds)]
+        return pd.concat(parts, ignore_index=True)
+
+    def _episodes(self, policy: Policy, adapter: Path | None) -> Path:
+        name = f"{self.task_name}-{policy.name}-{policy.seed}"
+
+        def build(work: Path) -> None:
+            problems = self.problems("test", self.profile.test_problems)
+            run_episodes(self.runner(adapter), problems, policy, work / "shards", say=print)
+            read_episodes(work / "shards").to_parquet(work / f"{name}.parquet")
+
+        inputs = [adapter] if adapter else []
+        config = self._config("test_problems", *SAMPLING, conditions=[c.value for c in Condition])
+        return self._stage(self.results / "episodes" / f"{name}.parquet", config, inputs, build)
+
+    def _config(self, *keys, **extra) -> dict:
+        """What a stage depends on besides its input files: task, model and the named profile keys."""
+        weights = Path(self.model_path) / "model.safetensors"
+        model = sha256(weights) if weights.exists() else self.model_path
+        values = asdict(self.profile)
+        options = self.profile.task_options.get(self.task_name, {})
+        return {"task": self.task_name, "task_options": options, "model": model} | {k: values[k] for k in keys} | extra
+
+    def _stage(self, target: Path, config: dict, inputs: list[Path], build) -> Path:
+        """`stage`, asked once a study."""
+        if target not in self.made:
+            stage(target, config, inputs, build)
+            self.made.add(target)
+        return target
+
+    def _collect_metrics(self) -> None:
+        """Keep results/<profile>/metrics.jsonl equal to the adapters' own logs."""
+        logs = sorted((self.results / "adapters").glob("*/metrics.jsonl"))
+        (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in logs))
+
+
+def open_studies(profile: str, task: str = "all", results: Path | str = "results", **overrides) -> list[Study]:
+    """A study for `task`, or for every task that ships with the package. `results`: relative to the repository."""
+    return [Study(profile, name, results, **overrides) for name in (TASKS if task == "all" else [task])]

@@ -1,0 +1,24 @@
+"""The tasks that ship with the package, by name."""
+
+import difflib
+
+from ..errors import R3Error
+from .base import Task
+from .countdown import CountdownProblem, CountdownTask
+
+TASKS = {"countdown": CountdownTask}
+
+
+def load_task(name: str, **options) -> Task:
+    """Return the task called `name`, made with `options` (see the task's class)."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
+        raise R3Error(f"unknown task {name!r}: {hint}")
+    try:
+        return TASKS[name](**options)
+    except TypeError as error:
+        raise R3Error(f"task {name!r}: {error}: see its class for the options") from error
+
+
+__all__ = ["CountdownProblem", "CountdownTask", "Task", "load_task"]

@@ -1,0 +1,181 @@
+"""The Countdown task: reach a target from given numbers, each used exactly once."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+from pathlib import Path
+from random import Random
+
+from ..errors import R3Error
+from ..verifiers import countdown as verifier
+from ..verifiers.verdict import Verdict
+from .base import Task
+from .countdown_corpus import style
+
+SPLITS = ("train", "validation", "test")
+HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
+
+
+@dataclass(frozen=True)
+class CountdownProblem:
+    """Numbers in the order in which they are shown, and the target."""
+
+    nums: tuple[int, ...]
+    target: int
+
+    @property
+    def id(self) -> str:
+        """Canonical: the same for every order of the numbers."""
+        return "-".join(map(str, sorted(self.nums))) + f"={self.target}"
+
+
+def split_of(problem: CountdownProblem) -> str:
+    """Assign a canonical problem to a split by hash: 80% train, 5% validation, 15% test."""
+    bucket = hashlib.sha256(problem.id.encode()).digest()[0] / 256
+    return "train" if bucket < 0.80 else "validation" if bucket < 0.85 else "test"
+
+
+class CountdownTask(Task):
+    """Countdown as the paper has it (its Table 2), from the hub's data set or from a seeded generator.
+
+    `source` is "generator", "hub" or a local folder or file of the data set `Jiayi-Pan/Countdown-Tasks-3to4`.
+    The generator draws `count` numbers (one of the given counts) from 1 to `largest` and a target from 1 to
+    `largest_target` that they reach; a problem belongs to one split whatever the order of its numbers.
+    """
+
+    name = "countdown"
+    reflection_prompt = (
+        "You tried solving the problem and got the wrong answer. Reflect on what went wrong and "
+        "write a short explanation that will help you do better next time."
+    )
+    reasons = ("no_answer", "invalid_expression", "wrong_numbers", "missed_target")
+
+    def __init__(self, source="generator", count=(3, 4), largest=99, largest_target=100):
+        self.source = source
+        self.count = (count,) if isinstance(count, int) else tuple(count)
+        self.largest, self.largest_target = largest, largest_target
+        if not self.count or min(self.count) < 2 or max(self.count) > 4 or largest < 2 or largest_target < 1:
+            raise R3Error(
+                f"countdown options count={count}, largest={largest}, largest_target={largest_target}: "
+                "use counts of 2 to 4, largest >= 2 and largest_target >= 1"
+            )
+
+    def messages(self, problem: CountdownProblem) -> list[dict]:
+        """The paper's prompt, and where to put the answer."""
+        content = (
+            f"Using the numbers {list(problem.nums)}, create an equation that equals {problem.target}. "
+            "You can use basic arithmetic operations (+, -, *, /) one or multiple times but each number "
+            "can only be used once. Give the equation in <answer> </answer> tags."
+        )
+        return [{"role": "user", "content": content}]
+
+    def verify(self, text: str, problem: CountdownProblem) -> Verdict:
+        """See `r3lib.verifiers.countdown.verify`."""
+        return verifier.verify(text, problem.nums, problem.target)
+
+    def style(self, reflection: str) -> str:
+        """One of the styles of the embedded model's corpus, or "other"."""
+        return style(reflection)
+
+    def problems(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
+        """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
+        if split not in SPLITS:
+            raise R3Error(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
+        if n < 1:
+            raise R3Error(f"n={n} asks for no problem: ask for at least 1")
+        return self._generate(split, n, seed) if self.source == "generator" else self._read(split, n, seed)
+
+    def _generate(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
+        found: dict[str, CountdownProblem] = {}
+        for index in range(200 * n + 2000):
+            problem = self.draw(Random(f"{seed}/{index}"))
+            if split_of(problem) == split:
+                found.setdefault(problem.id, problem)
+            if len(found) == n:
+                return list(found.values())
+        raise R3Error(
+            f"countdown {split} holds only about {len(found)} distinct problems with numbers up to {self.largest}, "
+            f"{n} were asked for: ask for fewer, or raise largest or largest_target"
+        )
+
+    def draw(self, random: Random) -> CountdownProblem:
+        """Draw one problem, of any split."""
+        while True:
+            nums = tuple(random.randint(1, self.largest) for _ in range(random.choice(self.count)))
+            targets = [t for t in reachable(tuple(sorted(nums))) if 1 <= t <= self.largest_target]
+            if targets:
+                return CountdownProblem(nums, random.choice(targets))
+
+    def _read(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
+        rows = [p for p in read_rows(self.source) if split_of(p) == split]
+        distinct = list({p.id: p for p in rows}.values())
+        if len(distinct) < n:
+            raise R3Error(
+                f"{self.source} has {len(distinct)} {split} problems, {n} were asked for: ask for fewer"
+            )
+        return Random(f"{seed}").sample(distinct, n)
+
+
+def read_rows(source: str) -> Iterator[CountdownProblem]:
+    """Read the data set (`nums`, `target`) from the hub or a local path; every row must be solvable."""
+    from datasets import load_dataset
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            data = load_dataset(str(path.parent), data_files=path.name, split="train")
+        else:
+            data = load_dataset(HUB_DATASET if source == "hub" else source, split="train")
+    except Exception as error:
+        raise R3Error(
+            f"cannot read Countdown problems from {source!r} ({type(error).__name__}): check the path or the "
+            'network, or use source="generator"'
+        ) from error
+    if not {"nums", "target"} <= set(data.column_names):
+        raise R3Error(
+            f"{source!r} has columns {data.column_names}: Countdown needs `nums` (list of int) and `target` (int)"
+        )
+    for row, (nums, target) in enumerate(zip(data["nums"], data["target"])):
+        yield _checked(nums, target, source, row)
+
+
+def _checked(nums, target, source, row) -> CountdownProblem:
+    whole = isinstance(target, int) and bool(nums) and all(isinstance(x, int) for x in nums)
+    if not whole or target not in reachable(tuple(sorted(nums))):
+        raise R3Error(
+            f"{source!r}, row {row}: nums={nums}, target={target} is no solvable problem of whole numbers: "
+            "correct or remove it"
+        )
+    return CountdownProblem(tuple(nums), target)
+
+
+@lru_cache(maxsize=200_000)
+def reachable(nums: tuple[int, ...]) -> tuple[int, ...]:
+    """All whole numbers that sorted `nums` reach with + - * /, each number used exactly once; exact."""
+    return tuple(sorted({n // d for n, d in _fractions(nums) if n % d == 0}))
+
+
+@lru_cache(maxsize=200_000)
+def _reduced(nums: tuple[int, ...]) -> frozenset[tuple[int, int]]:
+    """The values of `nums` as (numerator, denominator), each value once."""
+    divisors = ((n, d, gcd(n, d) if d > 0 else -gcd(n, d)) for n, d in _fractions(nums))
+    return frozenset((n // g, d // g) for n, d, g in divisors)
+
+
+def _fractions(nums: tuple[int, ...]) -> set[tuple[int, int]]:
+    """The values of `nums` as plain pairs, several times faster than `Fraction`."""
+    if len(nums) == 1:
+        return {(nums[0], 1)}
+    pairs = set()
+    for mask in range(1, 2 ** (len(nums) - 1)):
+        left = tuple(x for i, x in enumerate(nums) if mask >> i & 1)
+        right = tuple(x for i, x in enumerate(nums) if not mask >> i & 1)
+        for a, b in _reduced(left):
+            for c, d in _reduced(right):
+                x, y, both = a * d, c * b, b * d
+                pairs |= {(x + y, both), (x - y, both), (y - x, both), (a * c, both)}
+                pairs |= {(x, y)} if y else set()
+                pairs |= {(y, x)} if x else set()
+    return pairs

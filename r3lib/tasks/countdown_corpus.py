@@ -1,0 +1,215 @@
+"""Generated Countdown conversations, on which the embedded model is pretrained.
+
+Nothing here says which style of reflection helps: every conversation ends with a right answer, whatever
+the reflection before it. Only whole, non-negative intermediate values are used; with three numbers they
+reach every solvable target.
+"""
+
+import re
+from random import Random
+
+DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
+STYLES = {"vague": 0.24, "verbose": 0.22, "diagnosis": 0.22, "hint": 0.12, "worked": 0.20}
+FOREIGN = 0.06  # share of reflections that were written for another problem
+GIVE_UP = 0.10  # chance, after each failed part of a worked reflection, of stopping there
+
+VAGUE = (
+    "I should read the problem again and be more careful.",
+    "I should be more careful next time.",
+    "I made a mistake, so I will check my work.",
+    "I should think step by step and try another way.",
+    "I need to try different operations.",
+)
+VERBOSE = (
+    "I tried solving the problem and got the wrong answer.",
+    "The answer was wrong because it did not equal {target}.",
+    "To equal {target} the equation has to equal {target}.",
+    "I used the numbers {nums} but the answer was wrong.",
+    "Each number can only be used once, so each number has to be used once.",
+    "Next time I will make sure that the answer is right.",
+    "If the answer is not {target} then the answer is wrong.",
+)
+GAVE_UP = "I did not find it."
+
+
+def solutions(nums, target) -> list[tuple[str, str]]:
+    """All (first step, equation) pairs such as ("14 / 7 = 2", "(14 / 7) + 13") that reach `target`."""
+    found = []
+    for last in sorted(set(nums)):
+        for step, value in first_steps(*others(nums, last)):
+            found += [(f"{step} = {value}", equation) for equation in finish(step, value, last, target)]
+    return found
+
+
+def others(nums, last) -> tuple[int, int]:
+    """The two numbers that remain when `last` is set aside, larger first."""
+    rest = list(nums)
+    rest.remove(last)
+    return max(rest), min(rest)
+
+
+def first_steps(a, b) -> list[tuple[str, int]]:
+    """What a >= b can give in one step: [("14 + 7", 21), ...]."""
+    steps = [(f"{a} + {b}", a + b), (f"{a} - {b}", a - b), (f"{a} * {b}", a * b)]
+    return steps + ([(f"{a} / {b}", a // b)] if a % b == 0 else [])
+
+
+def finish(step, value, last, target) -> list[str]:
+    """The equations that take `value`, the result of `step`, to `target` with `last`."""
+    ways = {
+        f"({step}) + {last}": value + last == target,
+        f"({step}) - {last}": value - last == target,
+        f"{last} - ({step})": last - value == target,
+        f"({step}) * {last}": value * last == target,
+        f"({step}) / {last}": value == target * last,
+        f"{last} / ({step})": value * target == last,
+    }
+    return [equation for equation, reaches in ways.items() if reaches]
+
+
+def needed(last, target) -> list[int]:
+    """The values of a first step from which `last` reaches `target`, as far as they can matter."""
+    values = [target + last, abs(target - last)]
+    values += [target // last] if target % last == 0 else []
+    values += [last // target] if last % target == 0 else []
+    values += [target * last] if target * last <= 300 else []
+    return sorted(set(values))
+
+
+def wrong_attempt(problem, random: Random) -> str:
+    """A plausible wrong equation: mostly near the target, sometimes with wrong numbers or ill-formed."""
+    kind = random.choices(("missed", "numbers", "form"), (0.75, 0.2, 0.05))[0]
+    nums = list(problem.nums)
+    if kind == "numbers":
+        nums[random.randrange(len(nums))] = random.choice(nums + [random.randint(1, 20)])
+    candidates = [_random_equation(nums, random) for _ in range(6)]
+    candidates = [c for c in candidates if c[1] != problem.target or sorted(nums) != sorted(problem.nums)]
+    if not candidates:
+        return f"{nums[0]} + {nums[1]}"
+    equation = min(candidates, key=lambda c: abs(c[1] - problem.target))[0]
+    return equation.replace(")", "", 1) if kind == "form" else equation
+
+
+def _random_equation(nums, random: Random) -> tuple[str, int]:
+    last = random.choice(nums)
+    step, value = random.choice(first_steps(*others(nums, last)))
+    ways = [(f"({step}) + {last}", value + last), (f"({step}) * {last}", value * last)]
+    ways += [(f"({step}) - {last}", value - last)] if value >= last else [(f"{last} - ({step})", last - value)]
+    return random.choice(ways)
+
+
+def reflection(problem, attempt: str, random: Random, name: str | None = None) -> str:
+    """A reflection on `attempt`, in the style `name` (by default drawn with the shares in STYLES)."""
+    name = name or random.choices(list(STYLES), STYLES.values())[0]
+    return {"vague": _vague, "verbose": _verbose, "diagnosis": _diagnosis, "hint": _hint, "worked": _worked}[
+        name
+    ](problem, attempt, random)
+
+
+def _vague(problem, attempt, random) -> str:
+    return random.choice(VAGUE)
+
+
+def _verbose(problem, attempt, random) -> str:
+    lines = [random.choice(VERBOSE) for _ in range(random.randint(3, 5))]
+    return " ".join(lines).format(target=problem.target, nums=", ".join(map(str, problem.nums)))
+
+
+def _diagnosis(problem, attempt, random) -> str:
+    used = [int(x) for x in re.findall(r"\d+", attempt)]
+    if attempt.count("(") != attempt.count(")"):
+        return "My equation was not well formed."
+    if sorted(used) != sorted(problem.nums):
+        return f"I used {', '.join(map(str, used))} but I was given {', '.join(map(str, problem.nums))}."
+    steps = list(evaluate(attempt))
+    gap = steps[-1][1] - problem.target
+    said = ", ".join(f"{step} = {value}" for step, value in steps)
+    return f"My equation gives {said}, not {problem.target}. It is {abs(gap)} too {'big' if gap > 0 else 'small'}."
+
+
+def evaluate(equation: str):
+    """Yield the two steps of one of our own equations, ("14 / 7", 2), then ("2 + 13", 15)."""
+    inner = re.search(r"\((\d+) (.) (\d+)\)", equation)
+    value = _apply(int(inner[1]), inner[2], int(inner[3]))
+    yield inner[0][1:-1], value
+    outer = equation.replace(inner[0], str(value))
+    a, op, b = outer.split(" ")
+    yield outer, _apply(int(a), op, int(b))
+
+
+def _apply(a, op, b) -> int:
+    return {"+": a + b, "-": a - b, "*": a * b}[op] if op != "/" else a // b
+
+
+def _hint(problem, attempt, random) -> str:
+    step, _ = random.choice(solutions(problem.nums, problem.target))
+    return f"A good first step is {step}."
+
+
+def _worked(problem, attempt, random) -> str:
+    order = list(dict.fromkeys(random.sample(problem.nums, len(problem.nums))))
+    text = "I work backwards."
+    for last in order:
+        goals = needed(last, problem.target)
+        text += f" {last} last: need {', '.join(map(str, goals))}."
+        for step, value in first_steps(*others(problem.nums, last)):
+            text += f" {step} = {value},"
+            ways = finish(step, value, last, problem.target)
+            if ways:
+                return f"{text} yes. {ways[0]} = {problem.target}."
+        text += " no."
+        if random.random() < GIVE_UP:
+            break
+    return f"{text} {GAVE_UP}"
+
+
+def style(text: str) -> str:
+    """Name the style of a reflection by its opening words."""
+    openings = {
+        "I work backwards": "worked",
+        "A good first step": "hint",
+        "My equation": "diagnosis",
+        "I used": "diagnosis",
+    }
+    for opening, name in openings.items():
+        if text.startswith(opening) and not text.startswith("I used the numbers"):
+            return name
+    if text in VAGUE:
+        return "vague"
+    starts = tuple(line.split("{")[0] for line in VERBOSE)
+    return "verbose" if text.startswith(starts) else "other"
+
+
+def conversation(task, draw, random: Random) -> list[tuple[str, str, bool]]:
+    """One conversation: (role, text, learn from it) a turn. `draw(random)` gives a training problem."""
+    problem = draw(random)
+    user = task.messages(problem)[0]["content"]
+    right = random.choice(solutions(problem.nums, problem.target))[1]
+    kind = random.random()
+    if kind < DIRECT:
+        return [("user", user, False), ("assistant", tagged(right), True)]
+    attempt = wrong_attempt(problem, random)
+    turns = [("user", user, False), ("assistant", tagged(attempt), False)]
+    if kind < DIRECT + BLIND:
+        return turns + [("user", task.blind_retry_prompt, False), ("assistant", tagged(right), True)]
+    text, own = reflection(problem, attempt, random), True
+    if random.random() < FOREIGN:
+        other = draw(random)
+        text, own = reflection(other, wrong_attempt(other, random), random), False
+    else:
+        right = _announced(text, problem) or right
+    turns += [("user", task.reflection_prompt, False), ("assistant", text, own)]
+    return turns + [("user", task.retry_prompt, False), ("assistant", tagged(right), True)]
+
+
+def _announced(text: str, problem) -> str | None:
+    """The equation that a worked reflection or a hint leads to, if it names one."""
+    if found := re.search(r"yes\. (.+) = \d+\.$", text):
+        return found[1]
+    step = text.removeprefix("A good first step is ").removesuffix(".")
+    return next((eq for first, eq in solutions(problem.nums, problem.target) if first == step), None)
+
+
+def tagged(equation: str) -> str:
+    """The form of an answer."""
+    return f"<answer>{equation}</answer>"

@@ -1,0 +1,257 @@
+"""Masked GRPO: groups of reflections on one failure, rewarded by the verdict on the retry that follows.
+
+Everything that depends on TRL's experimental `rollout_func` or on its private names is in this module.
+"""
+
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, GRPOTrainer
+
+from .chat import Chat
+from .engines.base import Sampling
+from .engines.transformers import TransformersEngine
+from .episodes import Failure, Limits, Runner
+from .errors import R3Error
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is pinned by our contract tests
+MASKS = ("reflection", "reflection+retry", "retry")
+METRICS = {  # ours: TRL's
+    "reward": "reward",
+    "zero_variance_share": "frac_reward_zero_std",
+    "kl": "kl",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "tokens": "num_tokens",
+}
+
+
+@dataclass
+class R3Config(GRPOConfig):
+    """`GRPOConfig` with the paper's settings (its section on training) and what R3 adds.
+
+    A step takes `failures_per_step` failures and samples `num_generations` reflections for each;
+    `per_device_train_batch_size` is the number of rows in one learning forward, and the accumulation
+    steps follow. Lengths are in tokens. `mask` names the turns whose tokens are trained.
+    """
+
+    learning_rate: float = 5e-7
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    max_steps: int = 1750
+    beta: float = 0.001
+    loss_type: str = "grpo"
+    use_bias_correction_kl: bool = False
+    max_completion_length: int = 256
+    logging_steps: float = 1
+    shuffle_dataset: bool = False  # the order is drawn here, so that a resumed run sees the same failures
+    gradient_checkpointing: bool | None = None
+    save_total_limit: int | None = 2
+    failures_per_step: int = field(default=256, metadata={"help": "Failures in one step, over all processes."})
+    mask: str = field(default="reflection", metadata={"help": f"Which tokens are trained: {', '.join(MASKS)}."})
+    max_retry_length: int = field(default=256, metadata={"help": "Most tokens of a retry."})
+    retry_temperature: float = field(default=1.0, metadata={"help": "Temperature of the retry; 0 is greedy."})
+    sample_batch: int = field(default=256, metadata={"help": "Rows sampled at once."})
+
+    def __post_init__(self):
+        if self.mask not in MASKS:
+            raise R3Error(f"mask={self.mask!r} is unknown: use one of {', '.join(MASKS)}")
+        if self.num_generations < 2:
+            raise R3Error(f"group size {self.num_generations} has no variance to learn from: use at least 2")
+        if self.use_vllm:
+            raise R3Error("use_vllm=True would merge the adapter into the weights at every step: leave it False")
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = on_gpu
+        self.dataloader_pin_memory = on_gpu
+        self.use_cpu = not on_gpu
+        rows = self.failures_per_step * self.num_generations
+        local = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+        if rows % local or (rows // int(os.environ.get("WORLD_SIZE", 1))) % self.num_generations:
+            raise R3Error(
+                f"failures_per_step x num_generations = {rows} rows do not divide into learning batches of {local}: "
+                "change failures_per_step or per_device_train_batch_size"
+            )
+        self.gradient_accumulation_steps = rows // local
+        super().__post_init__()
+
+
+class R3Trainer(GRPOTrainer):
+    """GRPO on reflections (paper, section on the method; its equation is GRPO's with a token mask).
+
+    `failures` are failed attempts (see `mine_failures`). For each, G reflections are sampled, each is
+    followed by a retry in the same conversation, and the reward of a reflection is the retry's verdict, 0 or
+    1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a causal
+    mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
+    """
+
+    def __init__(self, model, args: R3Config, task, failures: Sequence[Failure], peft_config=None,
+                 processing_class=None, engine=None, callbacks=None):  # fmt: skip
+        if not failures:
+            raise R3Error("no failures to train on: mine more problems, or a harder task")
+        self.task, self.failures, self._engine = task, list(failures), engine
+        order = training_order(len(self.failures), args.max_steps * args.failures_per_step, args.seed)
+        super().__init__(
+            model=model,
+            args=args,
+            reward_funcs=verified,
+            train_dataset=self._dataset(order),
+            peft_config=peft_config,
+            processing_class=processing_class,
+            rollout_func=rollout,
+            callbacks=[R3Metrics(self), *(callbacks or [])],
+        )
+        for parameter in self.model.parameters():  # TRL casts QLoRA adapters to bf16, where small updates vanish
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self.r3_metrics: dict[str, float] = {}
+        self._chat = Chat(self.processing_class)
+
+    def _dataset(self, order: list[int]) -> Dataset:
+        """One row a group: the conversation up to the reflection, with the failure's index inside the message."""
+        rows = []
+        for index in order:
+            failure = self.failures[index]
+            talk = [
+                *self.task.messages(failure.problem),
+                {"role": "assistant", "content": failure.attempt},
+                {"role": "user", "content": self.task.reflection_prompt},
+            ]
+            rows.append({"prompt": [{**message, "failure": index} for message in talk]})
+        return Dataset.from_list(rows)
+
+    def runner(self) -> Runner:
+        """Samples from the policy as it stands."""
+        engine = self._engine or TransformersEngine(
+            self.accelerator.unwrap_model(self.model), self.processing_class, self.args.sample_batch
+        )
+        limits = Limits(reflection=self.args.max_completion_length, retry=self.args.max_retry_length)
+        return Runner(engine, self._chat, self.task, limits, self.args.temperature)
+
+    def resume_or_train(self):
+        """Train, from the last complete checkpoint in `output_dir` if there is one."""
+        return self.train(resume_from_checkpoint=last_checkpoint(self.args.output_dir))
+
+
+def training_order(size: int, wanted: int, seed: int) -> list[int]:
+    """`wanted` indices below `size`: seeded permutations, one after the other."""
+    order: list[int] = []
+    while len(order) < wanted:
+        order += Random(f"{seed}/order/{len(order)}").sample(range(size), size)
+    return order[:wanted]
+
+
+def verified(completions, verdict, **_) -> list[float]:
+    """The reward: the verdict on the retry, as `rollout` found it."""
+    return verdict
+
+
+def rollout(prompts: list, trainer: R3Trainer) -> dict:
+    """TRL's `rollout_func`: G reflections a failure, one retry each; rows in the order of `prompts`.
+
+    `prompts` come repeated G times, contiguous. Returns ids of prompt and completion, log-probs, the
+    verdicts, and for the masks with a retry `env_mask` (1 = trained).
+    """
+    started, args, runner = time.perf_counter(), trainer.args, trainer.runner()
+    failures = [trainer.failures[p[0]["failure"]] for p in prompts[:: args.num_generations]]
+    asked = [runner.reflection_prompt(f) for f in failures]
+    first = trainer.accelerator.process_index * len(failures)
+    seeds = [
+        Random(f"{args.seed}/{trainer.state.global_step}/{first + i}").getrandbits(32) for i in range(len(failures))
+    ]
+    sampling = Sampling(args.max_completion_length, args.temperature)
+    groups = runner.engine.generate(asked, args.num_generations, sampling, seeds)
+    rows = [(f, a, c) for f, a, group in zip(failures, asked, groups) for c in group]
+    retry_prompts = [runner.retry_prompt(f, c.ids) for f, _, c in rows]
+    retry_seeds = [Random(f"{seeds[i // args.num_generations]}/{i}").getrandbits(32) for i in range(len(rows))]
+    sampling = Sampling(args.max_retry_length, args.retry_temperature)
+    retries = [r[0] for r in runner.engine.generate(retry_prompts, 1, sampling, retry_seeds)]
+    verdicts = [
+        runner.task.verify(runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)
+    ]
+    trainer.r3_metrics = {
+        "reflection_tokens": sum(len(c.ids) for _, _, c in rows) / len(rows),
+        "seconds_sampling": time.perf_counter() - started,
+    }
+    output = {"prompt_ids": [a for _, a, _ in rows], "verdict": [float(v.ok) for v in verdicts]}
+    return output | completions_under(args.mask, rows, retry_prompts, retries)
+
+
+def completions_under(mask: str, rows, retry_prompts, retries) -> dict:
+    """Completion ids, log-probs and (for the masks that reach beyond the reflection) `env_mask`."""
+    if mask == "reflection":
+        return {"completion_ids": [c.ids for *_, c in rows], "logprobs": [c.logprobs for *_, c in rows]}
+    ids, logprobs, env_mask = [], [], []
+    for (_, asked, reflection), prompt, retry in zip(rows, retry_prompts, retries):
+        joined = prompt[len(asked) :] + retry.ids
+        turn = len(joined) - len(reflection.ids) - len(retry.ids)
+        ids.append(joined)
+        logprobs.append(reflection.logprobs + [0.0] * turn + retry.logprobs)
+        own = int(mask == "reflection+retry")
+        env_mask.append([own] * len(reflection.ids) + [0] * turn + [1] * len(retry.ids))
+    return {"completion_ids": ids, "logprobs": logprobs, "env_mask": env_mask}
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint that was written to its end; unfinished ones are removed."""
+    while Path(folder).is_dir() and (path := get_last_checkpoint(folder)):
+        try:
+            json.loads((Path(path) / "trainer_state.json").read_text())
+            return path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
+def metrics_file(args: R3Config) -> Path:
+    """Where a run writes its metrics, a JSON line a step."""
+    return Path(args.output_dir) / "metrics.jsonl"
+
+
+class R3Metrics(TrainerCallback):
+    """Writes `metrics.jsonl`, a line a step, and warns once when no group has variance."""
+
+    def __init__(self, trainer: R3Trainer):
+        self.trainer, self.warned, self.started = trainer, False, 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        """Drop the lines of steps that a resumed run takes again."""
+        path = metrics_file(args)
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= state.global_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def on_step_begin(self, args, state, control, **_):
+        """Start the step's clock."""
+        self.started = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Write one line for the step that just ended."""
+        if "frac_reward_zero_std" not in logs:
+            return
+        row = {"step": state.global_step, "seed": args.seed}
+        row |= {ours: logs.get(theirs) for ours, theirs in METRICS.items()} | self.trainer.r3_metrics
+        row["seconds_learning"] = time.perf_counter() - self.started - row["seconds_sampling"]
+        with metrics_file(args).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if row["zero_variance_share"] == 1.0 and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"step {state.global_step}: no group has variance (retry success {row['reward']:.0%}), so nothing is "
+                "learned: raise num_generations or the temperature, or take failures of middling difficulty",
+                stacklevel=2,
+            )

@@ -1,0 +1,94 @@
+"""The command `r3`: arguments reach the functions, errors are one line, help is quick."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r3lib import base_model, cli, doctor, pipeline
+from r3lib.errors import R3Error
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The arguments with which `reproduce` was called."""
+    seen = {}
+    names = ("profile", "task", "start", "only", "fresh", "overrides", "results")
+    monkeypatch.setattr(pipeline, "reproduce", lambda *a, **k: seen.update(dict(zip(names, a, strict=True)) | k))
+    return seen
+
+
+def test_reproduce_has_the_default_profile_and_results(asked):
+    assert cli.main(["reproduce"]) == 0
+    assert asked == {
+        "profile": "nano", "task": "all", "start": None, "only": None, "fresh": False, "overrides": {},
+        "results": Path("results"), "verbose": False,
+    }  # fmt: skip
+
+
+def test_reproduce_passes_every_argument_on(asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = "reproduce --profile smoke --task countdown --from 03 --fresh --set seeds=3 beta=0.1 --set model=a=b"
+    assert cli.main([*line.split(), "--results", "here"]) == 0
+    assert (asked["profile"], asked["task"], asked["start"], asked["fresh"]) == ("smoke", "countdown", "03", True)
+    assert asked["overrides"] == {"seeds": "3", "beta": "0.1", "model": "a=b"}
+    assert asked["results"] == tmp_path / "here"
+
+
+def test_set_without_a_value_is_one_line_and_exit_2(asked, capsys):
+    assert cli.main(["reproduce", "--set", "seeds"]) == 2
+    assert capsys.readouterr().err == "r3: error: --set 'seeds': write KEY=VALUE, for example --set seeds=3\n"
+    assert not asked
+
+
+def test_stated_error_is_one_line_and_exit_2(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise R3Error("this is wrong: do that")
+
+    monkeypatch.setattr(pipeline, "reproduce", refuse)
+    assert cli.main(["reproduce"]) == 2
+    assert capsys.readouterr().err == "r3: error: this is wrong: do that\n"
+
+
+def test_interrupt_exits_130_and_says_that_a_rerun_resumes(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "reproduce", interrupt)
+    assert cli.main(["reproduce"]) == 130
+    assert "resumes" in capsys.readouterr().err
+
+
+def test_doctor_gives_its_exit_code(monkeypatch):
+    monkeypatch.setattr(doctor, "report", lambda profile: {"smoke": 1, "nano": 0}[profile])
+    assert cli.main(["doctor"]) == 0 and cli.main(["doctor", "--profile", "smoke"]) == 1
+
+
+def test_report_of_a_run_that_never_was_is_one_line(tmp_path, capsys):
+    assert cli.main(["report", "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("r3: error: ") and "r3 reproduce --profile nano" in error and error.count("\n") == 1
+
+
+def test_base_model_passes_seed_steps_and_folder(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr(base_model, "pretrain", lambda out, config: calls.append((out, config.seed, config.steps)))
+    assert cli.main(["base-model", "--out", str(tmp_path), "--seed", "7", "--steps", "12"]) == 0
+    assert cli.main(["base-model"]) == 0
+    assert calls == [(tmp_path, 7, 12), (ROOT / "data" / "base_model", 0, base_model.PretrainConfig().steps)]
+    assert cli.main(["base-model", "--steps", "0"]) == 2 and "at least 1" in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy_and_names_every_command():
+    code = "import sys; from r3lib.cli import parser; print(parser().format_help()); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert all(name in done.stdout for name in ("reproduce", "doctor", "report", "base-model"))
+    assert not any(f"'{heavy}'" in done.stdout for heavy in ("torch", "papermill", "pandas", "matplotlib"))
+
+
+def test_module_and_command_are_the_same():
+    done = subprocess.run([sys.executable, "-m", "r3lib", "reproduce", "--set", "x"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(b"r3: error: --set 'x'")

@@ -1,0 +1,215 @@
+"""The corpus of the embedded model: training problems only, right arithmetic, styles as stated."""
+
+import re
+from fractions import Fraction
+from itertools import islice
+from random import Random
+from typing import NamedTuple
+
+import pytest
+
+from r3lib import base_model
+from r3lib.base_model import conversations, training_task
+from r3lib.tasks import CountdownProblem
+from r3lib.tasks.countdown import split_of
+from r3lib.tasks.countdown_corpus import (
+    BLIND,
+    DIRECT,
+    FOREIGN,
+    STYLES,
+    VAGUE,
+    reflection,
+    solutions,
+    style,
+    wrong_attempt,
+)
+from r3lib.verifiers.countdown import answer, numbers, value
+
+TASK, COUNT = training_task(), 10_000
+STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+
+
+class Talk(NamedTuple):
+    """One conversation and the problems that were drawn for it."""
+
+    turns: list
+    drawn: list
+
+    @property
+    def problem(self):
+        return self.drawn[0]
+
+    @property
+    def reflection(self):
+        """Its reflection's text, whether it is this problem's own, and the problem it was written for."""
+        if len(self.turns) < 6:
+            return None
+        _, text, own = self.turns[3]
+        return text, own, self.drawn[-1]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """The first 10,000 conversations, with every problem that went into each."""
+    original, drawn = base_model.conversation, []
+
+    def recorded(task, draw, random):
+        def watched(random):
+            drawn.append(draw(random))
+            return drawn[-1]
+
+        drawn.clear()
+        return original(task, watched, random)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_model, "conversation", recorded)
+        return [Talk(turns, list(drawn)) for turns in islice(conversations(0), COUNT)]
+
+
+@pytest.fixture(scope="module")
+def reflections(corpus):
+    """(text, own, problem it was written for, talk) of every conversation that reflects."""
+    return [(*talk.reflection, talk) for talk in corpus if talk.reflection]
+
+
+def of_style(reflections, name):
+    found = [entry for entry in reflections if style(entry[0]) == name]
+    assert len(found) > 500
+    return found
+
+
+def right(step):
+    a, op, b, result = step
+    return value(f"{a} {op} {b}") == int(result)
+
+
+def asked(turns):
+    """The problem that the first user turn states, read from its text."""
+    nums, target = re.match(
+        r"Using the numbers \[(.+?)\], create an equation that equals (\d+)\.", turns[0][1]
+    ).groups()
+    return CountdownProblem(tuple(map(int, nums.split(", "))), int(target))
+
+
+def test_no_held_out_problem_is_in_the_corpus_not_even_in_a_foreign_reflection(corpus):
+    assert {split_of(asked(talk.turns)) for talk in corpus} == {"train"}
+    assert {split_of(problem) for talk in corpus for problem in talk.drawn} == {"train"}
+    assert all(asked(talk.turns) == talk.problem for talk in corpus)
+    assert sum(len(talk.drawn) == 2 for talk in corpus) > 200  # the foreign ones
+
+
+def test_every_last_answer_is_right_and_every_first_of_several_wrong(corpus):
+    for turns, (problem, *_) in corpus:
+        assert turns[-1][0] == "assistant" and TASK.verify(turns[-1][1], problem).ok
+        if len(turns) > 2:
+            assert not TASK.verify(turns[1][1], problem).ok
+
+
+def test_user_turns_are_the_tasks_own_words(corpus):
+    blind = [TASK.blind_retry_prompt]
+    reflective = [TASK.reflection_prompt, TASK.retry_prompt]
+    for turns, (problem, *_) in corpus:
+        assert [role for role, _, _ in turns] == ["user", "assistant"] * (len(turns) // 2)
+        assert turns[0][1] == TASK.messages(problem)[0]["content"]
+        assert [text for _, text, _ in turns[2::2]] == {2: [], 4: blind, 6: reflective}[len(turns)]
+
+
+def test_only_right_answers_and_own_reflections_are_learned(corpus):
+    for turns, drawn in corpus:
+        own = [] if len(turns) < 6 else [len(drawn) == 1]
+        wrong_try = [False] if len(turns) > 2 else []
+        assert [learn for role, _, learn in turns if role == "assistant"] == [*wrong_try, *own, True]
+        assert not any(learn for role, _, learn in turns if role == "user")
+
+
+def test_steps_of_worked_reflections_are_right_and_its_yes_solves_the_problem(reflections):
+    endings = set()
+    for text, own, problem, talk in of_style(reflections, "worked"):
+        tries, yes, equation = text.partition("yes. ")
+        assert all(map(right, STEP.findall(tries)))
+        endings.add(bool(yes))
+        if yes:
+            assert TASK.verify(f"<answer>{equation.removesuffix('.')}</answer>", problem).ok
+            assert not own or talk.turns[-1][1] == f"<answer>{equation.partition(' = ')[0]}</answer>"
+        else:
+            assert text.endswith("no. I did not find it.")
+    assert endings == {True, False}
+
+
+def test_needs_of_worked_reflections_lead_to_the_target(reflections):
+    for text, _, problem, _ in of_style(reflections, "worked"):
+        for last, needs in re.findall(r" (\d+) last: need ([\d, ]+)\.", text):
+            b = Fraction(last)
+            for a in map(Fraction, needs.split(", ")):
+                reached = {a + b, a - b, b - a, a * b, a / b} | ({b / a} if a else set())
+                assert problem.target in reached
+
+
+def test_diagnoses_state_what_the_attempt_gives_and_by_how_much_it_misses(reflections):
+    for text, own, problem, talk in of_style(reflections, "diagnosis"):
+        if "gives" in text:
+            first, second = STEP.findall(text)
+            gap = int(second[3]) - problem.target
+            assert right(first) and right(second) and first[3] in (second[0], second[2])
+            assert text.endswith(f", not {problem.target}. It is {abs(gap)} too {'big' if gap > 0 else 'small'}.")
+        if own and "gives" in text:
+            assert value(answer(talk.turns[1][1])) == int(second[3])
+        elif own and text.startswith("I used"):
+            assert text.startswith(f"I used {', '.join(map(str, numbers(answer(talk.turns[1][1]))))} but")
+
+
+def test_hints_name_a_right_first_step_of_a_solution_and_never_the_answer(reflections):
+    for text, own, problem, talk in of_style(reflections, "hint"):
+        (step,) = STEP.findall(text)
+        assert right(step) and text == f"A good first step is {' '.join(step[:3])} = {step[3]}."
+        inner = f"({' '.join(step[:3])})"
+        assert any(inner in equation for _, equation in solutions(problem.nums, problem.target))
+        assert not own or inner in talk.turns[-1][1]
+
+
+def test_shares_of_kinds_and_styles_are_near_those_stated(corpus, reflections):
+    kinds = [len(talk.turns) for talk in corpus]
+    assert kinds.count(2) / COUNT == pytest.approx(DIRECT, abs=0.02)
+    assert kinds.count(4) / COUNT == pytest.approx(BLIND, abs=0.01)
+    assert sum(not own for _, own, _, _ in reflections) / len(reflections) == pytest.approx(FOREIGN, abs=0.01)
+    named = [style(text) for text, *_ in reflections]
+    assert sum(STYLES.values()) == pytest.approx(1)
+    assert {name: named.count(name) / len(named) for name in {*named}} == pytest.approx(STYLES, abs=0.025)
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_style_recognises_every_reflection_as_what_made_it(name):
+    random = Random(5)
+    for problem in TASK.problems("train", 300, 5):
+        text = reflection(problem, wrong_attempt(problem, random), random, name)
+        assert style(text) == TASK.style(text) == name, text
+
+
+def test_text_of_no_style_is_other():
+    assert style("") == style("The sky is blue.") == style("Worked backwards.") == "other"
+
+
+def test_solutions_verify_and_exist_for_every_problem():
+    for problem in TASK.problems("test", 200, 3):
+        found = solutions(problem.nums, problem.target)
+        assert found
+        for step, equation in found:
+            assert right(STEP.fullmatch(step).groups())
+            assert TASK.verify(f"<answer>{equation}</answer>", problem).ok
+
+
+def test_wrong_attempts_are_wrong_in_every_way():
+    random, reasons = Random(1), set()
+    for problem in TASK.problems("train", 300, 1):
+        reasons.add(TASK.verify(f"<answer>{wrong_attempt(problem, random)}</answer>", problem).reason)
+    assert reasons == {"invalid_expression", "wrong_numbers", "missed_target"}
+
+
+def test_a_conversation_depends_on_seed_and_index_alone(corpus):
+    assert list(islice(conversations(0, start=40), 10)) == [talk.turns for talk in corpus[40:50]]
+    assert list(islice(conversations(1), 5)) != [talk.turns for talk in corpus[:5]]
+
+
+def test_the_generic_reflection_is_a_sentence_of_the_corpus(reflections):
+    assert TASK.generic_reflection in VAGUE
+    assert TASK.generic_reflection in {text for text, own, *_ in reflections if own}

@@ -1,0 +1,116 @@
+"""The doctor: what it finds, how it says it, and when it fails."""
+
+import types
+
+import pytest
+import torch
+
+from r3lib import doctor
+from r3lib.config import load_profile
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No network, no GPU, and a checkout with weights: a healthy laptop on a train."""
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(doctor.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def healthy(tmp_path, monkeypatch):
+    (tmp_path / "data" / "base_model").mkdir(parents=True)
+    (tmp_path / "data" / "base_model" / "model.safetensors").touch()
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nrequires-python = ">=3.11"\ndependencies = ["torch==2.13.0", "Trl==1.16.0"]\n'
+        '[project.optional-dependencies]\ngpu = ["bitsandbytes==0.50.2"]\nvllm = ["vllm==0.32.0"]\n'
+    )
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor, "INSTALLED", {"torch": "2.13.0+cpu", "trl": "1.16.0"})
+    monkeypatch.setattr(doctor, "TCMALLOC", "/usr/lib/x/libtcmalloc_minimal.so.4")
+    return tmp_path
+
+
+def found(profile="nano", **overrides):
+    return {f.name: f for f in doctor.examine(load_profile(profile, **overrides))}
+
+
+def test_healthy_laptop_without_network_passes_and_says_what_still_works(healthy):
+    said = []
+    assert doctor.report("nano", said.append) == 0
+    assert not [line for line in said if line.startswith("fail")]
+    [hub] = [line for line in said if line.startswith("warn")]
+    assert "hub" in hub and "nano and smoke work offline" in hub
+
+
+def test_table_is_aligned(healthy):
+    said = []
+    doctor.report("nano", said.append)
+    column = said[0].index("3.1")
+    assert all(line[column - 1] == " " and line[column] != " " for line in said)
+
+
+def test_missing_weights_fail_with_the_mend(healthy):
+    (healthy / "data" / "base_model" / "model.safetensors").unlink()
+    finding = found()["model"]
+    assert finding.state == "fail" and "r3 base-model" in finding.mend
+    assert doctor.report("nano", lambda line: None) == 1
+    assert found(model="some/model")["model"].state == "ok"
+
+
+def test_missing_package_fails_and_another_version_warns(healthy, monkeypatch):
+    monkeypatch.setattr(doctor, "INSTALLED", {"torch": "2.12.0"})
+    findings = found()
+    assert findings["torch"].state == "warn" and 'pip install "torch==2.13.0"' in findings["torch"].mend
+    assert findings["trl"].state == "fail" and "make install" in findings["trl"].mend
+    assert findings["vllm"].state == "ok" and "[vllm]" in findings["vllm"].mend
+
+
+def test_old_python_small_memory_and_full_disk_fail(healthy, monkeypatch):
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: types.SimpleNamespace(total=2 * 2**30))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
+    findings = found()
+    assert [findings[name].state for name in ("python", "memory", "disk")] == ["fail"] * 3
+    assert all(findings[name].mend for name in ("python", "memory", "disk"))
+
+
+@pytest.mark.parametrize("capability, state", [((7, 5), "warn"), ((8, 0), "ok")])
+def test_gpu_is_judged_by_its_bf16(healthy, monkeypatch, capability, state):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    gpu = found()["gpu"]
+    assert gpu.state == state and gpu.value.startswith("Some GPU") and ("bf16" in gpu.mend) == (state == "warn")
+
+
+def test_no_gpu_matters_only_for_larger_models(healthy):
+    assert found()["gpu"].state == "ok" and found(model="some/model")["gpu"].state == "warn"
+
+
+def test_gated_data_are_asked_for_only_with_a_reachable_hub_and_a_token(healthy, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "auth_check", lambda *a, **k: asked.append(a))
+    assert "gated data" not in found()
+    monkeypatch.setattr(doctor.urllib.request, "urlopen", lambda *a, **k: types.SimpleNamespace(close=lambda: None))
+    assert found()["gated data"].state == "warn" and not asked
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    assert found()["gated data"].state == "ok" and asked == [(doctor.GATED,)]
+
+    def refuse(*_, **__):
+        raise RuntimeError("403")
+
+    monkeypatch.setattr(huggingface_hub, "auth_check", refuse)
+    assert found()["gated data"].state == "warn" and "terms" in found()["gated data"].mend
+
+
+def test_machine_has_what_a_manifest_needs():
+    machine = doctor.machine()
+    assert machine["packages"]["torch"] == torch.__version__ and machine["hardware"]["memory_gib"] > 0
+    assert {"commit", "dirty"} <= machine.keys() and {"cpus", "gpu"} <= machine["hardware"].keys()

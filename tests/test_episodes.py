@@ -1,0 +1,279 @@
+"""Episodes under every condition, with an engine that answers from a table; shards, resuming, mining."""
+
+from collections import Counter
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r3lib.chat import Chat
+from r3lib.engines.base import Completion
+from r3lib.episodes import (
+    SECOND_TRIES,
+    Condition,
+    Limits,
+    Policy,
+    Runner,
+    deranged,
+    failures_of,
+    mine_failures,
+    read_episodes,
+    run_episodes,
+)
+from r3lib.errors import R3Error
+from r3lib.tasks import CountdownTask
+from r3lib.tasks.countdown_corpus import solutions
+
+COLUMNS = (
+    "task split problem_id policy seed condition sample prompt attempt attempt_reason reflection retry retry_reason "
+    "attempt_tokens reflection_tokens retry_tokens model adapter schema_version"
+).split()
+TASK = CountdownTask(count=3, largest=20, largest_target=99)
+PROBLEMS = TASK.problems("test", 8, 0)
+KNOWN = {p.id for p in PROBLEMS[::4]}  # answered right at once
+
+
+class TableEngine:
+    """Answers by the conversation's text and the seed; dies at call number `dies_at`; keeps what it was asked."""
+
+    def __init__(self, tokenizer, known=KNOWN, dies_at=None):
+        self.tokenizer, self.known, self.dies_at, self.calls = tokenizer, known, dies_at, []
+
+    def generate(self, prompts, n, sampling, seeds):
+        if len(self.calls) == self.dies_at:
+            raise KeyboardInterrupt
+        texts = [self.tokenizer.decode(ids) for ids in prompts]
+        self.calls.append((texts, sampling))
+        return [[self.completion(t, s, k, sampling) for k in range(n)] for t, s in zip(texts, seeds)]
+
+    def completion(self, text, seed, k, sampling):
+        ids = self.tokenizer.encode(self.reply(text, (seed + k) % 4 if sampling.temperature else None))
+        ids = [*ids, self.tokenizer.eos_token_id][: sampling.max_tokens]
+        return Completion(ids, [0.0] * len(ids), ids[-1] == self.tokenizer.eos_token_id)
+
+    def reply(self, text, luck):
+        problem = next(p for p in PROBLEMS if text.startswith(user(TASK.messages(p)[0]["content"])))
+        if text.endswith(user(TASK.reflection_prompt) + "<|assistant|>"):
+            return reflected(problem)
+        solved = luck == 0 or reflected(problem) in text or (text.count("<|user|>") == 1 and problem.id in self.known)
+        return right(problem) if solved and luck in (None, 0) else wrong(problem, luck)
+
+
+def user(text):
+    return f"<|user|>{text}<|end|>"
+
+
+def assistant(text):
+    return f"<|assistant|>{text}<|end|>"
+
+
+def right(problem):
+    return f"<answer>{solutions(problem.nums, problem.target)[0][1]}</answer>"
+
+
+def wrong(problem, luck=None):
+    return f"<answer>{problem.nums[0]} + {luck or 0}</answer>"
+
+
+def reflected(problem):
+    return f"I failed on {problem.id}."
+
+
+@pytest.fixture
+def runner(tokenizer):
+    """A function of the engine's options: a fresh runner."""
+    limits = Limits(64, 64, 64)
+    return lambda **options: Runner(TableEngine(tokenizer, **options), Chat(tokenizer), TASK, limits)
+
+
+def run(runner, out, problems=PROBLEMS, **options):
+    return run_episodes(runner, problems, Policy("vanilla", 3, "nano", "none"), out, **options)
+
+
+def in_order(table):
+    return table.sort_values(["problem_id", "condition"]).reset_index(drop=True)
+
+
+def test_rows_have_the_schema_and_second_tries_are_for_failures_only(runner, tmp_path):
+    table = run(runner(), tmp_path)
+    assert list(table.columns) == COLUMNS
+    first, second = table[table.condition == "first_try"], table[table.condition != "first_try"]
+    assert list(first.problem_id) == [p.id for p in PROBLEMS]
+    assert set(first.problem_id[first.attempt_reason == "ok"]) == KNOWN
+    failed = {p.id for p in PROBLEMS} - KNOWN
+    assert Counter(zip(second.problem_id, second.condition)) == {(p, c.value): 1 for p in failed for c in SECOND_TRIES}
+    assert first[["reflection", "retry", "retry_reason", "reflection_tokens", "retry_tokens"]].isna().all(axis=None)
+    without = second.condition.isin(["resample", "retry", "retry_sampled"])
+    assert (second.reflection.isna() == without).all() and (second.reflection_tokens.isna() == without).all()
+    assert second[["retry", "retry_reason", "retry_tokens"]].notna().all(axis=None)
+
+
+def test_rows_say_who_answered_what(runner, tokenizer, tmp_path):
+    table = run(runner(), tmp_path, split="validation")
+    constant = dict(
+        task="countdown",
+        split="validation",
+        policy="vanilla",
+        seed=3,
+        sample=0,
+        model="nano",
+        adapter="none",
+        schema_version=1,
+    )
+    assert {name: set(table[name]) for name in constant} == {name: {value} for name, value in constant.items()}
+    row = table[(table.problem_id == PROBLEMS[1].id) & (table.condition == "reflect_retry")].iloc[0]
+    assert row.prompt == TASK.messages(PROBLEMS[1])[0]["content"]
+    assert (row.attempt, row.attempt_reason) == (wrong(PROBLEMS[1]), "wrong_numbers")
+    assert (row.reflection, row.retry, row.retry_reason) == (reflected(PROBLEMS[1]), right(PROBLEMS[1]), "ok")
+    texts = (row.attempt, row.reflection, row.retry)
+    counts = (row.attempt_tokens, row.reflection_tokens, row.retry_tokens)
+    assert counts == tuple(len(tokenizer.encode(text)) + 1 for text in texts)  # and the end of turn
+
+
+def test_each_condition_asks_what_it_says(runner, tmp_path):
+    """The seven conditions' prompts, decoded, and their temperatures."""
+    one = runner()
+    run(one, tmp_path)
+    failed = [p for p in PROBLEMS if p.id not in KNOWN]
+    task = {p: user(TASK.messages(p)[0]["content"]) for p in PROBLEMS}
+    told = {p: task[p] + assistant(wrong(p)) for p in failed}
+    asked = {p: told[p] + user(TASK.reflection_prompt) for p in failed}
+    again = user(TASK.retry_prompt)
+    expected = [
+        (task.values(), 0),
+        (asked.values(), 0),
+        ([task[p] for p in failed], 1),
+        ([told[p] + user(TASK.blind_retry_prompt) for p in failed], 0),
+        ([told[p] + user(TASK.blind_retry_prompt) for p in failed], 1),
+        ([asked[p] + assistant(TASK.generic_reflection) + again for p in failed], 0),
+        (None, 0),
+        ([asked[p] + assistant(reflected(p)) + again for p in failed], 0),
+    ]
+    assert [sampling.temperature for _, sampling in one.engine.calls] == [t for _, t in expected]
+    for (texts, _), (wanted, _) in zip(one.engine.calls, expected):
+        assert wanted is None or texts == [text + "<|assistant|>" for text in wanted]
+    shuffled = one.engine.calls[6][0]
+    dealt = [
+        text.removeprefix(asked[p]).split("<|end|>")[0].removeprefix("<|assistant|>")
+        for p, text in zip(failed, shuffled)
+    ]
+    assert sorted(dealt) == sorted(map(reflected, failed))
+    assert all(text != reflected(p) for p, text in zip(failed, dealt))
+
+
+def test_shuffled_rows_hold_the_reflection_of_another_problem(runner, tmp_path):
+    table = run(runner(), tmp_path)
+    rows = table[table.condition == "shuffled_reflection"]
+    assert all(problem not in text for problem, text in zip(rows.problem_id, rows.reflection))
+    assert len(set(rows.reflection)) == len(rows)
+
+
+@given(st.integers(2, 40), st.integers(0, 99))
+def test_a_derangement_moves_everything_and_loses_nothing(count, seed):
+    items = list(range(count))
+    moved = deranged(items, seed)
+    assert sorted(moved) == items and all(a != b for a, b in zip(items, moved))
+    assert moved == deranged(items, seed)
+
+
+def test_one_item_cannot_be_deranged():
+    with pytest.raises(R3Error, match="at least 2 failures"):
+        deranged(["alone"], 0)
+
+
+def test_a_single_failure_loses_its_shuffled_row_and_nothing_else(runner, tmp_path):
+    said = []
+    table = run(runner(), tmp_path, PROBLEMS[:2], say=said.append)
+    assert set(table.condition) == {c.value for c in Condition} - {"shuffled_reflection"}
+    assert any(PROBLEMS[1].id in line and "shuffled_reflection left out" in line for line in said)
+
+
+def test_no_failure_leaves_first_tries_only(runner, tmp_path):
+    table = run(runner(known={p.id for p in PROBLEMS}), tmp_path)
+    assert set(table.condition) == {"first_try"} and len(table) == len(PROBLEMS)
+    assert table.reflection.isna().all()
+
+
+def test_only_the_conditions_asked_for_are_run(runner, tmp_path):
+    one = runner()
+    table = run(one, tmp_path, conditions=[Condition.first_try, Condition.resample])
+    assert set(table.condition) == {"first_try", "resample"} and len(one.engine.calls) == 2
+
+
+def test_a_killed_run_resumes_with_the_same_rows_and_keeps_the_finished_shard(runner, tmp_path):
+    whole = run(runner(), tmp_path / "whole", shard=3)
+    killed = runner(dies_at=11)  # 8 calls a shard: in the middle of the second
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, tmp_path / "killed", shard=3)
+    kept = tmp_path / "killed" / "shard-000000.parquet"
+    before = kept.stat().st_mtime_ns
+    resumed = runner()
+    pd.testing.assert_frame_equal(run(resumed, tmp_path / "killed", shard=3), whole)
+    assert kept.stat().st_mtime_ns == before
+    first_shard = [user(TASK.messages(p)[0]["content"]) for p in PROBLEMS[:3]]
+    assert not any(text.startswith(tuple(first_shard)) for texts, _ in resumed.engine.calls for text in texts)
+    again = runner()
+    pd.testing.assert_frame_equal(run(again, tmp_path / "killed", shard=3), whole)
+    assert again.engine.calls == []
+
+
+def test_results_do_not_depend_on_the_shards_but_for_the_shuffle(runner, tmp_path):
+    tables = [in_order(run(runner(), tmp_path / str(shard), shard=shard)) for shard in (3, 8)]
+    kept = [t[t.condition != "shuffled_reflection"].reset_index(drop=True) for t in tables]
+    assert kept[0].retry[kept[0].condition == "resample"].nunique() > 2
+    pd.testing.assert_frame_equal(*kept)
+
+
+def test_another_sampling_seed_gives_other_samples_and_the_same_greedy_rows(runner, tmp_path):
+    a, b = (in_order(run(runner(), tmp_path / str(seed), seed=seed)) for seed in (0, 1))
+    sampled = a.condition.isin(["resample", "retry_sampled"])
+    assert (a.retry[sampled] != b.retry[sampled]).any()
+    greedy = ~sampled & (a.condition != "shuffled_reflection")
+    pd.testing.assert_frame_equal(a[greedy], b[greedy])
+
+
+def test_progress_is_said_after_every_shard(runner, tmp_path):
+    said = []
+    run(runner(), tmp_path, shard=3, say=said.append)
+    assert said == [f"vanilla seed 3: {done}/8 problems" for done in (3, 6, 8)]
+
+
+def test_a_damaged_shard_is_named(runner, tmp_path):
+    run(runner(), tmp_path, shard=3)
+    damaged = tmp_path / "shard-000003.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    for read in (lambda: run(runner(), tmp_path, shard=3), lambda: read_episodes(tmp_path)):
+        with pytest.raises(R3Error, match=r"shard-000003.parquet is damaged .*: delete it and run again"):
+            read()
+
+
+def test_no_problems_and_no_episodes_are_refused(runner, tmp_path):
+    with pytest.raises(R3Error, match="no problems to run"):
+        run(runner(), tmp_path, [])
+    with pytest.raises(R3Error, match="no episodes in"):
+        read_episodes(tmp_path)
+
+
+def test_mining_keeps_each_failing_answer_once_with_its_count(runner):
+    """Four samples a problem: one is right, three are wrong in three ways; eight samples see each twice."""
+    mined = mine_failures(runner(), PROBLEMS, k=8, temperature=1.0)
+    assert Counter(f.problem.id for f in mined) == {p.id: 3 for p in PROBLEMS}
+    assert {f.count for f in mined} == {2}
+    assert all(not TASK.verify(f.attempt, f.problem).ok and f.reason == "wrong_numbers" for f in mined)
+    assert len({(f.problem.id, tuple(f.attempt_ids)) for f in mined}) == len(mined)
+
+
+def test_greedy_mining_keeps_what_the_best_answer_gets_wrong(runner, tokenizer):
+    mined = mine_failures(runner(), PROBLEMS, k=1, temperature=0.0)
+    assert [f.problem for f in mined] == [p for p in PROBLEMS if p.id not in KNOWN]
+    chat = Chat(tokenizer)
+    assert mined[0].prompt_ids == chat.prompt(TASK.messages(mined[0].problem))
+    assert chat.text(mined[0].attempt_ids) == mined[0].attempt
+
+
+def test_an_answer_cut_off_and_the_same_answer_finished_are_two_failures(runner, tokenizer):
+    one, ids = runner(), tokenizer.encode("<answer>1</answer>")
+    ended = [*ids, tokenizer.eos_token_id]
+    tries = [[Completion(i, [0.0] * len(i), i is ended) for i in (ids, ended, ids)]]
+    assert [f.count for f in failures_of(PROBLEMS[:1], tries, one)] == [2, 1]

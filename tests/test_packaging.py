@@ -1,0 +1,134 @@
+"""The package's files agree: pins, the two ways to install, imports, the commands, the offline tests."""
+
+import ast
+import re
+import socket
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import nbformat
+import pytest
+import pytest_socket
+import yaml
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CARD = {
+    "jupyterlab", "papermill", "torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "matplotlib",
+    "pandas",
+}  # fmt: skip
+
+
+def pins(requirements):
+    """Requirement strings as {name: version specifier}."""
+    return dict(re.fullmatch(r"([A-Za-z0-9_-]+)(.*)", line.split("#")[0].strip()).groups() for line in requirements)
+
+
+@pytest.fixture(scope="module")
+def conda():
+    return yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def from_pip(conda):
+    [section] = [part["pip"] for part in conda["dependencies"] if isinstance(part, dict)]
+    return section
+
+
+def test_conda_and_pip_users_get_the_same_versions(from_pip):
+    project = pins(PROJECT["dependencies"]) | pins(EXTRAS["gpu"]) | pins(EXTRAS["vllm"])
+    environment = pins(line for line in from_pip if not line.startswith("-"))
+    assert environment == {name: project[name] for name in environment}
+
+
+def test_the_conda_environment_has_the_ten_packages_and_this_one(conda, from_pip):
+    assert set(pins(line for line in from_pip if not line.startswith("-"))) == CARD
+    assert "-e ." in from_pip and {"python=3.11", "pip"} <= {p for p in conda["dependencies"] if isinstance(p, str)}
+    assert conda["name"] == "r3"
+
+
+def test_a_laptop_needs_neither_vllm_nor_bitsandbytes():
+    assert not {"vllm", "bitsandbytes"} & set(pins(PROJECT["dependencies"]))
+    assert "vllm" in pins(EXTRAS["vllm"]) and "bitsandbytes" in pins(EXTRAS["gpu"])
+
+
+def test_every_package_of_the_card_is_pinned_exactly():
+    project = pins(PROJECT["dependencies"]) | pins(EXTRAS["gpu"]) | pins(EXTRAS["vllm"])
+    assert all(project[name].startswith("==") for name in CARD)
+
+
+def imported(path):
+    """Top-level names that a module imports outside its functions."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def test_everything_that_the_library_imports_is_declared():
+    declared = {name.lower() for name in pins(PROJECT["dependencies"])}
+    owners = packages_distributions()
+    own = set(sys.stdlib_module_names) | {"r3lib"}
+    for path in (ROOT / "r3lib").rglob("*.py"):
+        for name in set(imported(path)) - own:
+            names = {owner.lower().replace("_", "-") for owner in owners.get(name, [])}
+            assert declared & names, f"{path.name} imports {name}"
+
+
+def test_the_environment_has_the_declared_versions():
+    """What the tests run on is what the project pins (a local build tag such as +cpu aside)."""
+    from importlib.metadata import version
+
+    exact = {name: spec[2:] for name, spec in pins(PROJECT["dependencies"]).items() if spec.startswith("==")}
+    assert {name: version(name).split("+")[0] for name in exact} == exact
+
+
+def dry_run(*arguments):
+    command = ["make", "--dry-run", "--always-make", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_reproduce_installs_then_passes_profile_task_and_settings():
+    lines = dry_run("reproduce", "PROFILE=smoke", "TASK=countdown", "SET=seeds=3 steps=4").splitlines()
+    assert lines[-1].endswith("r3 reproduce --profile smoke --task countdown --set seeds=3 --set steps=4")
+    torch = next(line for line in PROJECT["dependencies"] if line.startswith("torch=="))
+    assert any(line.endswith(f"pip install {torch}") for line in lines)
+    assert next(i for i, line in enumerate(lines) if torch in line) < lines.index(
+        ".venv/bin/python -m pip install -e '.[dev]'"
+    )
+
+
+def test_make_alone_prints_every_target_and_changes_nothing():
+    told = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in "install reproduce smoke test test-fast lab lint base-model clean".split():
+        assert re.search(rf"^  make {target} +\S", told, re.MULTILINE), target
+
+
+def test_an_unsupported_python_is_refused_in_one_line(tmp_path):
+    for name in ("python3.11", "python3"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["make", "install", f"VENV={tmp_path / 'venv'}"]
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "venv").exists()
+    assert done.stderr.splitlines()[0] == "r3 needs Python 3.11 or 3.12: install one and run make again"
+
+
+@pytest.mark.filterwarnings("ignore:A test tried to use socket")
+def test_tests_cannot_reach_the_network():
+    with socket.socket() as outside, pytest.raises(pytest_socket.SocketConnectBlockedError):
+        outside.connect(("192.0.2.1", 80))
+
+
+@pytest.mark.slow
+def test_a_notebook_kernel_runs_under_the_offline_rule():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
+    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    assert notebook.cells[0].outputs[0]["text"] == "42\n"

@@ -1,0 +1,257 @@
+"""The stage cache: what is kept, why anything runs again, and what a kill or a full disk leaves behind."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from r3lib import store
+from r3lib.errors import R3Error
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_fresh_run(monkeypatch):
+    monkeypatch.setenv("R3_FRESH", "")
+
+
+class Bench:
+    """A stage that writes its number of builds, and the lines that it said."""
+
+    def __init__(self, folder):
+        self.target, self.source = folder / "out" / "table.csv", folder / "source.txt"
+        self.source.write_text("one")
+        self.builds, self.said = 0, []
+
+    def run(self, config=None, version=1):
+        return store.stage(self.target, config or {"n": 1}, [self.source], self.build, version, self.said.append)
+
+    def build(self, work):
+        self.builds += 1
+        (work / self.target.name).write_text(f"build {self.builds}\n")
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(tmp_path)
+
+
+def test_second_run_is_cached_and_leaves_the_file_alone(bench):
+    assert bench.run().read_text() == "build 1\n"
+    assert bench.run().read_text() == "build 1\n"
+    assert bench.said == ["running table.csv: not there yet", "cached  table.csv"]
+    assert sorted(p.name for p in bench.target.parent.iterdir()) == ["table.csv", "table.csv.stage.json"]
+
+
+def test_changed_config_says_which_key_changed_and_how(bench):
+    bench.run({"steps": 40, "task": {"count": 3}})
+    bench.run({"steps": 20, "task": {"count": 3}})
+    assert bench.said[-1] == "running table.csv: config changed: steps 40 -> 20" and bench.builds == 2
+
+
+def test_changed_input_is_named(bench):
+    bench.run()
+    bench.source.write_text("two")
+    bench.run()
+    assert bench.said[-1] == "running table.csv: input changed: ../source.txt"
+
+
+def test_new_version_runs_again(bench):
+    bench.run()
+    bench.run(version=2)
+    assert bench.said[-1] == "running table.csv: version changed" and bench.builds == 2
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.write_text("bui"), lambda p: p.unlink()])
+def test_truncated_or_missing_file_is_computed_again_and_named(bench, damage):
+    bench.run()
+    damage(bench.target)
+    assert bench.run().read_text() == "build 2\n"
+    assert bench.said[-1] == "running table.csv: file missing or damaged: table.csv"
+
+
+def test_truncated_marker_is_computed_again(bench):
+    bench.run()
+    marker = bench.target.with_name("table.csv.stage.json")
+    marker.write_text(marker.read_text()[:50])
+    bench.run()
+    assert bench.said[-1] == "running table.csv: file missing or damaged: table.csv.stage.json"
+
+
+def test_folder_is_replaced_as_a_whole_and_checked_file_by_file(tmp_path):
+    said = []
+
+    def run(name):
+        def build(work):
+            (work / "adapter").mkdir(exist_ok=True)
+            (work / "adapter" / name).write_text(name)
+
+        return store.stage(tmp_path / "adapter", {"name": name}, [], build, say=said.append)
+
+    run("old")
+    assert [p.name for p in run("new").iterdir()] == ["new"]
+    (tmp_path / "adapter" / "new").write_text("changed by hand")
+    run("new")
+    assert said[-1] == "running adapter: file missing or damaged: new"
+
+
+def test_missing_input_is_named_before_anything_is_built(bench):
+    bench.source.unlink()
+    with pytest.raises(R3Error, match=r"source.txt is missing: run the step"):
+        bench.run()
+    assert bench.builds == 0
+
+
+def test_stage_that_makes_nothing_keeps_the_old_result(bench):
+    bench.run()
+    with pytest.raises(R3Error, match="table.csv is missing"):
+        store.stage(bench.target, {"n": 2}, [bench.source], lambda work: None, say=bench.said.append)
+    assert bench.target.read_text() == "build 1\n"
+    bench.run()
+    assert bench.said[-1] == "cached  table.csv"
+
+
+def test_fresh_run_computes_once_and_then_counts_as_cached(bench, monkeypatch):
+    bench.run()
+    store.set_fresh(True)
+    bench.run(), bench.run()
+    assert bench.builds == 2 and bench.said[1:] == ["running table.csv: fresh run", "cached  table.csv"]
+    store.set_fresh(True)
+    bench.run()
+    assert bench.builds == 3
+    store.set_fresh(False)
+    bench.run()
+    assert bench.builds == 3
+
+
+def test_fresh_run_does_not_take_over_shards_of_a_killed_one(tmp_path):
+    seen = []
+
+    def build(work):
+        seen.append(len(list(work.iterdir())))
+        (work / "shard").write_text("old")
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        (work / "t").write_text("done")
+
+    with pytest.raises(KeyboardInterrupt):
+        store.stage(tmp_path / "t", {}, [], build)
+    store.set_fresh(True)
+    store.stage(tmp_path / "t", {}, [], build)
+    assert seen == [0, 0]
+
+
+SHARDS = """
+import os, signal, sys
+from pathlib import Path
+from r3lib.store import stage
+
+def build(work):
+    for name in "abc":
+        if not (work / name).exists():
+            print("shard", name, flush=True)
+            (work / name).write_text(name)
+        if name == sys.argv[2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    (work / "t").write_text("".join((work / n).read_text() for n in "abc"))
+
+stage(Path(sys.argv[1]) / "t", {}, [], build)
+"""
+
+
+def test_killed_build_goes_on_from_its_own_shards(tmp_path):
+    def run(kill_after):
+        command = [sys.executable, "-c", SHARDS, str(tmp_path), kill_after]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    killed = run("b")
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "t").exists()
+    assert run("never").stdout.split("\n")[1:-1] == ["shard c"]
+    assert (tmp_path / "t").read_text() == "abc" and "cached" in run("never").stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t", "t.stage.json"]
+
+
+def test_kill_between_the_result_and_its_marker_claims_nothing(bench, monkeypatch):
+    bench.run()
+    monkeypatch.setattr(store, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        bench.run({"n": 2})
+    monkeypatch.undo()
+    os.environ["R3_FRESH"] = ""
+    assert bench.run({"n": 2}).read_text() == "build 3\n"
+    assert bench.said[-1] == "running table.csv: not there yet"
+
+
+def test_full_disk_is_one_line_and_the_next_run_resumes(tmp_path):
+    def full(work):
+        (work / "shard").write_text("1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(R3Error, match=r"no space left to write .*t: free disk space"):
+        store.stage(tmp_path / "t", {}, [], full)
+    store.stage(tmp_path / "t", {}, [], lambda work: (work / "shard").rename(work / "t"))
+    assert (tmp_path / "t").read_text() == "1"
+
+
+def test_other_write_errors_are_not_called_a_full_disk(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        store.write_atomic(tmp_path / "file" / "below", "x")
+
+
+def test_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    store.write_atomic(path, "old")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(R3Error, match="no space left"):
+        store.write_atomic(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_figure_is_saved_three_ways_and_the_manifest_says_where_it_came_from(tmp_path):
+    source = tmp_path / "episodes.parquet"
+    source.write_bytes(b"rows")
+    data = pd.DataFrame({"seed": ["0", "1", "all"], "rate": [0.1, 0.2, 0.15]})
+    figure = Figure()
+    figure.subplots().plot(data.rate)
+    png = store.save_figure(tmp_path, figure, "rates", data, "04_evaluation", "Rates", [source], seconds=3)
+    artefacts = json.loads((tmp_path / "manifest.json").read_text())["artefacts"]
+    assert sorted(artefacts) == ["figures/rates.csv", "figures/rates.png", "figures/rates.svg"]
+    entry = artefacts["figures/rates.png"]
+    assert entry["sha256"] == store.sha256(png) and entry["inputs"] == {"episodes.parquet": store.sha256(source)}
+    assert entry["notebook"] == "04_evaluation" and entry["cell"] == "Rates" and entry["seconds"] == 3
+    assert entry["seeds"] == ["0", "1", "all"] and entry["packages"]["pandas"] == pd.__version__
+    assert entry["hardware"]["cpus"] == os.cpu_count() and {"commit", "dirty"} <= entry.keys()
+
+
+def test_equal_data_give_equal_images(tmp_path):
+    def digests(name):
+        figure = Figure()
+        figure.subplots().plot([1, 2])
+        store.save_figure(tmp_path / name, figure, "f", pd.DataFrame({"x": [1, 2]}), "nb", "cell")
+        return [store.sha256(tmp_path / name / "figures" / f"f.{kind}") for kind in ("png", "svg", "csv")]
+
+    assert digests("a") == digests("b")
+
+
+def test_registering_again_updates_one_entry_and_keeps_the_others(tmp_path):
+    store.save_table(tmp_path, pd.DataFrame({"a": [1]}), "one", "nb", "first")
+    store.save_table(tmp_path, pd.DataFrame({"a": [1]}), "two", "nb", "first")
+    path = store.save_table(tmp_path, pd.DataFrame({"a": [2]}), "one", "nb", "second")
+    artefacts = json.loads((tmp_path / "manifest.json").read_text())["artefacts"]
+    assert {name: e["cell"] for name, e in artefacts.items()} == {"tables/one.csv": "second", "tables/two.csv": "first"}
+    assert artefacts["tables/one.csv"]["sha256"] == store.sha256(path)
+
+
+def test_damaged_manifest_is_reported_not_overwritten(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"artefacts": {')
+    with pytest.raises(R3Error, match="manifest.json is damaged: delete it"):
+        store.save_table(tmp_path, pd.DataFrame({"a": [1]}), "one", "nb", "cell")

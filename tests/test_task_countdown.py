@@ -1,0 +1,228 @@
+"""Countdown problems: seeded, distinct, solvable, never in two splits; and what is said about bad sources."""
+
+import json
+from fractions import Fraction
+from itertools import combinations, permutations
+
+import datasets
+import pandas as pd
+import pytest
+
+from r3lib.errors import R3Error
+from r3lib.tasks import CountdownProblem, CountdownTask, Task, load_task
+from r3lib.tasks.countdown import SPLITS, reachable, split_of
+
+SMALL = dict(count=3, largest=12, largest_target=40)
+ROWS = [((4, 6, 9), 19), ((2, 3, 7), 42), ((1, 5, 8), 12), ((4, 6, 9), 33), ((3, 3, 8, 8), 24)]
+
+
+def reaches(values, target):
+    """Brute force, independent of the package: combine any two values until one is left."""
+    if len(values) == 1:
+        return values[0] == target
+    for i, j in combinations(range(len(values)), 2):
+        a, b = values[i], values[j]
+        rest = [v for k, v in enumerate(values) if k not in (i, j)]
+        results = {a + b, a - b, b - a, a * b} | ({a / b} if b else set()) | ({b / a} if a else set())
+        if any(reaches([*rest, r], target) for r in results):
+            return True
+    return False
+
+
+def canonical(problem):
+    return (*sorted(problem.nums), problem.target)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Keep what `datasets` caches inside the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def write(tmp_path, cache):
+    """A function that writes rows as a data set folder and returns its path."""
+
+    def write(rows, kind="parquet", columns=("nums", "target")):
+        folder = tmp_path / kind
+        folder.mkdir()
+        rows = [dict(zip(columns, (list(nums), target))) for nums, target in rows]
+        if kind == "parquet":
+            pd.DataFrame(rows).to_parquet(folder / "train.parquet")
+        else:
+            (folder / "train.json").write_text("\n".join(map(json.dumps, rows)))
+        return str(folder)
+
+    return write
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_problems_are_a_function_of_split_count_and_seed(split):
+    task = load_task("countdown", **SMALL)
+    first = task.problems(split, 30, 7)
+    assert first == load_task("countdown", **SMALL).problems(split, 30, 7)
+    assert first != task.problems(split, 30, 8)
+    assert first[:10] == task.problems(split, 10, 7)
+    assert len({canonical(p) for p in first}) == len({p.id for p in first}) == 30
+
+
+@pytest.mark.parametrize(
+    "options, n",
+    [
+        (dict(count=3, largest=20, largest_target=99), 150),
+        (dict(count=4, largest=13, largest_target=50), 12),
+        (dict(count=(3, 4), largest=99, largest_target=999), 12),
+    ],
+)
+def test_every_problem_can_be_solved_and_keeps_to_its_ranges(options, n):
+    for problem in CountdownTask(**options).problems("train", n, 0):
+        assert reaches([Fraction(x) for x in problem.nums], problem.target)
+        assert 1 <= min(problem.nums) and max(problem.nums) <= options["largest"]
+        assert 1 <= problem.target <= options["largest_target"]
+
+
+def test_three_and_four_numbers_both_occur():
+    counts = {len(p.nums) for p in CountdownTask(largest=20).problems("train", 20, 0)}
+    assert counts == {3, 4}
+
+
+def test_reachable_is_all_that_brute_force_reaches():
+    for nums in [(1, 2, 3), (4, 4, 4), (3, 7, 13), (0, 5, 5), (8, 8, 3, 3), (7,)]:
+        values = [Fraction(x) for x in nums]
+        assert [t for t in range(-80, 80) if reaches(values, t)] == [
+            t for t in reachable(tuple(sorted(nums))) if -80 <= t < 80
+        ]
+
+
+def test_no_problem_stands_in_two_splits_in_any_order_of_its_numbers():
+    task = CountdownTask(count=3, largest=12, largest_target=40)
+    found = {split: {canonical(p) for p in task.problems(split, 80, 1)} for split in SPLITS}
+    assert not found["train"] & found["test"]
+    assert not found["train"] & found["validation"]
+    assert not found["validation"] & found["test"]
+    for problem in task.problems("test", 40, 2):
+        shuffles = [CountdownProblem(nums, problem.target) for nums in permutations(problem.nums)]
+        assert {p.id for p in shuffles} == {problem.id} and {split_of(p) for p in shuffles} == {"test"}
+
+
+def test_the_splits_share_problems_as_stated():
+    drawn = [
+        split_of(CountdownProblem((a, b, c), t))
+        for a in range(9)
+        for b in range(a)
+        for c in range(b)
+        for t in range(60)
+    ]
+    shares = {split: drawn.count(split) / len(drawn) for split in SPLITS}
+    assert shares == pytest.approx({"train": 0.80, "validation": 0.05, "test": 0.15}, abs=0.02)
+
+
+def test_asking_for_more_than_there_are_says_how_many_there_are():
+    task = CountdownTask(count=2, largest=4, largest_target=5)
+    with pytest.raises(R3Error, match=r"holds only about \d+ distinct problems .* 400 were asked for: ask for fewer"):
+        task.problems("train", 400, 0)
+
+
+@pytest.mark.parametrize(
+    "split, n, said", [("tset", 3, "'tset': use one of train"), ("test", 0, "n=0"), ("test", -2, "n=-2")]
+)
+def test_an_unknown_split_and_an_empty_request_are_refused(split, n, said):
+    with pytest.raises(R3Error, match=said):
+        CountdownTask(**SMALL).problems(split, n, 0)
+
+
+@pytest.mark.parametrize("bad", [dict(count=5), dict(count=1), dict(count=()), dict(largest=1), dict(largest_target=0)])
+def test_options_that_admit_no_problem_are_refused(bad):
+    with pytest.raises(R3Error, match="use counts of 2 to 4"):
+        load_task("countdown", **bad)
+
+
+def test_a_misspelt_task_is_told_the_nearest_name():
+    with pytest.raises(R3Error, match="unknown task 'countdwon': did you mean 'countdown'"):
+        load_task("countdwon")
+    with pytest.raises(R3Error, match="unknown task 'zzz': known: .*countdown"):
+        load_task("zzz")
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(R3Error, match="task 'countdown': .*'bigest'"):
+        load_task("countdown", bigest=20)
+
+
+def test_the_prompts_are_the_papers():
+    task = load_task("countdown")
+    (message,) = task.messages(CountdownProblem((4, 73, 4, 23), 76))
+    assert message["role"] == "user"
+    assert message["content"].startswith(
+        "Using the numbers [4, 73, 4, 23], create an equation that equals 76. You can use basic arithmetic "
+        "operations (+, -, *, /) one or multiple times but each number can only be used once."
+    )
+    assert task.reflection_prompt == (
+        "You tried solving the problem and got the wrong answer. Reflect on what went wrong and write a short "
+        "explanation that will help you do better next time."
+    )
+
+
+def test_the_task_judges_with_the_verifier_and_knows_its_reasons():
+    task, problem = load_task("countdown"), CountdownProblem((4, 6, 9), 19)
+    assert task.verify("<answer>4 + 6 + 9</answer>", problem).ok
+    wrong = ["4 + 6", "<answer>4 +</answer>", "<answer>10 + 9</answer>", "<answer>4 * 6 + 9</answer>"]
+    assert tuple(task.verify(text, problem).reason for text in wrong) == task.reasons
+
+
+def test_a_task_of_ones_own_that_lacks_a_method_is_told_which():
+    task = Task()
+    for call in (lambda: task.problems("train", 1, 0), lambda: task.messages(None), lambda: task.verify("", None)):
+        with pytest.raises(TypeError, match="task Task does not define (problems|messages|verify)"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_a_local_folder_of_the_data_set_is_read(write, kind):
+    source = write(ROWS, kind)
+    available = [p for p in (CountdownProblem(nums, target) for nums, target in ROWS) if split_of(p) == "train"]
+    read = CountdownTask(source=source).problems("train", len(available), 0)
+    assert sorted(p.id for p in read) == sorted(p.id for p in available)
+    assert all(isinstance(p.nums, tuple) for p in read)
+
+
+def test_a_single_file_is_read_and_a_permuted_row_counts_once(write):
+    source = write([((6, 9, 4), 19), ((4, 6, 9), 19), ((9, 4, 6), 19)]) + "/train.parquet"
+    split = split_of(CountdownProblem((4, 6, 9), 19))
+    assert [p.id for p in CountdownTask(source=source).problems(split, 1, 0)] == ["4-6-9=19"]
+    with pytest.raises(R3Error, match=f"has 1 {split} problems, 2 were asked for"):
+        CountdownTask(source=source).problems(split, 2, 0)
+
+
+def test_a_data_set_with_a_wrong_column_is_told_what_is_needed(write):
+    source = write(ROWS, columns=("numbers", "target"))
+    with pytest.raises(R3Error, match="has columns .*numbers.* Countdown needs `nums`"):
+        CountdownTask(source=source).problems("train", 1, 0)
+
+
+@pytest.mark.parametrize("row", [((1, 1, 1), 50), ((), 5)])
+def test_an_unsolvable_row_is_named(write, row):
+    source = write([*ROWS[:3], row], kind="json")
+    with pytest.raises(R3Error, match=r"row 3: nums=\[.*target=\d+ is no solvable problem"):
+        CountdownTask(source=source).problems("train", 1, 0)
+
+
+def test_targets_that_are_no_whole_numbers_are_refused(write):
+    source = write([((4, 6, 9), 19.5)])
+    with pytest.raises(R3Error, match="row 0: .*target=19.5 is no solvable problem of whole numbers"):
+        CountdownTask(source=source).problems("train", 1, 0)
+
+
+def test_a_missing_path_is_one_line(tmp_path, cache):
+    with pytest.raises(R3Error, match="cannot read Countdown problems from .*missing.*check the path") as error:
+        CountdownTask(source=str(tmp_path / "missing")).problems("train", 1, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreachable_hub_says_what_to_use_instead(monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(R3Error, match=r"from 'hub' \(ConnectionError\): .*source=\"generator\""):
+        CountdownTask(source="hub").problems("train", 1, 0)

@@ -1,0 +1,214 @@
+"""What `r3lib/trainer.py` relies on in TRL, observed on the installed TRL: an upgrade that breaks it fails here."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, small_lora, tiny_model
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerState
+from trl import GRPOConfig, GRPOTrainer
+
+from r3lib.trainer import METRICS, R3Config, R3Trainer, rollout
+
+REFLECTION = [[30, 31, 32], [40, 41], [50, 51, 52, 1], [60, 1]]  # completions of a group, two of them finished
+
+
+class Notes(TrainerCallback):
+    """Gradients just before each optimizer step, and every log line."""
+
+    def __init__(self):
+        self.gradients, self.logs = [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    def on_log(self, args, state, control, logs=None, **_):
+        self.logs.append(dict(logs))
+
+
+def train(tokenizer, folder, steps=2, env_mask=None, rewards=(0.0, 1.0, 0.0, 1.0), **changes):
+    """A plain GRPO run of 2 groups of 4 a step, in 2 learning forwards; returns all that its hooks were given."""
+    seen = SimpleNamespace(prompts=[], steps=[], kwargs=[], notes=Notes())
+
+    def spy(prompts, trainer):
+        seen.prompts.append(prompts)
+        seen.steps.append(trainer.state.global_step)
+        ids = [REFLECTION[i % 4] for i in range(len(prompts))]
+        output = {"prompt_ids": [[20, 21, 22]] * len(ids), "completion_ids": ids, "logprobs": None}
+        output["verdict"] = [rewards[i % 4] for i in range(len(ids))]
+        output["owner"] = [f"rollout {i}" for i in range(len(ids))]
+        return output | ({"env_mask": [env_mask(row) for row in ids]} if env_mask else {})
+
+    def reward(completions, verdict, **kwargs):
+        seen.kwargs.append(kwargs)
+        return verdict
+
+    rows = [{"prompt": [{"role": "user", "content": "?", "failure": i}], "owner": "dataset"} for i in range(2 * steps)]
+    settings = dict(
+        output_dir=str(folder), max_steps=steps, num_generations=4, per_device_train_batch_size=4, beta=0.0,
+        gradient_accumulation_steps=2, max_completion_length=8, shuffle_dataset=False, bf16=False, use_cpu=True,
+        gradient_checkpointing=False, logging_steps=1, save_strategy="no", loss_type="dr_grpo", max_grad_norm=0.0,
+        disable_tqdm=True, report_to="none",
+    )  # fmt: skip
+    seen.trainer = GRPOTrainer(
+        model=tiny_model("llama", len(tokenizer)), args=GRPOConfig(**(settings | changes)), reward_funcs=reward,
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer, rollout_func=spy, callbacks=[seen.notes],
+    )  # fmt: skip
+    seen.trainer.train()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def plain(tokenizer, tmp_path_factory):
+    return train(tokenizer, tmp_path_factory.mktemp("plain"))
+
+
+def test_prompts_arrive_repeated_and_contiguous_a_whole_step_at_once(plain):
+    indices = [[prompt[0]["failure"] for prompt in prompts] for prompts in plain.prompts]
+    assert indices == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
+
+
+def test_a_custom_key_survives_inside_a_message(plain):
+    assert plain.prompts[0][4] == [{"role": "user", "content": "?", "failure": 1}]
+
+
+def test_one_rollout_a_step_sees_the_step_about_to_be_taken(plain):
+    assert plain.steps == [0, 1] and plain.trainer._step == 4
+
+
+def test_extra_keys_reach_the_reward_and_overwrite_the_dataset_column(plain):
+    assert plain.kwargs[0]["owner"] == [f"rollout {i}" for i in range(8)]
+
+
+def test_rows_are_logged_in_the_order_of_the_rollout(plain):
+    assert [*plain.trainer._logs["rewards"]["reward"]][:8] == [0.0, 1.0, 0.0, 1.0] * 2
+
+
+def test_the_logs_hold_every_metric_that_we_write(plain):
+    assert set(METRICS.values()) - {"kl"} <= plain.notes.logs[0].keys()
+
+
+def test_tokens_count_prompt_and_completion(plain):
+    assert plain.notes.logs[0]["num_tokens"] == 8 * 3 + 2 * sum(map(len, REFLECTION))
+
+
+def test_env_mask_multiplies_loss_and_token_count(plain, tokenizer, tmp_path):
+    none = train(tokenizer, tmp_path, steps=1, env_mask=lambda ids: [0] * len(ids))
+    assert all((g == 0).all() for g in none.notes.gradients[0].values())
+    assert none.notes.logs[0]["num_tokens"] == 8 * 3
+    every = train(tokenizer, tmp_path, steps=1, env_mask=lambda ids: [1] * len(ids))
+    first = plain.notes.gradients[0]
+    assert all(torch.equal(g, first[n]) for n, g in every.notes.gradients[0].items())
+    assert every.notes.logs[0]["num_tokens"] == plain.notes.logs[0]["num_tokens"]
+
+
+def test_groups_that_agree_carry_no_gradient_and_are_counted(tokenizer, tmp_path):
+    run = train(tokenizer, tmp_path, steps=1, rewards=(1.0,) * 4)
+    assert run.notes.logs[0]["frac_reward_zero_std"] == 1.0
+    assert all((g == 0).all() for g in run.notes.gradients[0].values())
+
+
+def test_dr_grpo_divides_by_a_constant_and_grpo_by_each_length(tokenizer, tmp_path):
+    """Halving every completion's mask halves dr_grpo's scale but not grpo's: which is why a profile names one."""
+    losses = {}
+    for kind in ("dr_grpo", "grpo"):
+        first = train(tokenizer, tmp_path, 1, lambda ids: [1] + [0] * (len(ids) - 1), loss_type=kind, learning_rate=0.0)
+        losses[kind] = {n: g.norm() for n, g in first.notes.gradients[0].items()}
+    ratios = torch.stack([losses["grpo"][n] / losses["dr_grpo"][n] for n in losses["grpo"]])
+    torch.testing.assert_close(ratios, torch.full_like(ratios, 8.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "ours"),
+    [
+        ("loss_type", "dapo", "grpo"),
+        ("beta", 0.0, 0.001),
+        ("use_bias_correction_kl", True, False),
+        ("learning_rate", 1e-6, 5e-7),
+        ("lr_scheduler_type", "linear", "cosine"),
+        ("warmup_steps", 0, 0.03),
+        ("shuffle_dataset", True, False),
+        ("scale_rewards", "group", "group"),
+        ("epsilon", 0.2, 0.2),
+        ("num_iterations", 1, 1),
+        ("temperature", 1.0, 1.0),
+        ("multi_objective_aggregation", "sum_then_normalize", "sum_then_normalize"),
+        ("importance_sampling_level", "token", "token"),
+    ],
+)
+def test_defaults(tmp_path, name, theirs, ours):
+    trl = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    assert getattr(trl, name) == theirs, "TRL's default moved: look at R3Config again"
+    assert getattr(R3Config(output_dir=str(tmp_path), use_cpu=True), name) == ours
+
+
+def test_trl_would_train_in_bf16_with_checkpointing_even_on_cpu(tmp_path):
+    trl = GRPOConfig(output_dir=str(tmp_path), use_cpu=True)
+    ours = R3Config(output_dir=str(tmp_path), use_cpu=True)
+    assert (trl.bf16, trl.gradient_checkpointing) == (True, True)
+    assert (ours.bf16, ours.fp16, ours.gradient_checkpointing) == (False, False, False)
+
+
+def test_trl_casts_the_adapters_of_a_quantized_model_and_we_cast_them_back(tiny, tokenizer, tmp_path):
+    dtypes = {}
+    for kind in ("trl", "r3"):
+        model, task = tiny(), CoinTask(count=3, largest=20)
+        model.is_loaded_in_4bit = True  # all that TRL looks at
+        shared = dict(model=model, args=small_config(tmp_path), peft_config=small_lora(), processing_class=tokenizer)
+        if kind == "trl":
+            rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "?"}]}])
+            trainer = GRPOTrainer(reward_funcs=lambda **_: [], train_dataset=rows, rollout_func=rollout, **shared)
+        else:
+            trainer = R3Trainer(task=task, failures=coin_failures(tokenizer, 2, task), **shared)
+        dtypes[kind] = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+    assert dtypes == {"trl": {torch.bfloat16}, "r3": {torch.float32}}
+
+
+# resuming
+
+
+def r3(tiny, tokenizer, folder, rollout_func=rollout, **changes):
+    task = CoinTask(count=3, largest=20)
+    trainer = R3Trainer(
+        model=tiny(), args=small_config(folder, save_strategy="steps", save_steps=1, **changes), task=task,
+        failures=coin_failures(tokenizer, 4, task), peft_config=small_lora(), processing_class=tokenizer,
+        engine=ScriptedEngine(tokenizer),
+    )  # fmt: skip
+    trainer.rollout_func = rollout_func
+    return trainer
+
+
+def test_resuming_restarts_the_step_counter_and_samples_the_next_failures(tiny, tokenizer, tmp_path):
+    seen = []
+
+    def spy(prompts, trainer):
+        indices = [p[0]["failure"] for p in prompts[::4]]
+        seen.append((trainer._step, trainer.state.global_step, indices))
+        return rollout(prompts, trainer)
+
+    options = dict(max_steps=3, per_device_train_batch_size=4, save_total_limit=3)
+    r3(tiny, tokenizer, tmp_path, spy, **options).train()
+    whole, seen[:] = list(seen), []
+    assert [step for step, *_ in whole] == [0, 2, 4]
+    r3(tiny, tokenizer, tmp_path, spy, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [step for step, *_ in seen] == [0, 2], "TRL's own counter starts again"
+    assert [rest for _, *rest in seen] == [rest for _, *rest in whole[1:]]
+
+
+def test_a_checkpoint_is_complete_once_its_state_is_written(tiny, tokenizer, tmp_path, monkeypatch):
+    """`last_checkpoint` takes a readable trainer_state.json for the mark of a complete checkpoint."""
+    before, save = [], TrainerState.save_to_json
+
+    def spy(state, path):
+        before.append({p.name for p in Path(path).parent.iterdir()})
+        save(state, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", spy)
+    r3(tiny, tokenizer, tmp_path, max_steps=1).train()
+    saved = {p.name for p in (tmp_path / "checkpoint-1").iterdir()}
+    assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= before[0]
+    assert saved - before[0] == {"trainer_state.json"}
+    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
