@@ -30,7 +30,7 @@ class PretrainConfig:
     """One setting of the pretraining; `steps` batches of `batch` conversations."""
 
     seed: int = 0
-    steps: int = 5000
+    steps: int = 6000
     batch: int = 64
     lr: float = 4e-3
     decay: float = 0.4  # last share of the steps, over which the learning rate falls to zero
@@ -47,11 +47,11 @@ def training_task() -> CountdownTask:
 
 
 def conversations(seed: int, start: int = 0) -> Iterator[list[tuple[str, str, bool]]]:
-    """Yield conversation number `start`, `start` + 1, ... of the corpus; training problems only."""
+    """Yield conversation number `start`, `start` + 1, ... of the corpus; problems of the split "pretrain" only."""
     task = training_task()
 
     def draw(random: Random):
-        while split_of(problem := task.draw(random)) != "train":
+        while split_of(problem := task.draw(random)) != "pretrain":
             pass
         return problem
 
@@ -139,12 +139,51 @@ def loss_of(model, rows, tokens: float) -> torch.Tensor:
     return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][learn], reduction="sum") / tokens
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz steps (Jordan et al., 2024), for matrices.
+
+    As torch.optim.Muon with its update scaled to AdamW's size, but in fp32 and with matrices of one shape
+    together: its bf16 products one at a time take most of a training step on a CPU.
+    """
+
+    def __init__(self, matrices, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every matrix from its gradient."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list] = {}
+            for matrix in group["params"]:
+                shapes.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in shapes.items():
+                updates = []
+                for matrix in matrices:
+                    buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                    buffer.lerp_(matrix.grad, 1 - group["momentum"])
+                    updates.append(matrix.grad.lerp(buffer, group["momentum"]))  # Nesterov's look ahead
+                size = group["lr"] * 0.2 * max(shape) ** 0.5  # root mean square of AdamW's updates
+                for matrix, update in zip(matrices, orthogonal(torch.stack(updates))):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Five Newton-Schulz steps that bring the singular values of each matrix, shape (n, rows, columns), near 1."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x
+
+
 def optimizers(model, config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
     return [
-        torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=config.lr),
         torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

@@ -87,7 +87,7 @@ def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:
         env["LD_PRELOAD"] = f"{TCMALLOC}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
     if fresh or os.environ.get("R3_FRESH") == "1":
         env["R3_FRESH"] = str(time.time_ns())  # one run: what an earlier notebook made afresh counts as cached
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
 
     class ThisInterpreter(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=command, env=env, display_name="Python 3", language="python")

@@ -179,9 +179,7 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     retry_seeds = [Random(f"{seeds[i // args.num_generations]}/{i}").getrandbits(32) for i in range(len(rows))]
     sampling = Sampling(args.max_retry_length, args.retry_temperature)
     retries = [r[0] for r in runner.engine.generate(retry_prompts, 1, sampling, retry_seeds)]
-    verdicts = [
-        runner.task.verify(runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)
-    ]
+    verdicts = [runner.task.verify(runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)]
     trainer.r3_metrics = {
         "reflection_tokens": sum(len(c.ids) for _, _, c in rows) / len(rows),
         "seconds_sampling": time.perf_counter() - started,

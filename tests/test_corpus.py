@@ -1,7 +1,6 @@
 """The corpus of the embedded model: training problems only, right arithmetic, styles as stated."""
 
 import re
-from fractions import Fraction
 from itertools import islice
 from random import Random
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from r3lib.tasks.countdown_corpus import (
     BLIND,
     DIRECT,
     FOREIGN,
+    MOST_TRIES,
     STYLES,
     VAGUE,
     reflection,
@@ -92,8 +92,8 @@ def asked(turns):
 
 
 def test_no_held_out_problem_is_in_the_corpus_not_even_in_a_foreign_reflection(corpus):
-    assert {split_of(asked(talk.turns)) for talk in corpus} == {"train"}
-    assert {split_of(problem) for talk in corpus for problem in talk.drawn} == {"train"}
+    assert {split_of(asked(talk.turns)) for talk in corpus} == {"pretrain"}
+    assert {split_of(problem) for talk in corpus for problem in talk.drawn} == {"pretrain"}
     assert all(asked(talk.turns) == talk.problem for talk in corpus)
     assert sum(len(talk.drawn) == 2 for talk in corpus) > 200  # the foreign ones
 
@@ -122,27 +122,36 @@ def test_only_right_answers_and_own_reflections_are_learned(corpus):
         assert not any(learn for role, _, learn in turns if role == "user")
 
 
-def test_steps_of_worked_reflections_are_right_and_its_yes_solves_the_problem(reflections):
+def steps_of(text):
+    """The steps of a search in pairs, each pair an equation on the given numbers."""
+    steps = STEP.findall(text)
+    assert all(map(right, steps)) and len(steps) % 2 == 0
+    return list(zip(steps[::2], steps[1::2]))
+
+
+def test_a_search_computes_rightly_says_no_to_all_that_miss_and_yes_to_what_reaches_the_target(reflections):
     endings = set()
-    for text, own, problem, talk in of_style(reflections, "worked"):
-        tries, yes, equation = text.partition("yes. ")
-        assert all(map(right, STEP.findall(tries)))
-        endings.add(bool(yes))
-        if yes:
-            assert TASK.verify(f"<answer>{equation.removesuffix('.')}</answer>", problem).ok
-            assert not own or talk.turns[-1][1] == f"<answer>{equation.partition(' = ')[0]}</answer>"
-        else:
-            assert text.endswith("no. I did not find it.")
-    assert endings == {True, False}
+    for text, own, problem, talk in of_style(reflections, "search"):
+        words = re.findall(r", (yes|no)\.", text)
+        hits = [int(last[3]) == problem.target for _, last in steps_of(text)]
+        assert [word == "yes" for word in words] == hits and not any(hits[:-1])
+        endings.add(text.split(", ")[-1] if hits[-1] else text[text.rindex(", no. ") + 6 :])
+        if hits[-1] and own:
+            (first, last), equation = steps_of(text)[-1], answer(talk.turns[-1][1])
+            assert f"({' '.join(first[:3])})" in equation and value(equation) == int(last[3])
+    assert endings == {"yes.", "I did not find it."}
 
 
-def test_needs_of_worked_reflections_lead_to_the_target(reflections):
-    for text, _, problem, _ in of_style(reflections, "worked"):
-        for last, needs in re.findall(r" (\d+) last: need ([\d, ]+)\.", text):
-            b = Fraction(last)
-            for a in map(Fraction, needs.split(", ")):
-                reached = {a + b, a - b, b - a, a * b, a / b} | ({b / a} if a else set())
-                assert problem.target in reached
+def test_a_search_uses_each_given_number_once_in_every_try_and_repeats_none(reflections):
+    longest = 0
+    for text, _, problem, _ in of_style(reflections, "search"):
+        tries = steps_of(text)
+        for first, last in tries:
+            used = [first[0], first[2], last[0], last[2]]
+            used.remove(first[3])
+            assert sorted(map(int, used)) == sorted(problem.nums)
+        longest = max(longest, len(tries))
+    assert 6 < longest <= MOST_TRIES
 
 
 def test_diagnoses_state_what_the_attempt_gives_and_by_how_much_it_misses(reflections):
@@ -180,13 +189,13 @@ def test_shares_of_kinds_and_styles_are_near_those_stated(corpus, reflections):
 @pytest.mark.parametrize("name", STYLES)
 def test_style_recognises_every_reflection_as_what_made_it(name):
     random = Random(5)
-    for problem in TASK.problems("train", 300, 5):
+    for problem in TASK.problems("pretrain", 300, 5):
         text = reflection(problem, wrong_attempt(problem, random), random, name)
         assert style(text) == TASK.style(text) == name, text
 
 
 def test_text_of_no_style_is_other():
-    assert style("") == style("The sky is blue.") == style("Worked backwards.") == "other"
+    assert style("") == style("The sky is blue.") == style("I try.") == "other"
 
 
 def test_solutions_verify_and_exist_for_every_problem():

@@ -97,8 +97,7 @@ def test_reachable_is_all_that_brute_force_reaches():
 def test_no_problem_stands_in_two_splits_in_any_order_of_its_numbers():
     task = CountdownTask(count=3, largest=12, largest_target=40)
     found = {split: {canonical(p) for p in task.problems(split, 80, 1)} for split in SPLITS}
-    assert not found["train"] & found["test"]
-    assert not found["train"] & found["validation"]
+    assert all(not found[a] & found[b] for a, b in combinations(SPLITS, 2))
     assert not found["validation"] & found["test"]
     for problem in task.problems("test", 40, 2):
         shuffles = [CountdownProblem(nums, problem.target) for nums in permutations(problem.nums)]
@@ -114,7 +113,7 @@ def test_the_splits_share_problems_as_stated():
         for t in range(60)
     ]
     shares = {split: drawn.count(split) / len(drawn) for split in SPLITS}
-    assert shares == pytest.approx({"train": 0.80, "validation": 0.05, "test": 0.15}, abs=0.02)
+    assert shares == pytest.approx({"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}, abs=0.02)
 
 
 def test_asking_for_more_than_there_are_says_how_many_there_are():
@@ -124,7 +123,7 @@ def test_asking_for_more_than_there_are_says_how_many_there_are():
 
 
 @pytest.mark.parametrize(
-    "split, n, said", [("tset", 3, "'tset': use one of train"), ("test", 0, "n=0"), ("test", -2, "n=-2")]
+    "split, n, said", [("tset", 3, "'tset': use one of pretrain, train"), ("test", 0, "n=0"), ("test", -2, "n=-2")]
 )
 def test_an_unknown_split_and_an_empty_request_are_refused(split, n, said):
     with pytest.raises(R3Error, match=said):

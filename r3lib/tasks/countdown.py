@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from math import gcd
 from pathlib import Path
 from random import Random
@@ -14,7 +15,7 @@ from ..verifiers.verdict import Verdict
 from .base import Task
 from .countdown_corpus import style
 
-SPLITS = ("train", "validation", "test")
+SPLITS = {"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}  # share of the problems
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 
 
@@ -32,9 +33,9 @@ class CountdownProblem:
 
 
 def split_of(problem: CountdownProblem) -> str:
-    """Assign a canonical problem to a split by hash: 80% train, 5% validation, 15% test."""
-    bucket = hashlib.sha256(problem.id.encode()).digest()[0] / 256
-    return "train" if bucket < 0.80 else "validation" if bucket < 0.85 else "test"
+    """Assign a canonical problem to a split by hash. Only "pretrain" is in the embedded model's corpus."""
+    place = int.from_bytes(hashlib.sha256(problem.id.encode()).digest()[:4]) / 2**32
+    return next(split for split, end in zip(SPLITS, accumulate(SPLITS.values())) if place < end)
 
 
 class CountdownTask(Task):
@@ -109,12 +110,11 @@ class CountdownTask(Task):
                 return CountdownProblem(nums, random.choice(targets))
 
     def _read(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
-        rows = [p for p in read_rows(self.source) if split_of(p) == split]
+        parts = {split} | ({"pretrain"} if split == "train" else set())  # no corpus was made from this source
+        rows = [p for p in read_rows(self.source) if split_of(p) in parts]
         distinct = list({p.id: p for p in rows}.values())
         if len(distinct) < n:
-            raise R3Error(
-                f"{self.source} has {len(distinct)} {split} problems, {n} were asked for: ask for fewer"
-            )
+            raise R3Error(f"{self.source} has {len(distinct)} {split} problems, {n} were asked for: ask for fewer")
         return Random(f"{seed}").sample(distinct, n)
 
 

@@ -9,9 +9,10 @@ import re
 from random import Random
 
 DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
-STYLES = {"vague": 0.24, "verbose": 0.22, "diagnosis": 0.22, "hint": 0.12, "worked": 0.20}
+STYLES = {"vague": 0.24, "verbose": 0.22, "diagnosis": 0.22, "hint": 0.12, "search": 0.20}
 FOREIGN = 0.06  # share of reflections that were written for another problem
-GIVE_UP = 0.10  # chance, after each failed part of a worked reflection, of stopping there
+FOUND, GIVE_UP = 0.40, 0.04  # chances that the next try of a search is a right one, that it stops after a wrong one
+MOST_TRIES = 9  # of one search
 
 VAGUE = (
     "I should read the problem again and be more careful.",
@@ -29,7 +30,7 @@ VERBOSE = (
     "Next time I will make sure that the answer is right.",
     "If the answer is not {target} then the answer is wrong.",
 )
-GAVE_UP = "I did not find it."
+SEARCH, GAVE_UP = "I try other ways.", "I did not find it."
 
 
 def solutions(nums, target) -> list[tuple[str, str]]:
@@ -67,15 +68,6 @@ def finish(step, value, last, target) -> list[str]:
     return [equation for equation, reaches in ways.items() if reaches]
 
 
-def needed(last, target) -> list[int]:
-    """The values of a first step from which `last` reaches `target`, as far as they can matter."""
-    values = [target + last, abs(target - last)]
-    values += [target // last] if target % last == 0 else []
-    values += [last // target] if last % target == 0 else []
-    values += [target * last] if target * last <= 300 else []
-    return sorted(set(values))
-
-
 def wrong_attempt(problem, random: Random) -> str:
     """A plausible wrong equation: mostly near the target, sometimes with wrong numbers or ill-formed."""
     kind = random.choices(("missed", "numbers", "form"), (0.75, 0.2, 0.05))[0]
@@ -101,9 +93,8 @@ def _random_equation(nums, random: Random) -> tuple[str, int]:
 def reflection(problem, attempt: str, random: Random, name: str | None = None) -> str:
     """A reflection on `attempt`, in the style `name` (by default drawn with the shares in STYLES)."""
     name = name or random.choices(list(STYLES), STYLES.values())[0]
-    return {"vague": _vague, "verbose": _verbose, "diagnosis": _diagnosis, "hint": _hint, "worked": _worked}[
-        name
-    ](problem, attempt, random)
+    write = {"vague": _vague, "verbose": _verbose, "diagnosis": _diagnosis, "hint": _hint, "search": _search}[name]
+    return write(problem, attempt, random)
 
 
 def _vague(problem, attempt, random) -> str:
@@ -146,27 +137,37 @@ def _hint(problem, attempt, random) -> str:
     return f"A good first step is {step}."
 
 
-def _worked(problem, attempt, random) -> str:
-    order = list(dict.fromkeys(random.sample(problem.nums, len(problem.nums))))
-    text = "I work backwards."
-    for last in order:
-        goals = needed(last, problem.target)
-        text += f" {last} last: need {', '.join(map(str, goals))}."
-        for step, value in first_steps(*others(problem.nums, last)):
-            text += f" {step} = {value},"
-            ways = finish(step, value, last, problem.target)
-            if ways:
-                return f"{text} yes. {ways[0]} = {problem.target}."
-        text += " no."
+def _search(problem, attempt, random) -> str:
+    """Other equations one after the other, each computed and compared with the target."""
+    text, tried = SEARCH, {attempt}
+    for _ in range(MOST_TRIES):
+        if random.random() < FOUND:
+            return f"{text} {_tried(random.choice(solutions(problem.nums, problem.target))[1])}, yes."
+        tried.add(equation := _near_miss(problem, tried, random))
+        text += f" {_tried(equation)}, no."
         if random.random() < GIVE_UP:
             break
     return f"{text} {GAVE_UP}"
 
 
+def _near_miss(problem, tried, random) -> str:
+    """A wrong equation on the right numbers, the nearest to the target of several, not among `tried`."""
+    while True:
+        candidates = [_random_equation(list(problem.nums), random) for _ in range(4)]
+        wrong = [c for c in candidates if c[1] != problem.target and c[0] not in tried]
+        if wrong:
+            return min(wrong, key=lambda c: abs(c[1] - problem.target))[0]
+
+
+def _tried(equation: str) -> str:
+    """The steps of one of our own equations: "14 / 7 = 2, 2 + 13 = 15"."""
+    return ", ".join(f"{step} = {value}" for step, value in evaluate(equation))
+
+
 def style(text: str) -> str:
     """Name the style of a reflection by its opening words."""
     openings = {
-        "I work backwards": "worked",
+        SEARCH: "search",
         "A good first step": "hint",
         "My equation": "diagnosis",
         "I used": "diagnosis",
@@ -203,11 +204,13 @@ def conversation(task, draw, random: Random) -> list[tuple[str, str, bool]]:
 
 
 def _announced(text: str, problem) -> str | None:
-    """The equation that a worked reflection or a hint leads to, if it names one."""
-    if found := re.search(r"yes\. (.+) = \d+\.$", text):
-        return found[1]
-    step = text.removeprefix("A good first step is ").removesuffix(".")
-    return next((eq for first, eq in solutions(problem.nums, problem.target) if first == step), None)
+    """The equation that a search found or that begins as a hint says, if there is one."""
+    found = text.removesuffix(", yes.").split(". ")[-1].removeprefix(f"{SEARCH} ")
+    first = text.removeprefix("A good first step is ").removesuffix(".")
+    for step, equation in solutions(problem.nums, problem.target):
+        if step == first or _tried(equation) == found:
+            return equation
+    return None
 
 
 def tagged(equation: str) -> str:
