@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -140,6 +141,25 @@ class R3Trainer(GRPOTrainer):
         )
         limits = Limits(reflection=self.args.max_completion_length, retry=self.args.max_retry_length)
         return Runner(engine, self._chat, self.task, limits, self.args.temperature)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **options):
+        """TRL's, for a quarter of the rows at a time, sorted by length and without the padding that all share.
+
+        The longest reflection of a whole step sets TRL's padding; the values are the same, with less work.
+        """
+        whole, first_token = super()._get_per_token_logps_and_entropies, input_ids.size(1) - logits_to_keep
+        values, order = [], attention_mask.sum(1).argsort(stable=True)
+        for rows in order.chunk(4):
+            used = attention_mask[rows].any(0).nonzero()
+            start, end = int(used[0]), max(int(used[-1]), first_token) + 1
+            ids, mask = input_ids[rows, start:end], attention_mask[rows, start:end]
+            logps, entropies, _ = whole(model, ids, mask, end - first_token, *rest, **options)
+            values.append((logps, logps.new_zeros(logps.shape) if entropies is None else entropies))
+        places = order.argsort()
+        logps, entropies = (
+            torch.cat([F.pad(x, (0, logits_to_keep - x.size(1))) for x in parts])[places] for parts in zip(*values)
+        )
+        return logps, entropies, None
 
     def resume_or_train(self):
         """Train, from the last complete checkpoint in `output_dir` if there is one."""
