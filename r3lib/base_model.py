@@ -30,7 +30,7 @@ class PretrainConfig:
     """One setting of the pretraining; `steps` batches of `batch` conversations."""
 
     seed: int = 0
-    steps: int = 6000
+    steps: int = 4500
     batch: int = 64
     lr: float = 4e-3
     decay: float = 0.4  # last share of the steps, over which the learning rate falls to zero

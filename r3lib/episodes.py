@@ -202,6 +202,8 @@ def run_episodes(
     """
     if not problems:
         raise R3Error("no problems to run: ask for at least 1")
+    if unknown := [c for c in conditions if c not in tuple(Condition)]:
+        raise R3Error(f"unknown condition {unknown[0]!r}: known: {', '.join(Condition)}")
     out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(problems), shard):
         path = out / f"shard-{start:06d}.parquet"

@@ -19,6 +19,7 @@ from papermill.exceptions import PapermillExecutionError
 from .config import ROOT, Profile, load_profile, nearest
 from .doctor import TCMALLOC
 from .errors import R3Error
+from .store import room_for
 from .tasks import TASKS
 
 NOTEBOOKS, RESULTS = ROOT / "notebooks", Path("results")
@@ -98,9 +99,9 @@ def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:
 def execute(notebook: Path, copy: Path, given: dict, kernel: type, progress: "Progress") -> None:
     """Run one notebook into its executed copy; R3Error names the notebook and the cell that fails."""
     sources = [cell.source for cell in read(notebook, 4).cells]
-    copy.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with progress.shown(len(sources) + 1):  # papermill adds a cell with the parameters
+        with room_for(copy), progress.shown(len(sources) + 1):  # papermill adds a cell with the parameters
+            copy.parent.mkdir(parents=True, exist_ok=True)
             papermill.execute_notebook(
                 notebook, copy, given, kernel_name="python3", language="python", progress_bar=False,
                 cwd=NOTEBOOKS.parent, stdout_file=progress, stderr_file=progress,

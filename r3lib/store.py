@@ -17,6 +17,7 @@ from .doctor import machine
 from .errors import R3Error
 
 STARTED = time.time()
+ROOM = 2**20  # bytes; with less than that free, a failed write is blamed on the disk
 
 
 def sha256(path: Path) -> str:
@@ -27,7 +28,7 @@ def sha256(path: Path) -> str:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write aside, then rename: `path` holds the old or the new content, never a part. R3Error: disk full."""
-    with _room_for(path):
+    with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -53,7 +54,7 @@ def stage(target: Path, config: dict, inputs, build, version: int = 1, say=print
         return target
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     work, started = target.with_name(f".work-{target.name}-{(run[-8:] + key)[:12]}"), time.time()
-    with _room_for(target):
+    with room_for(target):
         work.mkdir(parents=True, exist_ok=True)
         build(work)
     record = {"key": key, **wanted, "files": _hashes(work / target.name, work), "run": run}
@@ -100,13 +101,20 @@ def save_figure(results: Path, figure, name: str, data, notebook, cell, inputs=(
 
 
 @contextmanager
-def _room_for(path: Path):
+def room_for(path: Path):
+    """Turn what a full disk raises in the block, in whatever library, into one R3Error that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:  # torch and safetensors do not raise OSError
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        if not full and (isinstance(error, R3Error) or _free(path) >= ROOM):
             raise
         raise R3Error(f"no space left to write {path}: free disk space and run again; it resumes") from error
+
+
+def _free(path: Path) -> int:
+    """Bytes free on the disk of `path` or of its nearest parent that exists."""
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
 def _hashes(paths, base: Path) -> dict[str, str]:

@@ -195,6 +195,12 @@ def test_no_failure_leaves_first_tries_only(runner, tmp_path):
     assert table.reflection.isna().all()
 
 
+def test_an_unknown_condition_is_refused_before_anything_runs(runner, tmp_path):
+    with pytest.raises(R3Error, match="unknown condition 'reflect': known: first_try, resample, .*reflect_retry"):
+        run(runner(), tmp_path, conditions=["first_try", "reflect"])
+    assert not [*tmp_path.iterdir()]
+
+
 def test_only_the_conditions_asked_for_are_run(runner, tmp_path):
     one = runner()
     table = run(one, tmp_path, conditions=[Condition.first_try, Condition.resample])

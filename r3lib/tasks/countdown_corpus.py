@@ -9,7 +9,7 @@ import re
 from random import Random
 
 DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
-STYLES = {"vague": 0.24, "verbose": 0.22, "diagnosis": 0.22, "hint": 0.12, "search": 0.20}
+STYLES = {"vague": 0.23, "verbose": 0.20, "diagnosis": 0.20, "hint": 0.12, "search": 0.25}
 FOREIGN = 0.06  # share of reflections that were written for another problem
 FOUND, GIVE_UP = 0.40, 0.04  # chances that the next try of a search is a right one, that it stops after a wrong one
 MOST_TRIES = 9  # of one search
@@ -142,9 +142,10 @@ def _search(problem, attempt, random) -> str:
     text, tried = SEARCH, {attempt}
     for _ in range(MOST_TRIES):
         if random.random() < FOUND:
-            return f"{text} {_tried(random.choice(solutions(problem.nums, problem.target))[1])}, yes."
+            equation = random.choice(solutions(problem.nums, problem.target))[1]
+            return f"{text} {_tried(equation, problem.target)}, yes."
         tried.add(equation := _near_miss(problem, tried, random))
-        text += f" {_tried(equation)}, no."
+        text += f" {_tried(equation, problem.target)}, no."
         if random.random() < GIVE_UP:
             break
     return f"{text} {GAVE_UP}"
@@ -159,9 +160,9 @@ def _near_miss(problem, tried, random) -> str:
             return min(wrong, key=lambda c: abs(c[1] - problem.target))[0]
 
 
-def _tried(equation: str) -> str:
-    """The steps of one of our own equations: "14 / 7 = 2, 2 + 13 = 15"."""
-    return ", ".join(f"{step} = {value}" for step, value in evaluate(equation))
+def _tried(equation: str, target: int) -> str:
+    """The steps of one of our own equations: "14 / 7 = 2, 2 + 13 = 15, need 15"."""
+    return ", ".join([f"{step} = {value}" for step, value in evaluate(equation)] + [f"need {target}"])
 
 
 def style(text: str) -> str:
@@ -208,7 +209,7 @@ def _announced(text: str, problem) -> str | None:
     found = text.removesuffix(", yes.").split(". ")[-1].removeprefix(f"{SEARCH} ")
     first = text.removeprefix("A good first step is ").removesuffix(".")
     for step, equation in solutions(problem.nums, problem.target):
-        if step == first or _tried(equation) == found:
+        if step == first or _tried(equation, problem.target) == found:
             return equation
     return None
 
