@@ -19,9 +19,9 @@ help: ## Print this help
 install: $(STAMP) ## Make .venv and install the project into it
 
 $(STAMP): pyproject.toml
-	@for python in python3.11 python3; do $$python -c '$(SUPPORTED)' 2>/dev/null && break; python=; done; \
+	@for python in python3.11 python3.12 python3; do $$python -c '$(SUPPORTED)' 2>/dev/null && break; python=; done; \
 	test -n "$$python" || { echo "r3 needs Python 3.11 or 3.12: install one and run make again" >&2; exit 2; }; \
-	$$python -m venv $(VENV) || { echo "no venv module in $$python: on Debian, apt install python3-venv" >&2; exit 2; }
+	$$python -m venv $(VENV) || { echo "no venv module in $$python: on Debian, apt install $$python-venv" >&2; exit 2; }
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install $(TORCH)
 	$(VENV)/bin/python -m pip install -e '.[dev]'

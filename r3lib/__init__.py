@@ -1,6 +1,9 @@
 """Reflect, Retry, Reward: the masked GRPO trainer, the verifiers and the study around them."""
 
+import warnings
 from importlib import import_module
+
+warnings.filterwarnings("ignore", "IProgress not found")  # plain progress bars do in notebooks
 
 PUBLIC = {
     "R3Config": "trainer",

@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .errors import R3Error
 from .tasks.countdown import CountdownTask, split_of
 from .tasks.countdown_corpus import conversation
 
@@ -195,9 +196,13 @@ def rate(step: int, config: PretrainConfig) -> float:
 
 
 def pretrain(out: Path, config: PretrainConfig = PretrainConfig(), log=print) -> None:
-    """Train and save the model to `out`; a killed run goes on from its last checkpoint in `out`/state."""
-    out.mkdir(parents=True, exist_ok=True)
-    state_file = out / "state" / "state.pt"
+    """Train, then save the model to `out`; a killed run goes on from its last checkpoint in `out`/state.
+
+    Until it has ended, what was in `out` before stays there. R3Error: the checkpoint is of another `config`.
+    """
+    record, state_file = out / "pretraining.json", out / "state" / "state.pt"
+    if state_file.exists() and torch.load(state_file, weights_only=True)["config"] != asdict(config):
+        raise R3Error(f"{state_file} is of a training with other settings: delete it, or train elsewhere (--out)")
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(config)
     model = build_model(config, tokenizer)
@@ -232,15 +237,16 @@ def pretrain(out: Path, config: PretrainConfig = PretrainConfig(), log=print) ->
             log(f"step {step}/{config.steps}  loss {total / seen:.4f}  {pace:.2f} s/step  ETA {eta:.0f} min")
             seen, total = 0, 0.0
         if step % config.checkpoint_every == 0 or step == config.steps:
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
-            save_state(state_file, model, optims, step, lines)  # last: a kill before it repeats the saving
-    (out / "pretraining.json").write_text(json.dumps({"config": asdict(config), "log": lines}, indent=1))
+            save_state(state_file, config, model, optims, step, lines)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    record.write_text(json.dumps({"config": asdict(config), "log": lines}, indent=1))
 
 
-def save_state(path: Path, model, optims, step: int, lines: list) -> None:
+def save_state(path: Path, config: PretrainConfig, model, optims, step: int, lines: list) -> None:
     """Write the training state aside and rename it into place."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "step": step, "log": lines}
+    state["config"] = asdict(config)
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)

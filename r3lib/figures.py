@@ -38,7 +38,7 @@ COLUMNS = {  # the paper's four columns
 }
 METRICS = {
     "reward": "reward (retry success)",
-    "zero_variance_share": "share of groups without variance",
+    "zero_variance_share": "groups without variance",
     "reflection_tokens": "reflection length (tokens)",
     "kl": "KL from the reference",
     "entropy": "entropy (nats a token)",
@@ -108,7 +108,8 @@ def training_figure(metrics: pd.DataFrame) -> Figure:
     for ax, name in zip(axes, shown, strict=False):
         for i, (seed, run) in enumerate(metrics.sort_values("step").groupby("seed")):
             ax.plot(run.step, run[name], color=SEEDS[i % len(SEEDS)], lw=1.2, label=f"seed {seed}")
-        ax.set(title=METRICS[name], xlabel="step")
+        ax.set_title(METRICS[name], fontsize=10)
+        ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for ax in axes[len(shown) :]:
         ax.remove()
@@ -146,7 +147,8 @@ def transitions_figure(transitions: pd.DataFrame) -> Figure:
             ax.text(*where, f"{cell.n:,}", ha="center", va="center", color=ink, fontsize=8)
         ax.set_xticks(range(len(after)), after, rotation=35, ha="right")
         ax.set_yticks(range(len(before)), before if ax is axes[0] else [""] * len(before))
-        ax.set(title=f"{_style(policy)[2]}\nn={part.n.sum():,} failures", xlabel="second try")
+        ax.set_title(f"{_style(policy)[2]}\nn={part.n.sum():,} failures", fontsize=10)
+        ax.set_xlabel("second try")
         ax.grid(False)
     axes[0].set_ylabel("first try")
     return fig
@@ -275,5 +277,4 @@ def _figure(columns, height, rows=(1,)):
         ax.grid(axis="x", color="#dddddd", lw=0.6)
         ax.set_axisbelow(True)
         ax.tick_params(labelsize=8.5)
-        ax.title.set_fontsize(10)
     return fig, axes

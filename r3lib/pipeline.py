@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from .store import room_for
 from .tasks import TASKS
 
 NOTEBOOKS, RESULTS = ROOT / "notebooks", Path("results")
+TABLES = ("accuracy.csv", "comparisons.csv")  # what a report cannot do without
+NEWS = re.compile(r"(cached|running) .+|.*no group has variance.+")  # lines of a notebook that are shown at once
 BEAT = 30.0  # seconds between two lines of progress where there is no terminal to rewrite one
 
 
@@ -30,8 +33,9 @@ def reproduce(
     profile: str = "nano", task: str = "all", start: str | None = None, only: str | None = None,
     fresh: bool = False, overrides: dict | None = None, results=RESULTS, say=print, verbose: bool = False,
 ) -> Path:  # fmt: skip
-    """Run notebooks 00 to 05 (from `start`, or `only` one) under a profile and return the path of the report.
+    """Run notebooks 00 to 05 (from `start`, or `only` one) under a profile; return the path of the report.
 
+    Before notebook 04 has ever run there is no report, and the path is that of the results.
     `results`, if relative, lies beside the notebooks, as does the kernels' working directory. Executed copies go
     to `results/<profile>/executed`, also of a notebook that fails. Raises R3Error before anything runs for an
     unknown profile, key, task, notebook or parameter, and for the cell that fails.
@@ -44,13 +48,17 @@ def reproduce(
     notebooks = choose(start, only)
     for notebook in notebooks:
         check_parameters(notebook, given)
-    from .report import write_report
-
     kernel, started, folder = kernel_of(settings, fresh), time.time(), NOTEBOOKS.parent / results / settings.name
     for notebook in notebooks:
         copy = folder / "executed" / notebook.name
         execute(notebook, copy, given, kernel, Progress(notebook.stem, say, verbose))
-    say(f"report: {write_report(folder)} ({time.time() - started:.0f} s in all)")
+    seconds = f"{time.time() - started:.0f} s in all"
+    if absent := [name for name in TABLES if not (folder / "tables" / name).exists()]:
+        say(f"no report yet, notebook 04 writes tables/{absent[0]} ({seconds})")
+        return folder
+    from .report import write_report
+
+    say(f"report: {write_report(folder)} ({seconds})")
     return folder / "report.html"
 
 
@@ -120,20 +128,24 @@ class Progress(io.TextIOBase):
 
     def __init__(self, name: str, say, verbose: bool):
         self.name, self.say, self.verbose, self.number, self.last = name, say, verbose, 0, ""
+        self.clear = "\r\x1b[2K" if sys.stdout.isatty() and not verbose else ""
 
     def cell(self, cell: NotebookNode, cell_index: int) -> None:
         self.number = cell_index + 1
 
     def write(self, text: str) -> None:
-        self.last = ([line.strip() for line in text.split("\n") if line.strip()] or [self.last])[-1]
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        self.last = (lines or [self.last])[-1]
         if self.verbose:
-            print(text, end="", flush=True)
+            return print(text, end="", flush=True)
+        for line in filter(NEWS.fullmatch, lines):
+            self.say(f"{self.clear}{self.name}  {line}")
 
     @contextmanager
     def shown(self, cells: int):
         """Show the line while the block runs: each second on a terminal, else every BEAT seconds."""
         done, started = Event(), time.time()
-        clear = "\r\x1b[2K" if sys.stdout.isatty() and not self.verbose else ""
+        clear = self.clear
 
         def show():
             over = False

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.utils.logging import disable_progress_bar
 
 from .chat import Chat
 from .config import Profile, load_profile
@@ -18,6 +19,7 @@ from .store import sha256, stage
 from .tasks import TASKS, load_task
 from .trainer import R3Config, R3Trainer, metrics_file
 
+disable_progress_bar()  # of loading weights, which takes no time here
 DATA = Path(__file__).resolve().parents[1] / "data"
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
@@ -131,9 +133,10 @@ class Study:
         )  # fmt: skip
         lora = LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
                           task_type="CAUSAL_LM")  # fmt: skip
-        return R3Trainer(
-            self.model(), config, self.task, self.failures(), lora, self.tokenizer, callbacks=list(callbacks)
-        )
+        model, failures = self.model(), self.failures()
+        trainer = R3Trainer(model, config, self.task, failures, lora, self.tokenizer, callbacks=list(callbacks))
+        trainer.remove_callback(PrinterCallback)  # metrics.jsonl has it all
+        return trainer
 
     def episodes(self) -> pd.DataFrame:
         """Every episode of this task under this profile's seeds."""
@@ -176,8 +179,9 @@ class Study:
         return target
 
     def _collect_metrics(self) -> None:
-        """Keep results/<profile>/metrics.jsonl equal to the adapters' own logs."""
-        logs = sorted((self.results / "adapters").glob("*/metrics.jsonl"))
+        """Keep results/<profile>/metrics.jsonl equal to the logs of this profile's adapters."""
+        runs = [f"{task}-r3-{seed}" for task in TASKS for seed in range(self.profile.seeds)]
+        logs = [log for run in runs if (log := self.results / "adapters" / run / "metrics.jsonl").exists()]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in logs))
 
 

@@ -1,10 +1,12 @@
 """Pretraining of the embedded model on a tiny scale: resuming, loss, tokenizer, schedule; and the model that ships."""
 
 import json
+from dataclasses import asdict
 from itertools import islice
 
 import pytest
 import torch
+from conftest import BASE_MODEL
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,6 +26,7 @@ from r3lib.base_model import (
     train_tokenizer,
 )
 from r3lib.chat import Chat
+from r3lib.errors import R3Error
 
 TINY = PretrainConfig(steps=30, batch=4, warmup=5, vocabulary=400, hidden=64, layers=1, checkpoint_every=10)
 
@@ -82,9 +85,39 @@ def test_a_killed_pretraining_goes_on_to_the_very_same_weights(train, whole, tmp
 
 
 def test_a_finished_pretraining_is_not_repeated(train, whole):
-    before = (whole / "model.safetensors").stat().st_mtime_ns
+    before = (whole / "model.safetensors").read_bytes()
     train(whole, loss_call=1)
-    assert (whole / "model.safetensors").stat().st_mtime_ns == before
+    assert (whole / "model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_the_model_kept(train, whole):
+    before = (whole / "model.safetensors").read_bytes()
+    with pytest.raises(R3Error, match="state.pt is of a training with other settings: delete it"):
+        pretrain(whole, PretrainConfig(seed=7))
+    assert (whole / "model.safetensors").read_bytes() == before
+
+
+def test_until_it_has_ended_the_model_that_was_there_stays(train, tmp_path):
+    (tmp_path / "model.safetensors").write_text("the old one")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, loss_call=24)
+    assert (tmp_path / "model.safetensors").read_text() == "the old one"
+
+
+def test_muon_moves_matrices_as_torchs_own_does():
+    """Which works in bf16: directions agree to its precision."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(48, 16)), torch.nn.Parameter(torch.ones(16, 48))] for _ in "ab")
+    options = dict(weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    optims = base_model.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, **options)
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optim in optims:
+            optim.step()
+    for a, b in zip(ours, theirs):
+        assert (a - b).norm() < 0.03 * (a - 1).norm()
 
 
 def test_what_is_saved_loads_with_plain_transformers(whole, words):
@@ -174,7 +207,9 @@ def test_the_tokenizer_is_a_function_of_the_seed():
 
 
 def test_the_model_that_ships_is_small_and_knows_its_template(model, tokenizer):
-    """At most 8 MB of weights and 4M parameters; its own encoding is what it was trained on."""
+    """At most 8 MB of weights and 4M parameters; its own encoding is what it was trained on; it has a card."""
+    assert (BASE_MODEL / "README.md").exists()
+    assert json.loads((BASE_MODEL / "pretraining.json").read_text())["config"] == asdict(PretrainConfig())
     parameters = sum(p.numel() for p in model.parameters())
     assert 1e6 <= parameters <= 4e6 and 2 * parameters <= 8e6
     assert Chat(tokenizer).end_ids == {tokenizer.eos_token_id}

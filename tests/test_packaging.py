@@ -111,7 +111,7 @@ def test_make_alone_prints_every_target_and_changes_nothing():
 
 
 def test_an_unsupported_python_is_refused_in_one_line(tmp_path):
-    for name in ("python3.11", "python3"):
+    for name in ("python3.11", "python3.12", "python3"):
         (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / name).chmod(0o755)
     command = ["make", "install", f"VENV={tmp_path / 'venv'}"]

@@ -33,11 +33,14 @@ def write(folder, name, *cells, parameters=DECLARED):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A folder with an empty notebooks folder, and a report writer that lists what it was given."""
+    """A folder with an empty notebooks folder, the tables of a report, and a writer that lists what it was given."""
     monkeypatch.setattr(pipeline, "NOTEBOOKS", tmp_path / "notebooks")
 
+    (tables := tmp_path / "results" / "smoke" / "tables").mkdir(parents=True)
+    for name in pipeline.TABLES:
+        (tables / name).touch()
+
     def write_report(results):
-        results.mkdir(parents=True, exist_ok=True)
         (results / "report.html").write_text("report")
         return results / "report.html"
 
@@ -77,6 +80,22 @@ def test_notebooks_run_in_order_with_their_parameters_and_the_report_comes_last(
     assert said[-1].startswith(f"report: {report}")
     copy = nbformat.read(report.parent / "executed" / "00_first.ipynb", 4)
     assert copy.cells[-1].outputs[0].text == "hello\n"
+
+
+def test_before_the_evaluation_has_run_there_is_no_report_and_no_error(checkout):
+    (checkout / "results" / "smoke" / "tables" / "accuracy.csv").unlink()
+    write(checkout / "notebooks", "00_first")
+    said = []
+    assert pipeline.reproduce("smoke", only="00", say=said.append) == checkout / "results" / "smoke"
+    assert "no report yet, notebook 04 writes tables/accuracy.csv" in said[-1]
+
+
+def test_what_is_cached_and_why_anything_runs_is_said(checkout):
+    write(checkout / "notebooks", "00_first", 'print("cached  a.parquet\\nrunning b: not there yet\\nsome chatter")')
+    said = []
+    pipeline.reproduce("smoke", say=said.append)
+    assert said[:2] == ["00_first  cached  a.parquet", "00_first  running b: not there yet"]
+    assert not any("chatter" in line for line in said if "cell" not in line)
 
 
 def test_failing_cell_is_one_line_and_its_copy_is_kept(checkout):

@@ -8,7 +8,7 @@ query along its path and joins the levels exactly. Inputs are packed; only slabs
 import numpy as np
 import torch
 from torch import Tensor, arange
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import AttentionInterface
 
 from ..chat import Chat
