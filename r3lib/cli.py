@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"r3: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("r3: interrupted: the same command resumes from what is finished", file=sys.stderr)
+        print("r3: interrupted: the same command, without --fresh, goes on from what is finished", file=sys.stderr)
         return 130
 
 

@@ -57,7 +57,7 @@ CHOICES = {
     "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
     "mask": ("reflection", "reflection+retry", "retry"),
 }
-FROM_ZERO = {"mine_temperature", "retry_temperature", "steps", "warmup_steps", "beta", "threads"}
+FROM_ZERO = {"mine_temperature", "retry_temperature", "warmup_steps", "beta", "threads"}
 ABOVE_ZERO = {"learning_rate", "max_grad_norm", "reflection_temperature"}  # others: from 1
 WHY = {
     "group_size": "a group of 1 has no variance, so nothing is learned: use 2 or more, for example 8",

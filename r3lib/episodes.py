@@ -1,5 +1,7 @@
 """Episodes: attempt, verdict, and a second try under a condition; and the failures that training starts from."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -11,6 +13,7 @@ import pandas as pd
 from .chat import Chat
 from .engines.base import Completion, Engine, Sampling
 from .errors import R3Error
+from .store import write_atomic
 
 SCHEMA_VERSION = 1
 
@@ -197,14 +200,15 @@ def run_episodes(
 ) -> pd.DataFrame:
     """Run `problems` through the first try and each second-try condition; write shards to `out`; return all rows.
 
-    Shards that are already in `out` are kept, so that a killed run loses at most one. `seed` seeds the
+    Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error when they are of
+    another run. `seed` seeds the
     sampling; `policy.seed` is the training seed written into the rows.
     """
     if not problems:
         raise R3Error("no problems to run: ask for at least 1")
     if unknown := [c for c in conditions if c not in tuple(Condition)]:
         raise R3Error(f"unknown condition {unknown[0]!r}: known: {', '.join(Condition)}")
-    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, policy, split, conditions, seed, shard, problems)
     for start in range(0, len(problems), shard):
         path = out / f"shard-{start:06d}.parquet"
         if not path.exists():
@@ -213,6 +217,16 @@ def run_episodes(
             path.with_suffix(".tmp").rename(path)
         say(f"{policy.name} seed {policy.seed}: {min(start + shard, len(problems))}/{len(problems)} problems")
     return read_episodes(out)
+
+
+def _claim(out: Path, policy, split, conditions, seed, shard, problems) -> None:
+    """Note in `out` whose shards it holds; raise R3Error if they are another run's."""
+    ids = hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()
+    run = [asdict(policy), split, [str(c) for c in conditions], seed, shard, ids]
+    note = out / "run.json"
+    if note.exists() and json.loads(note.read_text()) != run:
+        raise R3Error(f"{out} holds episodes of another policy, problems or settings: give an empty folder")
+    write_atomic(note, json.dumps(run))
 
 
 def read_episodes(folder: Path) -> pd.DataFrame:

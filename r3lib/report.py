@@ -47,7 +47,7 @@ def write_report(results: Path) -> Path:
         figures=figures(results, artefacts),
         tables=[listed(path.stem, read(results, path, [])) for path in others],
         provenance={a["notebook"]: a for a in sorted(artefacts.values(), key=lambda a: a["seconds"])},
-        viewer=sample(episodes(results)),
+        viewer=sample(episodes(results, accuracy)),
     )
     write_atomic(results / "report.html", html)
     return results / "report.html"
@@ -149,11 +149,13 @@ def listed(name: str, table: pd.DataFrame) -> dict:
     return {"name": name, "columns": list(table), "rows": rows[:LONGEST_TABLE], "total": len(rows)}
 
 
-def episodes(results: Path) -> pd.DataFrame:
-    """Every episode of the run."""
+def episodes(results: Path, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Every episode of the policies and seeds in `accuracy`; files of an earlier run with more of them stay out."""
     if not (paths := sorted((results / "episodes").glob("*.parquet"))):
         raise R3Error(f"no {results / 'episodes'}/*.parquet: {remedy(results)}")
-    return pd.concat([read(results, path, EPISODE) for path in paths], ignore_index=True)
+    found = pd.concat([read(results, path, EPISODE) for path in paths], ignore_index=True)
+    cells = accuracy[["task", "policy", "seed"]].drop_duplicates()
+    return found.astype({"seed": str}).merge(cells, on=["task", "policy", "seed"])
 
 
 def sample(table: pd.DataFrame) -> dict:

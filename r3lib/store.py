@@ -26,6 +26,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_hash(*paths: Path) -> str:
+    """Hex digest of files and of what folders hold, less what has no effect; "" when nothing is there."""
+    found = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+    lines = [f"{f.name} {sha256(f)}" for f in found if f.suffix not in (".pyc", ".md", ".pt")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write aside, then rename: `path` holds the old or the new content, never a part. R3Error: disk full."""
     with room_for(path):
@@ -53,9 +60,13 @@ def stage(target: Path, config: dict, inputs, build, version: int = 1, say=print
     if why is None:
         return target
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    work, started = target.with_name(f".work-{target.name}-{(run[-8:] + key)[:12]}"), time.time()
+    work, started = target.with_name(f".work-{target.name}-{key[:12]}"), time.time()
     with room_for(target):
+        for other in target.parent.glob(f".work-{target.name}-*"):  # of another config, or before this fresh run
+            if other != work or (run and not (work / f".{run}").exists()):
+                shutil.rmtree(other)
         work.mkdir(parents=True, exist_ok=True)
+        (work / f".{run}").touch() if run else None
         build(work)
     record = {"key": key, **wanted, "files": _hashes(work / target.name, work), "run": run}
     record |= {"seconds": round(time.time() - started, 2), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

@@ -15,12 +15,16 @@ from .config import Profile, load_profile
 from .engines.transformers import TransformersEngine
 from .episodes import Condition, Failure, Limits, Policy, Runner, mine_failures, read_episodes, run_episodes
 from .errors import R3Error
-from .store import sha256, stage
+from .store import folder_hash, stage
 from .tasks import TASKS, load_task
 from .trainer import R3Config, R3Trainer, metrics_file
 
 disable_progress_bar()  # of loading weights, which takes no time here
-DATA = Path(__file__).resolve().parents[1] / "data"
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "data"
+CODE = folder_hash(  # of all that decides what an episode or an adapter is: a change makes them anew
+    HERE / "chat.py", HERE / "episodes.py", HERE / "trainer.py", HERE / "engines", HERE / "tasks", HERE / "verifiers"
+)
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
     "steps", "failures_per_step", "group_size", "learning_rate", "warmup_steps", "scheduler", "lora_rank",
@@ -165,11 +169,12 @@ class Study:
 
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its input files: task, model and the named profile keys."""
-        weights = Path(self.model_path) / "model.safetensors"
-        model = sha256(weights) if weights.exists() else self.model_path
-        values = asdict(self.profile)
         options = self.profile.task_options.get(self.task_name, {})
-        return {"task": self.task_name, "task_options": options, "model": model} | {k: values[k] for k in keys} | extra
+        data = folder_hash(Path(str(options.get("source", "generator"))))  # "" unless it is a local folder or file
+        same = {"task": self.task_name, "task_options": options, "data": data, "code": CODE}
+        same["model"] = folder_hash(Path(self.model_path)) or self.model_path
+        values = asdict(self.profile)
+        return same | {k: values[k] for k in keys} | extra
 
     def _stage(self, target: Path, config: dict, inputs: list[Path], build) -> Path:
         """`stage`, asked once a study."""

@@ -25,6 +25,7 @@ from .engines.base import Sampling
 from .engines.transformers import TransformersEngine
 from .episodes import Failure, Limits, Runner
 from .errors import R3Error
+from .store import write_atomic
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is pinned by our contract tests
 MASKS = ("reflection", "reflection+retry", "retry")
@@ -87,7 +88,23 @@ class R3Config(GRPOConfig):
                 "change failures_per_step or per_device_train_batch_size"
             )
         self.gradient_accumulation_steps = rows // local
+        asked = self.steps_per_generation, self.generation_batch_size
         super().__post_init__()
+        self._refuse_what_the_rollout_ignores(asked)
+
+    def _refuse_what_the_rollout_ignores(self, generation) -> None:
+        if self.max_steps < 1:
+            raise R3Error(f"max_steps={self.max_steps}: R3 counts steps, not epochs: ask for at least 1")
+        if self.mask != "reflection" and self.retry_temperature != self.temperature:
+            raise R3Error(
+                f"mask={self.mask!r} trains the retry, which must then be sampled as the reflection is: set "
+                f"retry_temperature={self.temperature} (now {self.retry_temperature})"
+            )
+        if generation != (None, None) and self.steps_per_generation != self.gradient_accumulation_steps:
+            raise R3Error("a step of R3 is one rollout: leave steps_per_generation and generation_batch_size unset")
+        plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
+        if odd := [name for name, value in plain.items() if (getattr(self, name) or value) != value]:
+            raise R3Error(f"{odd[0]}={getattr(self, odd[0])} is not supported: R3 samples from the whole distribution")
 
 
 class R3Trainer(GRPOTrainer):
@@ -119,7 +136,9 @@ class R3Trainer(GRPOTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self.r3_metrics: dict[str, float] = {}
-        self._chat = Chat(self.processing_class)
+        self._chat, known = Chat(self.processing_class), self.failures[0]
+        if self._chat.prompt(task.messages(known.problem)) != list(known.prompt_ids):
+            raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
 
     def _dataset(self, order: list[int]) -> Dataset:
         """One row a group: the conversation up to the reflection, with the failure's index inside the message."""
@@ -229,7 +248,7 @@ def last_checkpoint(folder: str) -> str | None:
         try:
             json.loads((Path(path) / "trainer_state.json").read_text())
             return path
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             shutil.rmtree(path)
     return None
 
@@ -250,8 +269,8 @@ class R3Metrics(TrainerCallback):
         path = metrics_file(args)
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= state.global_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line + "\n" for line in kept))
+        if state.is_world_process_zero:
+            write_atomic(path, "".join(line + "\n" for line in kept))
 
     def on_step_begin(self, args, state, control, **_):
         """Start the step's clock."""
@@ -259,7 +278,7 @@ class R3Metrics(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **_):
         """Write one line for the step that just ended."""
-        if "frac_reward_zero_std" not in logs:
+        if "frac_reward_zero_std" not in logs or not state.is_world_process_zero:
             return
         row = {"step": state.global_step, "seed": args.seed}
         row |= {ours: logs.get(theirs) for ours, theirs in METRICS.items()} | self.trainer.r3_metrics

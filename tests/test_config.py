@@ -34,7 +34,7 @@ def test_every_value_of_a_shipped_profile_is_explained_beside_itself(name):
         ("beta", 0, 0.0),
         ("warmup_steps", "5", 5),
         ("warmup_steps", "0.03", 0.03),
-        ("steps", "0", 0),
+        ("steps", "1", 1),
         ("model", "some/model", "some/model"),
         ("mask", "reflection+retry", "reflection+retry"),
         ("task_options", "{countdown: {count: [3, 4]}}", {"countdown": {"count": [3, 4]}}),
@@ -51,7 +51,7 @@ def test_overrides_take_the_type_of_their_field(key, text, value):
     [
         ("group_size", "1", ["group_size=1", "a group of 1 has no variance, so nothing is learned", "2 or more"]),
         ("group_sise", "4", ["unknown profile key 'group_sise'", "did you mean 'group_size'?"]),
-        ("steps", "-1", ["steps=-1", "0 or more"]),
+        ("steps", "-1", ["steps=-1", "1 or more"]),
         ("steps", "many", ["steps='many'", "a whole number"]),
         ("steps", 2.5, ["steps=2.5", "a whole number"]),
         ("steps", True, ["steps=True", "a whole number"]),
