@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from .config import ROOT, Profile, load_profile
 
 PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
-INSTALLED = {d.name.lower(): d.version for d in metadata.distributions()}
+INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")  # 10 to 20% faster when preloaded
 GATED = "Salesforce/xlam-function-calling-60k"
 
@@ -82,10 +83,10 @@ def _versions() -> list[Finding]:
 
 
 def _package(wanted: Requirement, absent: str, mend: str) -> Finding:
-    if not (version := INSTALLED.get(wanted.name)):
-        return Finding(wanted.name, absent, "not installed", mend)
+    if not (version := INSTALLED.get(name := canonicalize_name(wanted.name))):
+        return Finding(name, absent, "not installed", mend)
     fits = wanted.specifier.contains(version, prereleases=True)
-    return _finding(wanted.name, version, fits, f'tested with another: pip install "{wanted}"', "warn")
+    return _finding(name, version, fits, f'tested with another: pip install "{wanted}"', "warn")
 
 
 def _gpu(profile: Profile) -> Finding:

@@ -59,7 +59,7 @@ def test_interrupt_exits_130_and_says_that_a_rerun_resumes(monkeypatch, capsys):
 
     monkeypatch.setattr(pipeline, "reproduce", interrupt)
     assert cli.main(["reproduce"]) == 130
-    assert "resumes" in capsys.readouterr().err
+    assert "without --fresh, goes on from what is finished" in capsys.readouterr().err
 
 
 def test_doctor_gives_its_exit_code(monkeypatch):
