@@ -90,7 +90,7 @@ def test_the_environment_has_the_declared_versions():
 
 
 def dry_run(*arguments):
-    command = ["make", "--dry-run", "--always-make", *arguments]
+    command = ["make", "--no-print-directory", "--dry-run", "--always-make", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
