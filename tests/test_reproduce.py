@@ -111,7 +111,8 @@ def test_two_fresh_runs_give_the_same_tables(smoke):
 
 def test_a_killed_run_goes_on_where_it_stopped_to_the_same_tables(smoke, tmp_path):
     """Killed with all its kernels, as soon as the first checkpoint of the training is there."""
-    run = subprocess.Popen(command(tmp_path, "--from", "03"), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    begun = command(tmp_path, "--from", "03")
+    run = subprocess.Popen(begun, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 240
     while not [*tmp_path.glob("smoke/adapters/.work-*/checkpoint-1/trainer_state.json")]:
         assert run.poll() is None and time.time() < deadline
