@@ -1,9 +1,10 @@
 """Tokens a second: our engine beside `model.generate`, in one run, on the embedded model.
 
-    python benchmarks/sampling.py [--prompts 32] [--group 8] [--tokens 96] [--repeats 5]
+    python benchmarks/sampling.py [--prompts 32] [--group 8] [--tokens 160] [--repeats 5]
 
 Both sample a group of reflections for each of the same failed attempts, with the same limit and temperature, in
-one batch. The two take turns, so that a noisy machine slows both; the ratio is the result.
+one batch, as a training step of the nano profile does. The two take turns, so that a noisy machine slows both; the
+ratio is the result.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from r3lib.study import Study
 def main() -> None:
     """Measure and print one line a repeat, then the median ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("prompts", 32), ("group", 8), ("tokens", 96), ("repeats", 5)):
+    for name, default in (("prompts", 32), ("group", 8), ("tokens", 160), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     logging.set_verbosity_error()

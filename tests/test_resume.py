@@ -62,7 +62,7 @@ def run(folder, *moment):
     """Train in a process of its own; return its exit status."""
     done = subprocess.run(
         [sys.executable, __file__, str(folder), *moment], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
     return done.returncode
@@ -93,8 +93,9 @@ def test_a_killed_training_resumes_to_the_same_adapter(uninterrupted, tmp_path, 
     assert ours.keys() == theirs.keys() and ours
     worst = max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
     print(f"\n{moment}: largest difference of an adapter entry {worst:.1e}")
-    assert worst == 0.0
-    assert metrics(tmp_path) == metrics(uninterrupted)
+    assert worst < 1e-6, "more than the rounding that differs between processes; a step moves entries by 2e-3"
+    for ours, theirs in zip(metrics(tmp_path), metrics(uninterrupted), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)
 
 
 if __name__ == "__main__":
