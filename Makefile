@@ -25,6 +25,7 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install $(TORCH)
 	$(VENV)/bin/python -m pip install -e '.[dev]'
+	$(VENV)/bin/python -m pip install --no-deps bfcl-eval==2026.3.23 # its data; it pins an old numpy
 	@touch $@
 
 reproduce: $(STAMP) ## Run every notebook; tables, figures and report go to results/PROFILE

@@ -4,6 +4,7 @@ from jinja2 import TemplateError
 
 from .errors import R3Error
 
+TOOL = {"name": "r3_probe", "description": "", "parameters": {"type": "object", "properties": {}, "required": []}}
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 REWRITES = "rewrites earlier turns: use a template that only appends"
 
@@ -23,6 +24,13 @@ class Chat:
         self.end_id = self._end_of_turn()
         self.end_ids = frozenset({self.end_id} | ({tokenizer.eos_token_id} - {None}))
         self._turn("a")
+        self.takes_tools = TOOL["name"] in self._text(PROBE[:1], tools=[{"type": "function", "function": TOOL}])
+
+    def start(self, task, problem) -> list[int]:
+        """Ids of the first prompt: tools through the template where it takes them, else the task's plain form."""
+        if (tools := task.tools(problem)) and self.takes_tools:
+            return self._ids(self._text(task.bare_messages(problem), add_generation_prompt=True, tools=tools))
+        return self.prompt(task.messages(problem))
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Ids of `messages` and of the header of the assistant's next turn."""
@@ -38,10 +46,10 @@ class Chat:
         """The text of `ids` without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _text(self, messages, add_generation_prompt=False) -> str:
+    def _text(self, messages, add_generation_prompt=False, tools=None) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
             raise R3Error(

@@ -17,11 +17,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from .config import ROOT, Profile, load_profile
+from .tasks.function_calling_records import BFCL_INSTALL, GATED_MEND
+from .tasks.function_calling_records import HUB_DATASET as GATED
 
 PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
 INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")  # 10 to 20% faster when preloaded
-GATED = "Salesforce/xlam-function-calling-60k"
 
 
 class Finding(NamedTuple):
@@ -56,6 +57,7 @@ def examine(profile: Profile) -> list[Finding]:
         _gpu(profile),
         _finding("model", profile.model, weights, "no weights: restore data/base_model or run `r3 base-model`"),
         *_hub(),
+        *_function_calling(profile),
         _finding("tcmalloc", TCMALLOC or "none", TCMALLOC, "10 to 20% slower: install libtcmalloc-minimal4", "warn"),
     ]
 
@@ -99,13 +101,24 @@ def _gpu(profile: Profile) -> Finding:
 
 
 def _hub() -> list[Finding]:
-    from huggingface_hub import auth_check, get_token
-
     try:
         urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3).close()
     except (OSError, ValueError):
         return [Finding("hub", "warn", "not reachable", "nano and smoke work offline; else name local folders")]
-    allowed, mend = False, "only for function calling: run `hf auth login`, accept the data set's terms on the hub"
+    return [Finding("hub", "ok", "reachable")]
+
+
+def _function_calling(profile: Profile) -> list[Finding]:
+    """Whether the data of the profile's function-calling source can be had."""
+    source = profile.task_options.get("function_calling", {}).get("source")
+    if source == "bfcl":
+        version = INSTALLED.get("bfcl-eval")
+        return [_finding("bfcl-eval", version or "not installed", version, f"run `{BFCL_INSTALL}`")]
+    if source != "hub":
+        return []
+    from huggingface_hub import auth_check, get_token
+
+    allowed = False
     with suppress(Exception):  # whatever stands in the way, there is no access
         allowed = bool(get_token()) and auth_check(GATED, repo_type="dataset") is None
-    return [Finding("hub", "ok", "reachable"), _finding("gated data", GATED, allowed, mend, "warn")]
+    return [_finding("gated data", GATED, allowed, GATED_MEND)]

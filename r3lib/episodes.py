@@ -102,7 +102,7 @@ class Runner:
 
     def first_tries(self, problems: Sequence, samples=1, temperature=0.0, seed=0) -> list[list[Completion]]:
         """Answer every problem `samples` times; a completion depends on problem, seed and index alone."""
-        prompts = [self.chat.prompt(self.task.messages(p)) for p in problems]
+        prompts = [self.chat.start(self.task, p) for p in problems]
         return self.engine.generate(
             prompts, samples, Sampling(self.limits.attempt, temperature), seeds_for(problems, seed, "attempt")
         )
@@ -167,7 +167,7 @@ def failures_of(problems, tries: list[list[Completion]], runner: Runner) -> list
     """The failing (problem, attempt) pairs, each distinct attempt once with its count (paper: section on data)."""
     found: dict[tuple, Failure] = {}
     for problem, completions in zip(problems, tries):
-        prompt = runner.chat.prompt(runner.task.messages(problem))
+        prompt = runner.chat.start(runner.task, problem)
         for completion in completions:
             text = runner.chat.text(completion.ids)
             verdict = runner.task.verify(text, problem)

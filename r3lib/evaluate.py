@@ -1,5 +1,7 @@
 """From episodes to the tidy tables of the study: accuracy, comparisons, and the paper's four columns."""
 
+from collections.abc import Callable
+
 import pandas as pd
 
 from .episodes import Condition
@@ -38,21 +40,31 @@ def judged(episodes: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(keys, key=lambda column: column.replace(order), ignore_index=True)
 
 
-def accuracy_table(episodes: pd.DataFrame, train_task: dict[str, str] | None = None) -> pd.DataFrame:
+def trained_on(policy: str, task: str) -> str:
+    """The task that a policy was trained on: "" for vanilla, X for `r3_from_X`, else the `task` it is tested on."""
+    return "" if policy == "vanilla" else policy.partition("_from_")[2] or task
+
+
+def by_part(episodes: pd.DataFrame, part: Callable[[str], str]) -> pd.DataFrame:
+    """The episodes whose problems are in a part of their split (`Task.part`), each part as the split "split/part"."""
+    parts = episodes.problem_id.map(part)
+    return episodes.assign(split=episodes.split + "/" + parts)[parts != ""]
+
+
+def accuracy_table(episodes: pd.DataFrame) -> pd.DataFrame:
     """One row a (task, policy, condition, split, seed) and one over its seeds, `seed` = "all".
 
-    `train_task` maps a policy to the task it was trained on (default: the row's own; empty for vanilla).
-    Second tries count failures of the same policy's first try. Intervals (95%) are Wilson's for one seed;
-    over seeds, problems are resampled with all their rows, which covers the choice of problems, not of seeds.
+    `train_task` is `trained_on`. Second tries count failures of the same policy's first try. Intervals (95%)
+    are Wilson's for one seed; over seeds, problems are resampled with all their rows, which covers the choice
+    of problems, not of seeds.
     """
     rows = []
     for key, cell in judged(episodes).groupby(["task", "policy", "condition", "split"], sort=False):
         task, policy, *rest = key
-        trained_on = "" if policy == "vanilla" else (train_task or {}).get(policy, task)
         for seed, part in [*((int(s), p) for s, p in cell.groupby("seed")), ("all", cell)]:
             k, n = int(part.ok.sum()), len(part)
             interval = rate_interval(part.ok, part.problem_id)
-            rows.append([task, policy, trained_on, *rest, seed, n, k, k / n, *interval])
+            rows.append([task, policy, trained_on(policy, task), *rest, seed, n, k, k / n, *interval])
     return pd.DataFrame(rows, columns=ACCURACY)
 
 

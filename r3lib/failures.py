@@ -16,6 +16,12 @@ OPERATORS = str.maketrans("×÷−", "*/-")
 SIDES = ["attempt", "attempt_reason", "reflection", "retry", "retry_reason"]
 
 
+def in_categories(episodes: pd.DataFrame, categories: dict[str, str]) -> pd.DataFrame:
+    """The episodes with each reason replaced by its category (`Task.categories`), as the paper counts errors."""
+    named = {side: episodes[side].replace(categories) for side in ("attempt_reason", "retry_reason")}
+    return episodes.assign(**named)
+
+
 def error_types(episodes: pd.DataFrame, reasons: Sequence[str]) -> pd.DataFrame:
     """Share of each failure reason among all first tries, before and after (the paper's Tables 4, 5).
 

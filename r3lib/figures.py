@@ -30,6 +30,7 @@ POLICIES = {  # colour, marker, label
     "r3_mask_retry": ("#CC79A7", "^", "mask: retry"),
     "grpo_first_try": ("#E69F00", "D", "GRPO on first tries"),
 }
+CELL = ["task", "policy", "train_task", "condition"]
 COLUMNS = {  # the paper's four columns
     "vanilla_first": ("#777777", "o", "untrained, 1st try"),
     "vanilla_second": ("#777777", "^", "untrained, both tries"),
@@ -52,17 +53,40 @@ OTHER, ROLES = "#eef1f5", {"attempt": "#f8e0e0", "reflection": "#dff1e4", "retry
 
 def conditions_figure(accuracy: pd.DataFrame) -> Figure:
     """Second-try success on failures under each condition, a panel a task; from `evaluate.accuracy_table`."""
-    keys = ["task", "policy", "train_task", "condition"]
-    _need(accuracy, [*keys, "seed", "n", "rate", "lo", "hi"], "conditions")
-    table = accuracy.assign(seeds=accuracy.groupby(keys).seed.transform("size") - 1)
-    own = table.train_task.isin([""]) | (table.train_task == table.task)
-    table = table[own & (table.seed.astype(str) == "all") & (table.condition != "first_try")]
+    _need(accuracy, [*CELL, "seed", "n", "rate", "lo", "hi"], "conditions")
+    own = accuracy.train_task.isin([""]) | (accuracy.train_task == accuracy.task)
+    return _conditions(accuracy[own & (accuracy.condition != "first_try")])
+
+
+def transfer_figure(accuracy: pd.DataFrame) -> Figure:
+    """The same with the policies that were trained on another task, and first tries (share of all problems)."""
+    _need(accuracy, [*CELL, "seed", "n", "rate", "lo", "hi"], "transfer")
+    return _conditions(accuracy)
+
+
+def parts_figure(accuracy: pd.DataFrame) -> Figure:
+    """Success of reflect_retry on failures in each part of the test problems; from `by_part`'s accuracy table."""
+    _need(accuracy, [*CELL, "split", "seed", "n", "rate", "lo", "hi"], "parts")
+    table = accuracy.assign(seeds=accuracy.groupby([*CELL, "split"]).seed.transform("size") - 1)
+    table = table[(table.seed.astype(str) == "all") & (table.condition == "reflect_retry")]
+    order = list(table.split.unique())
+    fig, (ax,) = _figure(1, 1.4 + 0.25 * len(order) * table.policy.nunique())
+    _dots(ax, table, "split", order, ("rate", "lo", "hi"), count=True)
+    ax.set_xlabel("retries after a reflection that succeed, of failures")
+    _policies(ax, table.assign(n=table.groupby("policy").n.transform("sum")), "failures")
+    return fig
+
+
+def _conditions(table) -> Figure:
+    """A panel a task, a row a condition, a dot a policy."""
+    table = table.assign(seeds=table.groupby([*CELL, "split"]).seed.transform("size") - 1)
+    table = table[table.seed.astype(str) == "all"]
     order = [c for c in CONDITIONS if c in set(table.condition)]
     fig, axes = _figure(table.task.nunique(), 1.4 + 0.2 * len(order) * table.policy.nunique())
     for ax, (task, part) in zip(axes, table.groupby("task", sort=False), strict=True):
         _dots(ax, part, "condition", order, ("rate", "lo", "hi"), CONDITIONS)
         ax.set_xlabel("second tries that succeed, of failures")
-        _policies(ax, part, "failures", task, "#222222")
+        _policies(ax, part[part.condition != "first_try"], "failures", task, "#222222")
     return fig
 
 
@@ -257,6 +281,8 @@ def _size(row, unit) -> str:
 
 
 def _style(policy):
+    if "_from_" in policy:
+        return "#CC79A7", "s", f"trained on {policy.partition('_from_')[2]}"
     return POLICIES.get(policy, ("#444444", "X", policy))
 
 

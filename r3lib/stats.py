@@ -1,7 +1,9 @@
 """Intervals and tests for success rates, with repeated problems counted once."""
 
+from math import comb
+from statistics import NormalDist
+
 import numpy as np
-from scipy import stats
 
 from .errors import R3Error
 
@@ -10,8 +12,10 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's interval for a rate of k successes in n independent trials, in 0..1."""
     if not 0 <= k <= n or n == 0:
         raise R3Error(f"wilson got k={k}, n={n}: it needs 0 <= k <= n and at least one trial")
-    interval = stats.binomtest(int(k), int(n)).proportion_ci(level, method="wilson")
-    return float(interval.low), float(interval.high)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    center, half = k + z * z / 2, z * (k * (n - k) / n + z * z / 4) ** 0.5
+    lo, hi = (center - half) / (n + z * z), (center + half) / (n + z * z)
+    return float(lo) if k else 0.0, float(hi) if k < n else 1.0
 
 
 def rate_interval(successes, clusters, trials=None, level=0.95, draws=2000, seed=0) -> tuple[float, float]:
@@ -71,8 +75,9 @@ def rate_difference(a, a_clusters, b, b_clusters, level=0.95, draws=2000, seed=0
 def mcnemar(a, b) -> float:
     """Exact two-sided p of McNemar's test for paired 0/1 arrays of shape (n,)."""
     differ = np.asarray(a, int) - np.asarray(b, int)
-    only_a, either = int((differ > 0).sum()), int((differ != 0).sum())
-    return float(stats.binomtest(only_a, either).pvalue) if either else 1.0
+    fewer, more = sorted([int((differ > 0).sum()), int((differ < 0).sum())])
+    tail = sum(comb(fewer + more, k) for k in range(fewer + 1))  # of 2 ** (fewer + more), in exact integers
+    return min(1.0, 2 * tail / 2 ** (fewer + more))
 
 
 def holm(ps) -> np.ndarray:

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
-from matplotlib import rc_context
-
 from .doctor import machine
 from .errors import R3Error
 
@@ -102,6 +100,8 @@ def save_table(results: Path, frame, name: str, notebook, cell, inputs=(), image
 
 def save_figure(results: Path, figure, name: str, data, notebook, cell, inputs=(), **extra) -> Path:
     """Write a Figure as png and svg and its data as csv to `results/figures`; register; return the png."""
+    from matplotlib import rc_context  # here: what saves tables only need not wait for matplotlib
+
     for path in (images := [results / "figures" / f"{name}.{kind}" for kind in ("png", "svg")]):
         image = io.BytesIO()
         with rc_context({"svg.hashsalt": name}):  # with no date: equal data, equal bytes

@@ -1,30 +1,30 @@
-"""The study's steps as cached stages: baseline, mining, training, evaluation. Notebooks call these."""
+"""The study's steps as cached stages: baseline, mining, training, evaluation. Notebooks call these.
 
+Torch, transformers, peft and trl are imported where a model is used: they take ten seconds, and a cached study
+needs none of them.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
-from transformers.utils.logging import disable_progress_bar
 
 from .chat import Chat
 from .config import Profile, load_profile
-from .engines.transformers import TransformersEngine
 from .episodes import Condition, Failure, Limits, Policy, Runner, mine_failures, read_episodes, run_episodes
 from .errors import R3Error
 from .store import folder_hash, stage
 from .tasks import TASKS, load_task
-from .trainer import R3Config, R3Trainer, metrics_file
 
-disable_progress_bar()  # of loading weights, which takes no time here
+if TYPE_CHECKING:
+    from .trainer import R3Trainer
+
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-CODE = folder_hash(  # of all that decides what an episode or an adapter is: a change makes them anew
-    HERE / "chat.py", HERE / "episodes.py", HERE / "trainer.py", HERE / "engines", HERE / "tasks", HERE / "verifiers"
-)
+SOURCES = "chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* verifiers/verdict.py verifiers/{0}*"
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
     "steps", "failures_per_step", "group_size", "learning_rate", "warmup_steps", "scheduler", "lora_rank",
@@ -41,8 +41,6 @@ class Study:
         self.task = load_task(task, **self.profile.task_options.get(task, {}))
         self.results = (DATA.parent / results) / self.profile.name
         self.made: set[Path] = set()
-        if self.profile.threads:
-            torch.set_num_threads(self.profile.threads)
 
     @property
     def model_path(self) -> str:
@@ -56,15 +54,30 @@ class Study:
     @cached_property
     def tokenizer(self):
         """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(self.model_path)
 
     def model(self, adapter: Path | None = None):
         """The model, with the adapter in `adapter` if one is named."""
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        if self.profile.threads:
+            torch.set_num_threads(self.profile.threads)
+        disable_progress_bar()  # of loading weights, which takes no time here
         model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
-        return PeftModel.from_pretrained(model, adapter) if adapter else model
+        if adapter is None:
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, adapter)
 
     def runner(self, adapter: Path | None = None, progress: bool = True) -> Runner:
         """Samples episodes from the model under the profile's limits."""
+        from .engines.transformers import TransformersEngine
+
         p = self.profile
         engine = TransformersEngine(self.model(adapter), self.tokenizer, p.sample_batch, progress)
         limits = Limits(p.attempt_tokens, p.reflection_tokens, p.retry_tokens)
@@ -105,15 +118,20 @@ class Study:
         chat, failures = Chat(self.tokenizer), []
         for row in pd.read_parquet(self.mine()).itertuples():
             problem = problems[row.problem_id]
-            prompt = chat.prompt(self.task.messages(problem))
+            prompt = chat.start(self.task, problem)
             failures.append(Failure(problem, prompt, list(row.attempt_ids), row.attempt, row.reason, row.count))
         return failures
 
-    def train(self, seed: int, callbacks=()) -> Path:
-        """Train an adapter with R3 on the mined failures; a killed run resumes from its last checkpoint."""
+    def train(self, seed: int, on_step: Callable[[pd.DataFrame], None] | None = None) -> Path:
+        """Train an adapter with R3 on the mined failures; a killed run resumes from its last checkpoint.
+
+        `on_step` is given the metrics so far, a row a step, after each step.
+        """
 
         def build(work: Path) -> None:
-            trainer = self.trainer(seed, work, callbacks)
+            from .trainer import metrics_file
+
+            trainer = self.trainer(seed, work, on_step)
             trainer.resume_or_train()
             adapter = work / f"{self.task_name}-r3-{seed}"
             trainer.save_model(str(adapter))
@@ -124,8 +142,13 @@ class Study:
         self._collect_metrics()
         return path
 
-    def trainer(self, seed: int, folder: Path, callbacks=()) -> R3Trainer:
+    def trainer(self, seed: int, folder: Path, on_step: Callable[[pd.DataFrame], None] | None = None) -> "R3Trainer":
         """The trainer that the profile describes; checkpoints and metrics go to `folder`."""
+        from peft import LoraConfig
+        from transformers import PrinterCallback
+
+        from .trainer import AfterStep, R3Config, R3Trainer
+
         p = self.profile
         config = R3Config(
             output_dir=str(folder), seed=seed, learning_rate=p.learning_rate, lr_scheduler_type=p.scheduler,
@@ -138,17 +161,25 @@ class Study:
         lora = LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
                           task_type="CAUSAL_LM")  # fmt: skip
         model, failures = self.model(), self.failures()
-        trainer = R3Trainer(model, config, self.task, failures, lora, self.tokenizer, callbacks=list(callbacks))
+        callbacks = [AfterStep(on_step)] if on_step else []
+        trainer = R3Trainer(model, config, self.task, failures, lora, self.tokenizer, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         return trainer
 
-    def episodes(self) -> pd.DataFrame:
-        """Every episode of this task under this profile's seeds."""
-        return pd.concat([pd.read_parquet(path) for path in self.episode_files()], ignore_index=True)
+    def transfer(self, seed: int, other: "Study") -> Path:
+        """Episodes of the policy that was trained with `seed` on the `other` study's task."""
+        adapter = other.train(seed)
+        return self._episodes(Policy(f"r3_from_{other.task_name}", seed, self.profile.model, adapter.name), adapter)
 
-    def episode_files(self) -> list[Path]:
+    def episodes(self, others: Sequence["Study"] = ()) -> pd.DataFrame:
+        """Every episode of this task under this profile's seeds; also by policies trained on the tasks of `others`."""
+        return pd.concat([pd.read_parquet(path) for path in self.episode_files(others)], ignore_index=True)
+
+    def episode_files(self, others: Sequence["Study"] = ()) -> list[Path]:
         """The files that `episodes` reads."""
-        return [self.baseline(), *(self.evaluate(seed) for seed in range(self.profile.seeds))]
+        seeds = range(self.profile.seeds)
+        own = [self.baseline(), *(self.evaluate(seed) for seed in seeds)]
+        return own + [self.transfer(seed, other) for other in others for seed in seeds]
 
     def metrics(self) -> pd.DataFrame:
         """One row a training step and seed."""
@@ -171,7 +202,7 @@ class Study:
         """What a stage depends on besides its input files: task, model and the named profile keys."""
         options = self.profile.task_options.get(self.task_name, {})
         data = folder_hash(Path(str(options.get("source", "generator"))))  # "" unless it is a local folder or file
-        same = {"task": self.task_name, "task_options": options, "data": data, "code": CODE}
+        same = {"task": self.task_name, "task_options": options, "data": data, "code": code_of(self.task_name)}
         same["model"] = folder_hash(Path(self.model_path)) or self.model_path
         values = asdict(self.profile)
         return same | {k: values[k] for k in keys} | extra
@@ -188,6 +219,12 @@ class Study:
         runs = [f"{task}-r3-{seed}" for task in TASKS for seed in range(self.profile.seeds)]
         logs = [log for run in runs if (log := self.results / "adapters" / run / "metrics.jsonl").exists()]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in logs))
+
+
+@cache
+def code_of(task: str) -> str:
+    """Hash of the sources that decide what an episode or an adapter of `task` is: a change makes them anew."""
+    return folder_hash(*(path for pattern in SOURCES.format(task).split() for path in sorted(HERE.glob(pattern))))
 
 
 def open_studies(profile: str, task: str = "all", results: Path | str = "results", **overrides) -> list[Study]:

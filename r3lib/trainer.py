@@ -8,11 +8,12 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -137,7 +138,7 @@ class R3Trainer(GRPOTrainer):
                 parameter.data = parameter.data.float()
         self.r3_metrics: dict[str, float] = {}
         self._chat, known = Chat(self.processing_class), self.failures[0]
-        if self._chat.prompt(task.messages(known.problem)) != list(known.prompt_ids):
+        if self._chat.start(task, known.problem) != list(known.prompt_ids):
             raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
 
     def _dataset(self, order: list[int]) -> Dataset:
@@ -280,7 +281,7 @@ class R3Metrics(TrainerCallback):
         """Write one line for the step that just ended."""
         if "frac_reward_zero_std" not in logs or not state.is_world_process_zero:
             return
-        row = {"step": state.global_step, "seed": args.seed}
+        row = {"task": self.trainer.task.name, "step": state.global_step, "seed": args.seed}
         row |= {ours: logs.get(theirs) for ours, theirs in METRICS.items()} | self.trainer.r3_metrics
         row["seconds_learning"] = time.perf_counter() - self.started - row["seconds_sampling"]
         with metrics_file(args).open("a") as file:
@@ -292,3 +293,15 @@ class R3Metrics(TrainerCallback):
                 "learned: raise num_generations or the temperature, or take failures of middling difficulty",
                 stacklevel=2,
             )
+
+
+class AfterStep(TrainerCallback):
+    """Calls `on_step` with the metrics so far, a row a step, when a step's line is written."""
+
+    def __init__(self, on_step: Callable[[pd.DataFrame], None]):
+        self.on_step = on_step
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Skip what is not a step: the summary at the end."""
+        if "frac_reward_zero_std" in logs and state.is_world_process_zero:
+            self.on_step(pd.read_json(metrics_file(args), lines=True))

@@ -110,7 +110,7 @@ def coin_failures(tokenizer, count, task=None):
     for problem in task.problems("train", count, seed=1):
         text = f"<answer>{problem.nums[0]} + {problem.nums[1]}</answer>"
         ids = tokenizer.encode(text, add_special_tokens=False) + [chat.end_id]
-        failures.append(Failure(problem, chat.prompt(task.messages(problem)), ids, text, "wrong_numbers"))
+        failures.append(Failure(problem, chat.start(task, problem), ids, text, "wrong_numbers"))
     return failures
 
 

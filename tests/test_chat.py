@@ -9,6 +9,9 @@ import pytest
 
 from r3lib.chat import Chat
 from r3lib.errors import R3Error
+from r3lib.tasks import CountdownProblem, CountdownTask
+from r3lib.tasks.function_calling import FunctionCallingTask
+from r3lib.tasks.function_calling_records import FunctionCallingProblem
 
 TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"
 MARK = re.compile(r"<[|｜][^<>{}'\" ]+[|｜]>|<(?:start|end)_of_turn>|</?think>")
@@ -22,6 +25,19 @@ ENDS = {  # template -> (its end of turn, the tokenizer's eos)
     "phi3_5": ("<|end|>", "<|endoftext|>"),
     "gemma": ("<end_of_turn>", "<eos>"),
 }
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of a place.",
+    "parameters": {
+        "place": {"type": "str", "description": "A town."},
+        "days": {"type": "int, optional", "description": "How many days.", "default": 1},
+    },
+}
+CLOCK = {"name": "what_time", "description": "The time.", "parameters": {}}
+QUERY = "What is the weather in Lima for 3 days?"
+PROBLEM = FunctionCallingProblem(
+    "one", QUERY, (WEATHER, CLOCK), ({"name": "get_weather", "arguments": {"place": "Lima", "days": 3}},)
+)
 TASK, AGAIN = [{"role": "user", "content": "Reach 24 with 4, 6."}], "Try again."
 
 
@@ -163,3 +179,41 @@ def test_no_end_of_turn_token_is_refused(tokenizer):
     plain += "{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(R3Error, match="has no end-of-turn token"):
         Chat(with_template(tokenizer, plain))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_instruct_2507", "llama3_1", "llama3_2"])
+def test_tools_go_through_a_template_that_takes_them(tokenizer, name):
+    chat, task = Chat(dressed(tokenizer, name, ENDS[name][1])), FunctionCallingTask("bfcl")
+    start = chat.tokenizer.decode(chat.start(task, PROBLEM))
+    for part in ("get_weather", "what_time", "A town.", '"type": "object"', '"required"', QUERY):
+        assert start.count(part) >= 1, part
+    assert chat.takes_tools and start.count(QUERY) == 1 and task.plain(PROBLEM) not in start
+
+
+@pytest.mark.parametrize("name", ["phi3", "phi3_5", "gemma", "llama3", None])
+def test_a_template_without_tools_gets_the_plain_form(tokenizer, name):
+    chat, task = Chat(dressed(tokenizer, name, ENDS[name][1]) if name else tokenizer), FunctionCallingTask("bfcl")
+    start = chat.start(task, PROBLEM)
+    assert not chat.takes_tools and start == chat.prompt(task.messages(PROBLEM))
+    assert task.plain(PROBLEM) in chat.tokenizer.decode(start)
+
+
+def test_a_task_without_tools_starts_as_ever(tokenizer):
+    task, problem = CountdownTask(), CountdownProblem((4, 6), 24)
+    for chat in (Chat(tokenizer), Chat(dressed(tokenizer, "qwen2_5", "<|im_end|>"))):
+        assert chat.start(task, problem) == chat.prompt(task.messages(problem))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3_1", "phi3_5"])
+def test_joins_after_tools_equal_the_template_on_the_whole_conversation(tokenizer, name):
+    chat, task = Chat(dressed(tokenizer, name, ENDS[name][1])), FunctionCallingTask("bfcl")
+    start, wrong = chat.start(task, PROBLEM), '[{"name": "what_time", "arguments": {}}]'
+    one = chat.follow(start, ids_of(chat.tokenizer, wrong), AGAIN)
+    two = chat.follow(one, ids_of(chat.tokenizer, "I need the weather."), AGAIN)
+    assert one[: len(start)] == start and two[: len(one)] == one
+    first = task.bare_messages(PROBLEM) if chat.takes_tools else task.messages(PROBLEM)
+    whole = chat.tokenizer.apply_chat_template(
+        [*first, *talk(wrong, "I need the weather.")[1:]],
+        tools=task.tools(PROBLEM) if chat.takes_tools else None, tokenize=False, add_generation_prompt=True,
+    )  # fmt: skip
+    assert two == ids_of(chat.tokenizer, whole)

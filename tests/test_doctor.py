@@ -1,6 +1,7 @@
 """The doctor: what it finds, how it says it, and when it fails."""
 
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,23 +92,37 @@ def test_no_gpu_matters_only_for_larger_models(healthy):
     assert found()["gpu"].state == "ok" and found(model="some/model")["gpu"].state == "warn"
 
 
-def test_gated_data_are_asked_for_only_with_a_reachable_hub_and_a_token(healthy, monkeypatch):
+def function_calling(source):
+    profile = replace(load_profile("nano"), task_options={"function_calling": {"source": source}})
+    return {f.name: f for f in doctor.examine(profile)}
+
+
+def test_gated_data_are_looked_for_only_with_a_token_and_only_if_the_profile_takes_them(healthy, monkeypatch):
     import huggingface_hub
 
     asked = []
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(huggingface_hub, "auth_check", lambda *a, **k: asked.append(a))
-    assert "gated data" not in found()
-    monkeypatch.setattr(doctor.urllib.request, "urlopen", lambda *a, **k: types.SimpleNamespace(close=lambda: None))
-    assert found()["gated data"].state == "warn" and not asked
+    assert "gated data" not in found() | function_calling("generator") | function_calling("bfcl")
+    finding = function_calling("hub")["gated data"]
+    assert finding.state == "fail" and doctor.GATED in finding.mend and "hf auth login" in finding.mend and not asked
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    assert found()["gated data"].state == "ok" and asked == [(doctor.GATED,)]
+    assert function_calling("hub")["gated data"].state == "ok" and asked == [(doctor.GATED,)]
 
     def refuse(*_, **__):
         raise RuntimeError("403")
 
     monkeypatch.setattr(huggingface_hub, "auth_check", refuse)
-    assert found()["gated data"].state == "warn" and "terms" in found()["gated data"].mend
+    assert function_calling("hub")["gated data"].state == "fail"
+
+
+def test_bfcl_is_looked_for_only_if_the_profile_takes_it(healthy, monkeypatch):
+    assert "bfcl-eval" not in found() | function_calling("hub")
+    finding = function_calling("bfcl")["bfcl-eval"]
+    assert finding.state == "fail" and "pip install --no-deps bfcl-eval==" in finding.mend
+    monkeypatch.setattr(doctor, "INSTALLED", {"bfcl-eval": "2026.3.23"})
+    finding = function_calling("bfcl")["bfcl-eval"]
+    assert (finding.state, finding.value) == ("ok", "2026.3.23")
 
 
 def test_machine_has_what_a_manifest_needs():

@@ -5,7 +5,7 @@ import pytest
 
 from r3lib.episodes import Episode, frame
 from r3lib.errors import R3Error
-from r3lib.evaluate import accuracy_table, comparisons_table, paper_view
+from r3lib.evaluate import accuracy_table, by_part, comparisons_table, paper_view
 from r3lib.stats import mcnemar, wilson
 
 SECOND = ("resample", "retry", "retry_sampled", "generic_reflection", "shuffled_reflection", "reflect_retry")
@@ -75,8 +75,15 @@ def test_one_seed_gets_wilsons_interval_and_seeds_on_the_same_problems_do_not_na
 
 def test_train_task_is_empty_for_vanilla_and_can_be_another_task(study):
     assert dict(accuracy_table(study).groupby("policy").train_task.first()) == {"r3": "countdown", "vanilla": ""}
-    moved = accuracy_table(study, {"r3": "function_calling"})
-    assert dict(moved.groupby("policy").train_task.first()) == {"r3": "function_calling", "vanilla": ""}
+    moved = accuracy_table(study.replace({"policy": {"r3": "r3_from_function_calling"}}))
+    tasks = dict(moved.groupby("policy").train_task.first())
+    assert tasks == {"r3_from_function_calling": "function_calling", "vanilla": ""}
+
+
+def test_parts_of_the_test_problems_become_splits_of_their_own(study):
+    halves = by_part(study, lambda name: "odd" if int(name[1:]) % 2 else "")
+    assert set(halves.split) == {"test/odd"} and 0 < len(halves) < len(study)
+    assert set(accuracy_table(halves).split) == {"test/odd"}
 
 
 def test_a_retry_that_was_never_judged_is_not_a_success():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from r3lib.store import sha256
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
+TASKS = ("countdown",)
 METRICS = {
-    "step", "seed", "reward", "zero_variance_share", "reflection_tokens", "kl", "entropy", "grad_norm", "tokens",
-    "seconds_sampling", "seconds_learning",
+    "task", "step", "seed", "reward", "zero_variance_share", "reflection_tokens", "kl", "entropy", "grad_norm",
+    "tokens", "seconds_sampling", "seconds_learning",
 }  # fmt: skip
 
 
@@ -52,25 +54,40 @@ def tables(folder):
     return {path.name: path.read_text() for path in (folder / "tables").glob("*.csv")}
 
 
+def of_countdown(folder):
+    """What a run with `--task countdown` makes of each table: no other task, no policy from one, no Holm over all."""
+    made = {}
+    for path in (folder / "tables").glob("*.csv"):
+        frame = pd.read_csv(path, dtype=str)
+        mine = frame.task.eq("countdown") if "task" in frame else frame.index >= 0
+        other = frame.apply(lambda column: column.str.contains("_from_", na=False)).any(axis=1)
+        made[path.name] = frame[mine & ~other].drop(columns="p_holm", errors="ignore").to_csv(index=False)
+    return made
+
+
 def test_tables_and_metrics_have_the_columns_that_others_rely_on(smoke):
     accuracy = pd.read_csv(smoke / "tables" / "accuracy.csv")
     assert list(accuracy) == ACCURACY
-    assert set(accuracy.condition) == set(Condition) and set(accuracy.policy) == {"vanilla", "r3"}
-    first = accuracy[(accuracy.condition == "first_try") & (accuracy.seed == "all")].set_index("policy")
-    second = accuracy[(accuracy.condition != "first_try") & (accuracy.seed == "all")]
-    for row in second.itertuples():
-        assert row.n == first.n[row.policy] - first.k[row.policy] and row.lo <= row.rate == row.k / row.n <= row.hi
+    for task in TASKS:
+        whole = accuracy[(accuracy.task == task) & (accuracy.split == "test") & (accuracy.seed == "all")]
+        assert set(whole.condition) == set(Condition)
+        trained_on = dict(whole.fillna("").groupby("policy").train_task.first())
+        assert trained_on == {"vanilla": "", "r3": task}
+        first = whole[whole.condition == "first_try"].set_index("policy")
+        for row in whole[whole.condition != "first_try"].itertuples():
+            assert row.n == first.n[row.policy] - first.k[row.policy] and row.lo <= row.rate == row.k / row.n <= row.hi
     assert list(pd.read_csv(smoke / "tables" / "comparisons.csv")) == [*COMPARISONS, "p_holm"]
     metrics = pd.read_json(smoke / "metrics.jsonl", lines=True)
-    assert set(metrics) == METRICS and list(metrics.step) == [1, 2]
+    assert set(metrics) == METRICS and list(zip(metrics.task, metrics.step)) == [(t, i) for t in TASKS for i in (1, 2)]
 
 
 def test_episodes_agree_with_the_accuracy_table(smoke):
     episodes = pd.concat(map(pd.read_parquet, (smoke / "episodes").glob("*.parquet")))
     assert list(episodes) == [field.name for field in fields(Episode)]
     accuracy = pd.read_csv(smoke / "tables" / "accuracy.csv")
-    for row in accuracy[accuracy.seed == "all"].itertuples():
-        cell = episodes[(episodes.policy == row.policy) & (episodes.condition == row.condition)]
+    for row in accuracy[(accuracy.seed == "all") & (accuracy.split == "test")].itertuples():
+        same = (episodes.task == row.task) & (episodes.policy == row.policy)
+        cell = episodes[same & (episodes.condition == row.condition)]
         reason = cell.attempt_reason if row.condition == "first_try" else cell.retry_reason
         assert (row.n, row.k) == (len(cell), (reason == "ok").sum())
     assert (episodes[episodes.condition != "first_try"].attempt_reason != "ok").all()
@@ -98,20 +115,20 @@ def test_a_second_run_takes_everything_from_the_cache_and_changes_nothing(smoke)
     before, stages = tables(smoke), {p: p.stat().st_mtime_ns for p in smoke.rglob("*.stage.json")}
     reproduce(smoke.parent, "--from", "02")
     assert "cached  countdown-r3-0" in printed(smoke) and "running " not in printed(smoke)
-    assert tables(smoke) == before and len(stages) == 4
+    assert tables(smoke) == before and len(stages) == 4 * len(TASKS)
     assert {p: p.stat().st_mtime_ns for p in smoke.rglob("*.stage.json")} == stages
 
 
-def test_two_fresh_runs_give_the_same_tables(smoke):
-    before = tables(smoke)
-    reproduce(smoke.parent, "--fresh", "--from", "02")
-    assert "countdown-r3-0: fresh run" in printed(smoke)
-    assert tables(smoke) == before
+def test_a_fresh_run_computes_again_what_is_cached_to_the_same_tables(smoke, tmp_path):
+    shutil.copytree(smoke, tmp_path / "smoke")
+    folder = reproduce(tmp_path, "--fresh", "--only", "03", "--task", "countdown")
+    assert "countdown.parquet: fresh run" in printed(folder) and "countdown-r3-0: fresh run" in printed(folder)
+    assert of_countdown(folder) == of_countdown(smoke)
 
 
-def test_a_killed_run_goes_on_where_it_stopped_to_the_same_tables(smoke, tmp_path):
+def test_a_killed_run_goes_on_where_it_stopped_to_the_tables_of_another_run(smoke, tmp_path):
     """Killed with all its kernels, as soon as the first checkpoint of the training is there."""
-    begun = command(tmp_path, "--from", "03")
+    begun = command(tmp_path, "--from", "03", "--task", "countdown")
     run = subprocess.Popen(begun, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 240
     while not [*tmp_path.glob("smoke/adapters/.work-*/checkpoint-1/trainer_state.json")]:
@@ -121,9 +138,9 @@ def test_a_killed_run_goes_on_where_it_stopped_to_the_same_tables(smoke, tmp_pat
         os.kill(pid, signal.SIGKILL)
     run.wait()
     assert not (tmp_path / "smoke" / "report.html").exists()
-    folder = reproduce(tmp_path, "--from", "03")
+    folder = reproduce(tmp_path, "--from", "03", "--task", "countdown")
     assert "cached  countdown.parquet" in printed(folder)
-    made, whole = tables(folder), tables(smoke)
+    made, whole = of_countdown(folder), of_countdown(smoke)
     assert {"accuracy.csv", "training.csv"} <= made.keys() and made == {name: whole[name] for name in made}
     assert load_profile("smoke").steps == len((folder / "metrics.jsonl").read_text().splitlines())
 

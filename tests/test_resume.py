@@ -1,23 +1,22 @@
-"""A training that is killed at any moment and resumed ends where the uninterrupted one ends.
-
-Run as a script, this file is the training: `python test_resume.py FOLDER [MOMENT]`, killed at MOMENT.
-"""
+"""A training that is killed at any moment and resumed ends where the uninterrupted one ends."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import CoinTask, base_model, coin_failures, small_config, small_lora
+import torch
+from conftest import BASE_MODEL, CoinTask, base_model, coin_failures, small_config, small_lora
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
 from r3lib.trainer import R3Trainer
 
 STEPS = 5
+PROCESSES = multiprocessing.get_context("forkserver")  # forks from one process that has done nothing but imports
+PROCESSES.set_forkserver_preload(["peft", "r3lib.trainer", "transformers.models.llama.modeling_llama"])
 MOMENTS = {  # (hook, step at that time): what is on disk then
     "in the middle of step 4": ("on_substep_end", 3),  # checkpoint 2; step 3 is lost, step 4 half learned
     "between step 3's line and its checkpoint": ("on_log", 3),  # checkpoint 2, and a line for step 3
@@ -38,9 +37,9 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder, moment=None):
-    from conftest import BASE_MODEL
-
+def main(folder, moment):
+    """The training; killed at `moment`."""
+    torch.set_num_threads(1)
     tokenizer, task = AutoTokenizer.from_pretrained(BASE_MODEL), CoinTask(count=3, largest=20)
     hook, step = MOMENTS.get(moment, (None, 0))
     kill = [Kill(hook, step)] if hook and hook != "in_checkpoint" else []
@@ -59,14 +58,12 @@ def main(folder, moment=None):
     trainer.save_model(f"{folder}/final")
 
 
-def run(folder, *moment):
+def run(folder, moment=None):
     """Train in a process of its own; return its exit status."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder), *moment], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
-    return done.returncode
+    process = PROCESSES.Process(target=main, args=(str(folder), moment))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def metrics(folder):
@@ -96,7 +93,3 @@ def test_a_killed_training_resumes_to_the_same_adapter(uninterrupted, tmp_path, 
     print(f"\n{moment}: largest difference of an adapter entry {worst:.1e}")
     assert worst == 0.0
     assert metrics(tmp_path) == metrics(uninterrupted)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -21,6 +21,14 @@ def test_wilson_at_the_borders_and_on_nonsense():
             wilson(k, n)
 
 
+def test_wilson_and_mcnemar_agree_with_scipy():
+    for n in (1, 2, 11, 870, 3157):
+        for k in {0, 1, n // 3, n // 2, n - 1, n}:
+            test = scipy_stats.binomtest(k, n)
+            assert wilson(k, n) == pytest.approx(tuple(test.proportion_ci(method="wilson")), abs=1e-12)
+            assert mcnemar([1] * k + [0] * (n - k), [0] * k + [1] * (n - k)) == pytest.approx(test.pvalue, rel=1e-9)
+
+
 def test_mcnemar_reads_only_the_pairs_that_differ():
     a = [1] * 10 + [0] * 2 + [1] * 30 + [0] * 30
     b = [0] * 10 + [1] * 2 + [1] * 30 + [0] * 30

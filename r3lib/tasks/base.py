@@ -16,6 +16,7 @@ class Task:
     blind_retry_prompt = "That answer is wrong. Try the problem again."
     generic_reflection = "I should read the problem again and be more careful."
     reasons: tuple[str, ...] = ("wrong",)
+    categories: dict[str, str] = {}  # the paper's category of each reason, where it has coarser ones
 
     def problems(self, split: str, n: int, seed: int) -> list:
         """Return `n` problems of `split` ("train", "validation" or "test"), a function of the arguments alone."""
@@ -25,6 +26,14 @@ class Task:
         """Return the conversation that asks for a first try: [{"role": ..., "content": ...}, ...]."""
         raise TypeError(f"task {type(self).__name__} does not define messages(problem)")
 
+    def tools(self, problem) -> list[dict] | None:
+        """Return the tools that the chat template presents, as JSON Schema functions; None for a task without."""
+        return None
+
+    def bare_messages(self, problem) -> list[dict]:
+        """Return the conversation for a chat template that presents the tools itself."""
+        return self.messages(problem)
+
     def verify(self, text: str, problem) -> Verdict:
         """Judge the text of an answer. Pure: no disk, model or clock."""
         raise TypeError(f"task {type(self).__name__} does not define verify(text, problem)")
@@ -32,3 +41,7 @@ class Task:
     def style(self, reflection: str) -> str:
         """Name the style of a reflection, for the analysis of what training changes."""
         return "other"
+
+    def part(self, problem_id: str) -> str:
+        """Name the part of the test problems that a problem is in, for results by part; "" for a task without."""
+        return ""

@@ -1,0 +1,95 @@
+"""The function-calling task: name the right tools with the right arguments."""
+
+import json
+from random import Random
+
+from ..errors import R3Error
+from ..verifiers import function_calling as verifier
+from ..verifiers.verdict import Verdict
+from . import function_calling_corpus as corpus
+from . import function_calling_records as records
+from .base import Task
+from .function_calling_records import FunctionCallingProblem
+
+RULES = ("strict", "lenient")
+CATEGORIES = {reason: "parameter choice" for reason in verifier.REASONS if reason != "ok"}  # the paper's Table 4
+CATEGORIES |= {"no_call": "format", "invalid_json": "format"}
+CATEGORIES |= {"wrong_function": "tool choice", "wrong_call_count": "tool choice"}
+
+
+class FunctionCallingTask(Task):
+    """Function calling as the paper has it (its Table 1), on generated problems, on APIGen or on BFCL.
+
+    `source` is "generator", "hub" (the paper's `Salesforce/xlam-function-calling-60k`, gated), "bfcl" (from the
+    package bfcl-eval) or a local copy of either. `rule` is the verifier's: "strict", or "lenient", which takes
+    every answer that BFCL lists as possible. For the generator, `parts` gives the shares of what is new in a test
+    problem, and `hard` is the chance that an amount takes several steps.
+    """
+
+    name = "function_calling"
+    reflection_prompt = (
+        "You tried performing the task, but failed in generating the correct tool call. Reflect on what went wrong "
+        "and write a short explanation that will help you do better next time."
+    )
+    reasons = tuple(CATEGORIES)
+    categories = CATEGORIES
+
+    def __init__(self, source="generator", rule="strict", parts=corpus.PARTS, hard=corpus.HARD):
+        if rule not in RULES:
+            raise R3Error(f"unknown rule {rule!r}: use {' or '.join(RULES)}")
+        self.source, self.rule = str(source), rule
+        self.parts, self.hard = dict(parts), hard
+
+    def messages(self, problem: FunctionCallingProblem) -> list[dict]:
+        """The plain form, for models whose chat template has no place for tools."""
+        return [{"role": "user", "content": self.plain(problem)}]
+
+    def plain(self, problem: FunctionCallingProblem) -> str:
+        """Tools (without empty descriptions), query and the form of the answer."""
+        shown = json.dumps([_without_blanks(tool) for tool in problem.tools], ensure_ascii=False)
+        return f"Tools: {shown}\nQuery: {problem.query}\nAnswer with a JSON list of calls."
+
+    def tools(self, problem: FunctionCallingProblem) -> list[dict]:
+        """The tools as JSON Schema functions."""
+        return [records.function_tool(tool) for tool in problem.tools]
+
+    def bare_messages(self, problem: FunctionCallingProblem) -> list[dict]:
+        """The query alone."""
+        return [{"role": "user", "content": problem.query}]
+
+    def verify(self, text: str, problem: FunctionCallingProblem) -> Verdict:
+        """See `r3lib.verifiers.function_calling.verify`."""
+        answers = problem.possible if self.rule == "lenient" and problem.possible else problem.answers
+        return verifier.verify(text, list(problem.tools), list(answers), self.rule)
+
+    def style(self, reflection: str) -> str:
+        """One of the styles of the embedded model's corpus, or "other"."""
+        return corpus.style(reflection)
+
+    def part(self, problem_id: str) -> str:
+        """What is new in a generated test problem: the "combinations" of tools, the "phrasings" or the "tools"."""
+        return problem_id.partition("-")[0] if self.source == "generator" else ""
+
+    def problems(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
+        """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
+        known = corpus.SPLITS if self.source == "generator" else records.SPLITS
+        if split not in known:
+            raise R3Error(f"unknown split {split!r}: use one of {', '.join(known)}")
+        if n < 1:
+            raise R3Error(f"n={n} asks for no problem: ask for at least 1")
+        if self.source == "generator":
+            return corpus.problems(split, n, seed, self.parts, self.hard)
+        return self._read(split, n, seed)
+
+    def _read(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
+        rows = [p for p in records.read(self.source)[0] if records.split_of(p) == split]
+        if len(rows) < n:
+            raise R3Error(f"{self.source} has {len(rows)} {split} problems, {n} were asked for: ask for fewer")
+        return Random(f"{seed}").sample(rows, len(rows))[:n]
+
+
+def _without_blanks(value):
+    """`value` without the empty strings inside its dicts."""
+    if isinstance(value, dict):
+        return {key: _without_blanks(inner) for key, inner in value.items() if inner != ""}
+    return value

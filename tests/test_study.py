@@ -1,0 +1,29 @@
+"""What a study costs before anything is computed: its imports."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {"torch", "transformers", "peft", "trl", "datasets"}  # ten seconds in every notebook's kernel
+
+
+def loaded(*modules):
+    """Names of all modules that importing `modules` brings along, in a process of its own."""
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "modules, absent",
+    [
+        (["r3lib.study", "r3lib.store"], MODELS | {"matplotlib"}),
+        (["r3lib.study", "r3lib.evaluate", "r3lib.failures", "r3lib.figures"], MODELS),
+        (["r3lib.pipeline", "r3lib.report"], MODELS | {"matplotlib"}),
+    ],
+)
+def test_what_reads_a_cached_study_loads_no_model_library(modules, absent):
+    assert loaded(*modules) & absent == set()

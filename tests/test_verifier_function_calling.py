@@ -1,0 +1,697 @@
+"""Function calls: how each model's text is read, what makes a call right, and why the others are wrong."""
+
+import copy
+import json
+import random
+import time
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from r3lib.errors import R3Error
+from r3lib.verifiers.function_calling import (
+    MAX_BLOCKS,
+    MAX_DEPTH,
+    MAX_LENGTH,
+    REASONS,
+    RULES,
+    Unread,
+    calls,
+    gold,
+    render,
+    verify,
+)
+
+MEGA = 1_000_000
+TOOLS = [  # xlam's form
+    {
+        "name": "forecast",
+        "description": "The weather of the days to come.",
+        "parameters": {
+            "city": {"type": "str", "description": "where"},
+            "days": {"type": "int", "description": "how many"},
+            "scale": {"type": "float, optional", "description": "of the map"},
+            "tags": {"type": "List[str]", "description": "what else", "default": []},
+        },
+    },
+    {"name": "alert", "description": "Warn.", "parameters": {"on": {"type": "bool", "description": "or off"}}},
+    {"name": "now", "description": "The time.", "parameters": {}},
+]
+PARIS = {"name": "forecast", "arguments": {"city": "Paris", "days": 3}}
+ROME = {"name": "forecast", "arguments": {"city": "Rome", "days": 5}}
+ALERT = {"name": "alert", "arguments": {"on": True}}
+WRITTEN = '{"name": "forecast", "arguments": {"city": "Paris", "days": 3}}'
+
+
+def schema(types, required, wrap=False):
+    """A tool f in JSON schema."""
+    tool = {"name": "f", "parameters": {"type": "dict", "properties": types, "required": required}}
+    return [{"type": "function", "function": tool}] if wrap else [tool]
+
+
+def reason(text, answers=(PARIS,), rule="strict", tools=TOOLS):
+    """Why `text` passes or fails."""
+    verdict = verify(text, tools, list(answers), rule)
+    assert verdict.ok == (verdict.reason == "ok") and verdict.reason in REASONS
+    return verdict.reason
+
+
+def one(value, wanted, declared, rule="strict"):
+    """Why a call f(a=value) passes or fails where f(a=wanted) is gold."""
+    tools = [{"name": "f", "parameters": {"a": {"type": declared}}}]
+    text = json.dumps({"name": "f", "arguments": {"a": value}})
+    return reason(text, [{"name": "f", "arguments": {"a": wanted}}], rule, tools)
+
+
+# ---------------------------------------------------------------- how a text is read
+
+FORMATS = {
+    "JSON list": render,
+    "indented list": lambda made: json.dumps(made, indent=2),
+    "JSON lines": lambda made: "\n".join(map(json.dumps, made)),
+    "one after another": lambda made: "".join(map(json.dumps, made)),
+    "Llama, semicolons": lambda made: "; ".join(json.dumps(parameters(call)) for call in made),
+    "Llama, python tag": lambda made: (
+        "<|python_tag|>" + ";".join(json.dumps(parameters(c)) for c in made) + "<|eom_id|>"
+    ),
+    "Qwen, Hermes": lambda made: "\n".join(f"<tool_call>\n{json.dumps(c)}\n</tool_call>" for c in made),
+    "list in a tag": lambda made: f"<tool_call>{json.dumps(made)}</tool_call>",
+    "unclosed tag": lambda made: f"<tool_call>{json.dumps(made)}",
+    "Phi, fence": lambda made: f"Sure:\n```json\n{json.dumps(made, indent=1)}\n```\nDone [1, 2).",
+    "plain fence": lambda made: f"```\n{json.dumps(made)}\n```",
+    "xlam wrapper": lambda made: json.dumps([{"function": call} for call in made]),
+    "OpenAI": lambda made: json.dumps([{"id": "c1", "type": "function", "function": stringed(call)} for call in made]),
+    "prose around": lambda made: f'I "think {{x}} of [y] it\'s 5":\n{json.dumps(made)}\nThat is {{"a": 1}} and ]}}.',
+}
+
+
+def parameters(call):
+    return {"name": call["name"], "parameters": call["arguments"]}
+
+
+def stringed(call):
+    return {"name": call["name"], "arguments": json.dumps(call["arguments"])}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("made", [[PARIS], [PARIS, ALERT, ROME]], ids=["one call", "three calls"])
+def test_every_familys_format_is_read(name, made):
+    assert calls(FORMATS[name](made)) == made
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (f"I would call {WRITTEN}.\n<tool_call>{WRITTEN}</tool_call>", "ok"),  # a draft before the tag is not read
+        (f"I would call {WRITTEN}.\n```json\n{WRITTEN}\n```", "ok"),
+        (f"{WRITTEN}\n<tool_call> is how I call.", "ok"),  # no name after the tag, so the tag marks nothing
+        (f"{WRITTEN} No: {WRITTEN}", "wrong_call_count"),  # without a mark every block counts
+        (f"<tool_call>{WRITTEN}</tool_call> and {WRITTEN}", "wrong_call_count"),
+        (f"{{'a': 1}} [0, 1) {{x}} {{ {WRITTEN}", "invalid_json"),  # what opens before a call must be closed
+        (f"{{'a': 1}} [0, 1) {{x}} ( {WRITTEN}", "ok"),
+        (f'{WRITTEN}\n{{"name": "forecast", "arguments": {{"ci', "invalid_json"),  # one broken call spoils the text
+        (f'{WRITTEN}\n{{"temperature": 3}} [1, 2] {{broken', "ok"),  # no name, so no call
+    ],
+)
+def test_which_blocks_of_a_text_count(text, expected):
+    assert reason(text) == expected
+
+
+def test_tags_and_fences_inside_a_string_are_only_text():
+    made = [{"name": "f", "arguments": {"a": '</tool_call> ```json {"x": "]"} <tool_call> \\" { ['}}]
+    assert all(calls(write(made)) == made for write in FORMATS.values())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "The weather is fine.", None, "forecast(city='Paris')", "{}", "[[]]", "[1, 2]", "{"]
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_text_without_an_object_that_has_a_name_is_no_call(text, rule):
+    assert reason(text, rule=rule) == "no_call"
+    with pytest.raises(Unread, match="no_call"):
+        calls(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "now"}',
+        '{"name": "now", "arguments": []}',
+        '{"name": "now", "arguments": null}',
+        '{"name": "now", "arguments": "soon"}',
+        '{"name": "now", "arguments": "[]"}',
+        '{"name": "now", "arguments": "{"}',
+        '{"name": "now", "arguments": "{} {}"}',
+        '{"name": 7, "arguments": {}}',
+        '{"name": ["now"], "arguments": {}}',
+        '{"tool": {"name": "now", "arguments": {}}}',
+        '[["name", {}]]',
+        '[{"name": "now", "arguments": {}}, 7]',
+        '[[{"name": "now", "arguments": {}}]]',
+    ],
+)
+def test_a_call_of_the_wrong_shape_is_invalid_json(text):
+    assert reason(text, [{"name": "now", "arguments": {}}]) == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("}}", "}"),
+        ("}}", ""),
+        ("}}", "}}}"),
+        ("}}", "}}]"),
+        ("}}", "},}"),
+        ('{"name', '[{"name'),
+        ('{"name', '{{"name'),
+        ('{"name', '"name'),
+        ('{"name"', '{name"'),
+        ('{"name"', "{name"),
+        ('"', "'"),
+        ('"city"', "city"),
+        ("Paris", 'Par"is'),
+        ("Paris", "Par\nis"),
+        ("Paris", "Par\\xis"),
+        ("Paris", "Par\0is"),
+        ('name": ', 'name" '),
+        (", ", " "),
+        ("3", "03"),
+        ("3", "٣"),
+        ("3", "0x3"),
+        ("3", "1_0"),
+        ("3", "+3"),
+        ("3", "True"),
+        ("3", "3 # days"),
+        ("3", "1 + 2"),
+        ("3", "__import__('os').getpid()"),
+    ],
+)
+def test_broken_json_is_invalid_json(old, new):
+    broken = WRITTEN.replace(old, new)
+    assert broken != WRITTEN and reason(broken) == "invalid_json"
+    assert reason(f"So:\n<tool_call>{broken}</tool_call>\n<tool_call>{WRITTEN}</tool_call>") == "invalid_json"
+
+
+@pytest.mark.parametrize("cut", range(len('{"name"'), len(WRITTEN)))
+def test_a_call_cut_short_is_invalid_json(cut):
+    assert reason(WRITTEN[:cut]) == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "alert", "name": "forecast", "arguments": {"city": "Paris", "days": 3}}',
+        '{"name": "forecast", "arguments": {"city": "Paris", "days": 4, "days": 3}}',
+        '{"name": "forecast", "arguments": "{\\"city\\": \\"Paris\\", \\"days\\": 4, \\"days\\": 3}"}',
+        '{"name": "forecast", "arguments": {"city": "Paris", "days": 3, "tags": [{"a": 1, "a": 1}]}}',
+    ],
+)
+def test_duplicate_keys_are_invalid_json(text):
+    assert reason(text) == "invalid_json"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000])
+def test_numbers_that_are_none_are_invalid_json(number):
+    assert reason(WRITTEN.replace("3", number)) == "invalid_json"
+
+
+def test_length_depth_and_number_of_blocks_have_limits():
+    deep = '{"name": "f", "arguments": {"a": %s}}'
+    assert calls(deep % ("[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2)))
+    assert reason(deep % ("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))) == "invalid_json"
+    assert reason(json.dumps({"name": "f", "arguments": "[" * 9999 + "]" * 9999})) == "invalid_json"
+    assert reason(WRITTEN.rjust(MAX_LENGTH)) == "ok"
+    assert reason(WRITTEN.rjust(MAX_LENGTH + 1)) == "invalid_json"
+    assert reason("word " * MAX_LENGTH + f"<tool_call>{WRITTEN}</tool_call>") == "ok"  # the prose before is not read
+    assert calls(WRITTEN * MAX_BLOCKS) == [PARIS] * MAX_BLOCKS
+    assert reason(WRITTEN * (MAX_BLOCKS + 1)) == "invalid_json"
+
+
+@pytest.mark.parametrize("text", [7, 1.5, WRITTEN.encode(), [PARIS], PARIS])
+def test_text_of_another_type_is_a_clear_error(text):
+    with pytest.raises(TypeError, match="must be a string or None"):
+        verify(text, TOOLS, [PARIS])
+
+
+# ---------------------------------------------------------------- reasons and their precedence
+
+
+def changed(**arguments):
+    return render([{"name": "forecast", "arguments": PARIS["arguments"] | arguments}])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (render([PARIS]), "ok"),
+        ("It will rain.", "no_call"),
+        (render([PARIS])[:-1], "invalid_json"),
+        (render([PARIS | {"name": "weather"}]), "wrong_function"),
+        (render([ALERT]), "wrong_function"),
+        (render([PARIS, ALERT]), "wrong_function"),
+        (render([PARIS, PARIS]), "wrong_call_count"),
+        (render([{"name": "forecast", "arguments": {"city": "Paris"}}]), "missing_argument"),
+        (render([{"name": "forecast", "arguments": {"city": 7, "date": 3}}]), "missing_argument"),
+        (changed(month=5, city="Rome"), "unexpected_argument"),
+        (changed(scale=1.0), "unexpected_argument"),
+        (changed(city="Rome", days="3"), "wrong_type"),
+        (changed(days=True), "wrong_type"),
+        (changed(days=None), "wrong_type"),
+        (changed(days=3.0), "wrong_type"),
+        (changed(city=["Paris"]), "wrong_type"),
+        (changed(days=4), "wrong_value"),
+        (changed(city="Rome"), "wrong_value"),
+    ],
+)
+def test_the_first_reason_that_applies_is_given(text, expected, rule):
+    assert reason(text, rule=rule) == expected
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_empty_list_is_an_answer_of_no_calls(rule):
+    assert reason("[]", rule=rule) == reason("```json\n[ ]\n```", rule=rule) == "wrong_call_count"
+    assert reason("[]", [], rule) == "ok"
+    assert reason("No tool fits.", [], rule) == "no_call"
+    assert reason(WRITTEN, [], rule) == "wrong_function"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_calls_is_free_and_their_number_is_not(rule):
+    three = [PARIS, ALERT, ROME]
+    assert all(reason(render(made), three, rule) == "ok" for made in ([ROME, PARIS, ALERT], [ALERT, ROME, PARIS]))
+    assert reason(render([PARIS, ALERT]), three, rule) == "wrong_call_count"
+    assert reason(render([PARIS, PARIS, ALERT, ROME]), three, rule) == "wrong_call_count"
+    assert reason(render([PARIS, PARIS, ALERT]), three, rule) == "wrong_value"  # Rome's pair is a second Paris
+    assert reason(render([PARIS, ALERT, ALERT]), three, rule) == "wrong_function"  # a second alert cannot be Rome's
+
+
+def test_several_calls_of_one_function_are_paired_at_best():
+    possible = [{"f": {"a": [1, 2]}}, {"f": {"a": [1]}}]  # taken greedily, 1 uses up the first and 2 has no pair
+    tools = schema({"a": {"type": "integer"}}, ["a"])
+    text = '{"name": "f", "arguments": {"a": 1}} {"name": "f", "arguments": {"a": 2}}'
+    assert reason(text, possible, "lenient", tools) == "ok"
+    assert reason(text.replace("2", "3"), possible, "lenient", tools) == "wrong_value"
+    mixed = [{"name": "f", "arguments": arguments} for arguments in ({"a": 1, "b": 1}, {"a": 2})]
+    assert reason(render([mixed[1], {"name": "f", "arguments": {"a": 3, "b": 1}}]), mixed, tools=tools) == "wrong_value"
+
+
+def test_an_unknown_rule_names_the_rules():
+    with pytest.raises(R3Error, match="'exact'.*strict, lenient"):
+        verify(WRITTEN, TOOLS, [PARIS], "exact")
+
+
+@pytest.mark.parametrize("answers", ["[", "{}", "7", ["f"], [{"f": [1]}], [{"name": "f"}], [{}], [{"f": {}, "g": {}}]])
+def test_malformed_gold_is_a_clear_error(answers):
+    for rule in RULES:
+        with pytest.raises(R3Error, match="answer"):
+            verify(WRITTEN, TOOLS, answers, rule)
+    with pytest.raises(R3Error, match="tools"):
+        verify(WRITTEN, "[{", [PARIS])
+
+
+def test_the_arguments_are_not_changed():
+    tools = copy.deepcopy(TOOLS)
+    answers = [{"forecast": {"city": ["Paris", "paris"], "days": [3], "tags": ["", ["a"]]}}]
+    before = copy.deepcopy((tools, answers))
+    assert {verify(WRITTEN, tools, answers, rule).reason for rule in RULES} == {"ok"}
+    assert (tools, answers) == before
+    assert {verify(WRITTEN, json.dumps(tools), json.dumps(answers), rule).reason for rule in RULES} == {"ok"}
+
+
+# ---------------------------------------------------------------- strict
+
+
+@pytest.mark.parametrize(
+    "value, wanted, declared, expected",
+    [
+        (1, 1, "int", "ok"),
+        (1e2, 100.0, "float", "ok"),
+        (1, 1.0, "float", "wrong_type"),
+        (1.0, 1, "float", "wrong_type"),
+        (1, True, "bool", "wrong_type"),
+        (True, 1, "int", "wrong_type"),
+        ("1", 1, "int", "wrong_type"),
+        (1, "1", "str", "wrong_type"),
+        (2, 1.5, "float", "wrong_value"),  # a float may be written 2; it is the value that is wrong
+        ("Paris", "paris", "str", "wrong_value"),
+        ("a b", "a  b", "str", "wrong_value"),
+        ("é", "e\u0301", "str", "wrong_value"),
+        ([1, 2], [2, 1], "List[int]", "wrong_value"),
+        ([1, 2], [1, 2, 3], "List[int]", "wrong_value"),
+        ([1], [1.0], "List[float]", "wrong_type"),
+        (["1"], [1], "List[int]", "wrong_type"),
+        ([["1"]], [[1]], "List[List[int]]", "wrong_type"),
+        (["1"], [1], "list", "wrong_value"),  # the tool does not say what the list holds
+        ([], [1], "Tuple[int, str]", "wrong_value"),
+        (["b", 2], [1, "a"], "Tuple[int, str]", "wrong_value"),
+        ({"b": 2, "a": 1}, {"a": 1, "b": 2}, "Dict[str, int]", "ok"),
+        ({"a": True}, {"a": 1}, "dict", "wrong_type"),
+        ({"a": 2}, {"a": 1}, "dict", "wrong_value"),
+        ("a", ["a"], "Union[str, List[str]]", "wrong_value"),
+        (1, None, "Optional[int]", "wrong_value"),
+        (None, 1, "Optional[int]", "wrong_type"),
+        (None, 1, "int or None", "wrong_value"),
+        (1, "x", "Any", "wrong_type"),  # the tool does not say, so gold does
+        ("y", "x", "", "wrong_value"),
+        ("1", "2", "int", "wrong_value"),  # gold contradicts the tool, so both types are right
+        (1, "2", "int", "wrong_value"),
+    ],
+)
+def test_strict_values_are_exact_and_typed(value, wanted, declared, expected):
+    assert one(value, wanted, declared) == expected
+    assert one(wanted, wanted, declared) == "ok"
+
+
+def test_strict_wants_an_argument_of_gold_even_where_the_tool_has_a_default():
+    full = [{"name": "forecast", "arguments": PARIS["arguments"] | {"tags": ["rain"]}}]
+    assert reason(WRITTEN, full) == "missing_argument"
+    assert reason(WRITTEN, full, "lenient") == "ok"
+
+
+def test_strict_takes_the_first_of_bfcls_accepted_values():
+    c, h = {"d": [[3], [4]], "e": [""], "g": ["", 5]}, [{"i": [6]}]
+    possible = [{"f": {"a": [1, 2], "b": ["", "x"], "c": [c], "h": [h]}}]
+    plain = [{"name": "f", "arguments": {"a": 1, "c": {"d": [3]}, "h": [{"i": 6}]}}]
+    assert gold(possible) == gold(json.dumps(possible)) == gold(plain) == plain
+    assert reason(render(plain), possible, tools=[]) == "ok"
+    assert reason(render(plain).replace("1", "2"), possible, tools=[]) == "wrong_value"
+    assert reason(render(plain).replace('"a"', '"b": "x", "a"'), possible, tools=[]) == "unexpected_argument"
+
+
+def test_gold_may_be_written_as_any_call_may():
+    assert gold([parameters(PARIS), {"type": "function", "function": stringed(ALERT)}]) == [PARIS, ALERT]
+
+
+# ---------------------------------------------------------------- lenient
+
+BFCL = schema(
+    {
+        "n": {"type": "integer"},
+        "x": {"type": "float"},
+        "s": {"type": "string"},
+        "l": {"type": "array", "items": {"type": "string"}},
+        "p": {"type": "tuple", "items": {"type": "float"}},
+        "d": {"type": "dict", "properties": {}},
+        "ds": {"type": "array", "items": {"type": "dict"}},
+        "any": {"type": "any"},
+    },
+    ["n"],
+)
+
+
+@pytest.mark.parametrize(
+    "arguments, accepted, expected",
+    [
+        ({"n": 1}, {"n": [1, 2]}, "ok"),
+        ({"n": 2}, {"n": [1, 2]}, "ok"),
+        ({"n": 3}, {"n": [1, 2]}, "wrong_value"),
+        ({"n": 1.0}, {"n": [1]}, "wrong_type"),
+        ({"n": True}, {"n": [1]}, "wrong_type"),
+        ({"n": "1"}, {"n": [1]}, "wrong_type"),
+        ({"n": "a"}, {"n": ["a"]}, "ok"),  # gold's own type is right, whatever the tool says
+        ({"x": 1}, {"x": [1.0]}, "ok"),
+        ({"x": 1.0}, {"x": [1]}, "ok"),
+        ({"x": 2}, {"x": [1.0]}, "wrong_value"),
+        ({"s": "New york, N.Y."}, {"s": ["new_york NY"]}, "ok"),
+        ({"s": "'a-b'/c*^"}, {"s": ['"AB"c']}, "ok"),
+        ({"s": "a\tb"}, {"s": ["ab"]}, "wrong_value"),
+        ({"s": "a;b"}, {"s": ["ab"]}, "wrong_value"),
+        ({"s": 5}, {"s": ["5"]}, "wrong_type"),
+        ({}, {"s": ["x", ""]}, "ok"),
+        ({}, {"s": ["x"]}, "missing_argument"),
+        ({"s": ""}, {"s": ["x", ""]}, "ok"),
+        ({"n": ""}, {"n": ["", 5]}, "wrong_type"),
+        ({}, {"n": ["", 5]}, "ok"),  # BFCL refuses it, as n is required, though it accepts "" for n
+        ({"n": 1, "s": "x"}, {"n": [1]}, "unexpected_argument"),
+        ({"l": ["A.", "b"]}, {"l": [["a", "B"]]}, "ok"),
+        ({"l": ["b", "a"]}, {"l": [["a", "b"]]}, "wrong_value"),
+        ({"l": ["a"]}, {"l": [["a", "b"], ["a"]]}, "ok"),
+        ({"l": []}, {"l": [["a"], ""]}, "ok"),
+        ({"l": []}, {"l": [["a"]]}, "wrong_value"),
+        ({"l": [1]}, {"l": [["1"]]}, "wrong_type"),
+        ({"l": "a"}, {"l": [["a"]]}, "wrong_type"),
+        ({"p": [1.5, 2.0]}, {"p": [[1.5, 2]]}, "ok"),
+        ({"p": [1.5, 2]}, {"p": [[1.5, 2.0]]}, "ok"),  # BFCL takes integers for floats only outside lists
+        ({"p": [True, 2.0]}, {"p": [[1.0, 2.0]]}, "wrong_type"),
+        ({"d": {"k": "A"}}, {"d": [{"k": ["a", "b"]}]}, "ok"),
+        ({"d": {"k": "c"}}, {"d": [{"k": ["a", "b"]}]}, "wrong_value"),
+        ({"d": {"k": "a"}}, {"d": [{"k": ["a"], "o": ["", 1]}]}, "ok"),
+        ({"d": {}}, {"d": [{"k": ["a"]}]}, "wrong_value"),
+        ({"d": {"k": "a", "z": 1}}, {"d": [{"k": ["a"]}]}, "wrong_value"),
+        ({"d": {"k": 1}}, {"d": [{"k": [True]}]}, "wrong_value"),
+        ({"d": {"k": 1.5}}, {"d": [{"k": 1.5}]}, "ok"),  # a slip of BFCL's data: the value is not in a list
+        ({"d": {"k": {"i": "A"}}}, {"d": [{"k": [{"i": ["a"]}]}]}, "ok"),
+        ({"d": []}, {"d": [{"k": ["a"]}]}, "wrong_type"),
+        ({"ds": [{"k": "A"}, {"k": 2}]}, {"ds": [[{"k": ["a"]}, {"k": [1, 2]}]]}, "ok"),
+        ({"ds": [{"k": 2}, {"k": "a"}]}, {"ds": [[{"k": ["a"]}, {"k": [1, 2]}]]}, "wrong_value"),
+        ({"ds": [{"k": "a"}]}, {"ds": [[{"k": ["a"]}, {"k": [1, 2]}]]}, "wrong_value"),
+        ({"any": 5}, {"any": [5]}, "ok"),
+        ({"any": None}, {"any": ["", None]}, "ok"),
+        ({"any": "5"}, {"any": [5]}, "wrong_type"),
+    ],
+)
+def test_lenient_follows_bfcl(arguments, accepted, expected):
+    assert reason(render([{"name": "f", "arguments": arguments}]), [{"f": accepted}], "lenient", BFCL) == expected
+
+
+@pytest.mark.parametrize(
+    "spec, optional",
+    [
+        ({"type": "int"}, False),
+        ({"type": "int", "default": 3}, True),
+        ({"type": "int, optional"}, True),
+        ({"type": "Optional[int]"}, True),
+    ],
+)
+def test_lenient_lets_a_plain_golds_argument_be_left_out_where_the_tool_says_so(spec, optional):
+    text, answers = '{"name": "f", "arguments": {}}', [{"name": "f", "arguments": {"type": 5}}]
+    expected = "ok" if optional else "missing_argument"
+    assert reason(text, answers, "lenient", [{"name": "f", "parameters": {"type": spec}}]) == expected
+    for wrap in (False, True):
+        tools = schema({"type": {"type": "integer"}}, [] if optional else ["type"], wrap)
+        assert reason(text, answers, "lenient", tools) == expected
+    assert reason(text, answers, "strict", tools) == "missing_argument"
+
+
+@pytest.mark.parametrize(
+    "value, wanted, declared, expected",
+    [
+        ("PARIS", "Paris", "str", "ok"),
+        (3, 3.0, "float", "ok"),
+        ([3, 1], [3.0, 1.5], "List[float]", "wrong_value"),
+        (["a b"], ["A-B"], "List[str]", "ok"),
+        ({"a": "X", "b": [1]}, {"b": [1], "a": "x"}, "Dict[str, Any]", "ok"),
+        ({"a": ["x"]}, {"a": ["x", "y"]}, "dict", "wrong_value"),
+        ([{"a": 1}], [{"a": 2}], "List[Dict[str, int]]", "wrong_value"),
+        ([{"a": 1}], [{"a": 1}], "List[Dict[str, int]]", "ok"),
+        ("", "", "str", "ok"),
+    ],
+)
+def test_lenient_compares_a_plain_gold_alike(value, wanted, declared, expected):
+    assert one(value, wanted, declared, "lenient") == expected
+
+
+# ---------------------------------------------------------------- no text stalls it
+
+CALL = '{"name": "forecast", "arguments": %s}'
+LIST = CALL % '{"city": "Paris", "days": [%s]}'
+UNITS = ["{", "[", '"', "\\", "<tool_call>", "```json", "```", "\n", "\0", "\ud800", "😀", "٣", "name", "}", "]", " "]
+UNITS += ['{"', '["', "[{", "{}", "[]", "[[]]", '{"a":', "[{},", '"\\"', "{'", '"name":', '{"name":', "``\n", "1e999,"]
+ADVERSARIAL = {f"a megabyte of {unit!a}": unit * (MEGA // len(unit)) for unit in UNITS}
+ADVERSARIAL |= {f"all that is read is {unit!a}": unit * (MAX_LENGTH // len(unit)) for unit in UNITS}
+ADVERSARIAL |= {f"inside a call, {unit!a}": (LIST % (unit * (9800 // len(unit)))) for unit in UNITS}
+ADVERSARIAL |= {f"as a string, {unit!a}": LIST % json.dumps(unit * (3000 // len(unit))) for unit in UNITS}
+ADVERSARIAL |= {f"an open call, then {unit!a}": CALL[:-3] + "[" + unit * (MEGA // len(unit)) for unit in UNITS}
+ADVERSARIAL |= {
+    "10,000 deep": LIST % ("[" * 10_000 + "]" * 10_000),
+    "10,000 objects deep": CALL % ('{"a":' * 10_000 + "1" + "}" * 10_000),
+    "100,000 digits": LIST % ("9" * 100_000),
+    "4,000 digits": LIST % ("9" * 4000),
+    "many numbers": LIST % ("1," * 4900)[:-1],
+    "many floats": LIST % ("1.5," * 2400)[:-1],
+    "many lists": LIST % ("[1]," * 2400)[:-1],
+    "many keys": CALL % json.dumps(dict.fromkeys(map(str, range(900)), 1)),
+    "many calls": "[" + ",".join([CALL % "{}"] * 240) + "]",
+    "repeated keys": CALL % ("{" + ",".join(['"a":1'] * 1600) + "}"),
+    "a call, then a megabyte": WRITTEN + " " * MEGA,
+    "a megabyte string": CALL % json.dumps({"city": "a" * MEGA}),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_an_adversarial_text_is_rejected_within_10_ms(name):
+    text, looks = ADVERSARIAL[name], '"name":' in ADVERSARIAL[name]
+    for rule in RULES:
+        best = float("inf")
+        for _ in range(9):  # the best of a few: other work on the machine only ever adds time
+            start = time.perf_counter()
+            verdict = verify(text, TOOLS, [PARIS], rule)
+            best = min(best, time.perf_counter() - start)
+        assert not verdict.ok and (verdict.reason == "no_call") != looks
+        assert best < 0.010
+
+
+@pytest.mark.parametrize(
+    "value", ["1," * 900, '"ab",' * 350, '"%s",' % ("é-" * 900), "[[1],[2]]," * 170, '{"a":[1]},' * 170]
+)
+def test_five_large_calls_are_paired_within_10_ms(value):
+    text = "[" + ",".join([LIST % value[:-1]] * 5) + "]"
+    for rule in RULES:
+        best = float("inf")
+        for _ in range(9):
+            start = time.perf_counter()
+            verdict = verify(text, TOOLS, [PARIS, PARIS, ROME, ROME, ROME], rule)
+            best = min(best, time.perf_counter() - start)
+        assert verdict.reason == "wrong_type" and len(text) < MAX_LENGTH
+        assert best < 0.010
+
+
+# ---------------------------------------------------------------- properties
+
+NAMES = st.sampled_from(["a", "name", "type", "city", "größe", "required", "arguments"])
+WORDS = st.text(st.sampled_from('abcABC019 ,._{}[]"\\é😀\n\u2028`<>;:'), max_size=9)
+SCALARS = {
+    "str": WORDS,
+    "int": st.integers(-(10**20), 10**20),
+    "float": st.floats(allow_nan=False, allow_infinity=False),
+    "bool": st.booleans(),
+}
+VALUES = SCALARS | {
+    "List[int]": st.lists(SCALARS["int"], max_size=3),
+    "List[str]": st.lists(WORDS, max_size=3),
+    "Dict[str, Any]": st.dictionaries(WORDS, st.one_of(*SCALARS.values()), max_size=3),
+    "List[Dict]": st.lists(st.dictionaries(NAMES, WORDS, max_size=2), max_size=2),
+}
+
+
+@st.composite
+def problems(draw):
+    """Random tools and one to four calls of theirs: (tools, calls)."""
+    tools = []
+    for name in draw(st.lists(st.sampled_from(["f", "g.h", "name"]), min_size=1, max_size=3, unique=True)):
+        types = draw(st.dictionaries(NAMES, st.sampled_from(sorted(VALUES)), max_size=4))
+        tools.append({"name": name, "parameters": {arg: {"type": kind} for arg, kind in types.items()}})
+    made = []
+    for tool in draw(st.lists(st.sampled_from(tools), min_size=1, max_size=4)):
+        arguments = {arg: draw(VALUES[spec["type"]]) for arg, spec in tool["parameters"].items()}
+        made.append({"name": tool["name"], "arguments": arguments})
+    return tools, made
+
+
+def possible_answers(made):
+    """The same gold in BFCL's form."""
+
+    def wrap(value):
+        if isinstance(value, dict):
+            return {key: [wrap(item)] for key, item in value.items()}
+        return [wrap(item) for item in value] if isinstance(value, list) else value
+
+    return [{call["name"]: {arg: [wrap(value)] for arg, value in call["arguments"].items()}} for call in made]
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.randoms(use_true_random=False))
+@example(([], [{"name": "f", "arguments": {"a": "\ud800"}}]), random.Random(0))
+def test_gold_is_ok_under_both_rules_in_every_format(problem, rng):
+    tools, made = problem
+    shuffled = rng.sample(made, len(made))
+    for rule in RULES:
+        assert all(reason(write(shuffled), made, rule, tools) == "ok" for write in FORMATS.values())
+    assert reason(render(gold(made)), made, "lenient", tools) == "ok"
+
+
+@settings(deadline=None, max_examples=100)
+@given(problems())
+def test_gold_of_bfcl_is_ok_under_both_rules(problem):
+    tools, made = problem
+    possible = possible_answers(made)
+    for rule in RULES:
+        assert reason(render(gold(possible)), possible, rule, tools) == "ok"
+
+
+def perturb(made, kind, rng):
+    """`made` with one thing changed so that `kind` is the reason; None where it cannot be."""
+    made = copy.deepcopy(made)
+    call = rng.choice(made)
+    arguments = call["arguments"]
+    arg = rng.choice(sorted(arguments)) if arguments else None
+    if kind == "wrong_function":
+        call["name"] += "_2"
+    elif kind == "wrong_call_count":
+        made.append(call) if len(made) == 1 or rng.random() < 0.5 else made.remove(call)
+    elif kind == "unexpected_argument":
+        arguments["zzz"] = rng.choice([1, "x", None, []])
+    elif arg is None or (kind == "wrong_value" and arguments[arg] == []):
+        return None
+    elif kind == "missing_argument":
+        del arguments[arg]
+    elif kind == "wrong_type":
+        arguments[arg] = 7 if isinstance(arguments[arg], str) else json.dumps(arguments[arg])
+    else:
+        arguments[arg] = another(arguments[arg])
+    return made
+
+
+def another(value):
+    """Another value of the same type, told apart even without case and punctuation."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, dict):
+        return value | {"zzz": 1}
+    if isinstance(value, list):
+        return value[:-1]
+    return value + "x" if isinstance(value, str) else -2 * value - 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(problems(), st.randoms(use_true_random=False), st.sampled_from(REASONS[3:]), st.sampled_from(RULES))
+def test_a_perturbed_gold_scores_its_own_reason(problem, rng, kind, rule):
+    tools, made = problem
+    spoiled = perturb(made, kind, rng)
+    if spoiled is not None:
+        assert {reason(write(spoiled), made, rule, tools) for write in FORMATS.values()} == {kind}
+
+
+@settings(deadline=None)
+@given(problems(), st.integers(1, 10**6))
+def test_gold_cut_short_or_unbalanced_is_invalid_json(problem, at):
+    tools, made = problem
+    text = render(made)
+    cut = 8 + at % (len(text) - 8)  # after [{"name"
+    assert reason(text[:cut] if cut < len(text) else text[1:], made, tools=tools) == "invalid_json"
+    assert reason(text[:-1], made, tools=tools) == reason(text[1:], made, tools=tools) == "invalid_json"
+
+
+PIECES = [
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    ":",
+    ",",
+    '"name"',
+    '"name":',
+    '"arguments":',
+    "{}",
+    "[]",
+    "1",
+    "é",
+    "<tool_call>",
+]
+PIECES += ["```json", "\n", " ", WRITTEN, '{"name": "forecast", "arguments": {', "<|python_tag|>", "NaN", "name"]
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)), st.sampled_from(RULES))
+def test_any_text_gets_a_verdict(text, rule):
+    verdict = reason(text, rule=rule)
+    try:
+        made = calls(text)
+    except Unread as error:
+        assert verdict == str(error) and verdict in ("no_call", "invalid_json")
+    else:
+        assert verdict not in ("no_call", "invalid_json") and calls(render(made)) == made
