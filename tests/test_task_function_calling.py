@@ -69,11 +69,11 @@ def test_the_plain_form_of_a_real_source_prints_the_tools_with_all_they_have():
     assert request == "Answer with a JSON list of calls."
 
 
-def test_the_plain_form_of_generated_problems_prints_types_only():
-    tools = FunctionCallingTask().plain(PROBLEM).split("\n")[0]
-    assert json.loads(tools.removeprefix("Tools: "))[0]["parameters"] == {
-        "place": {"type": "str"}, "days": {"type": "int, optional"},
-    }  # fmt: skip
+def test_the_plain_form_prints_everything_but_empty_descriptions():
+    bare = {**TOOL, "description": "", "parameters": {"place": {"type": "str", "description": ""}}}
+    tools = FunctionCallingTask().plain(replace(PROBLEM, tools=(TOOL, bare))).split("\n")[0]
+    shown = [TOOL, {"name": "get_weather", "parameters": {"place": {"type": "str"}}}]
+    assert json.loads(tools.removeprefix("Tools: ")) == shown
 
 
 def test_tools_are_json_schema_functions_beside_the_bare_query():

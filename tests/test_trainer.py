@@ -24,8 +24,8 @@ from r3lib.errors import R3Error
 from r3lib.trainer import R3Metrics, R3Trainer, last_checkpoint, metrics_file, rollout, training_order, verified
 
 METRICS = [
-    "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens", "reflection_tokens",
-    "seconds_sampling", "seconds_learning",
+    "task", "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens",
+    "reflection_tokens", "seconds_sampling", "seconds_learning",
 ]  # fmt: skip
 
 
@@ -257,8 +257,8 @@ def test_metrics_hold_one_complete_line_a_step(model, tokenizer, tmp_path):
     make(model, tokenizer, tmp_path, lora=small_lora(), beta=0.01, seed=3).train()
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2] and all(sorted(row) == sorted(METRICS) for row in rows)
-    assert all(isinstance(value, int | float) for row in rows for value in row.values())
-    assert all(row["seed"] == 3 and 1 <= row["reflection_tokens"] <= 12 for row in rows)
+    assert all(isinstance(value, int | float) for row in rows for name, value in row.items() if name != "task")
+    assert all(row["task"] == "countdown" and row["seed"] == 3 and 1 <= row["reflection_tokens"] <= 12 for row in rows)
     assert all(row["seconds_sampling"] > 0 and row["seconds_learning"] > 0 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] >= 0
 
