@@ -9,12 +9,13 @@ from random import Random
 
 from ..errors import R3Error
 from .function_calling_records import FunctionCallingProblem
-from .function_calling_tools import PARTS, SPLITS, Case, draw
+from .function_calling_tools import KINDS, PARTS, SPLITS, Case, draw
 
 DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
 STYLES = {"vague": 0.25, "verbose": 0.22, "diagnosis": 0.22, "hint": 0.09, "worked": 0.22}
 FOREIGN = 0.06  # share of reflections that were written for another problem
-HARD = 0.7  # chance that an amount takes several steps
+HARD, INVENTED = 0.5, 0.35  # chances that an amount takes several steps, that a tool is renamed (pretraining)
+COMPUTED = ("minutes", "seconds", "hours", "days", "items", "people", "dollars", "grams", "metres", "time")
 
 VAGUE = (
     "I should read the query again and be more careful.",
@@ -169,6 +170,14 @@ def style(text: str) -> str:
     if text in VAGUE:
         return "vague"
     return "verbose" if text.startswith(tuple(line.split("{")[0] for line in VERBOSE)) else "other"
+
+
+def exercise(random: Random) -> list[tuple[str, str, bool]]:
+    """A conversation in which an amount is worked out, outside of any task: arithmetic is learned from few of them."""
+    name = random.choice(COMPUTED)
+    while not (value := KINDS[name](random, HARD, name)).steps:
+        pass
+    return [("user", f"Work out {name}: {value.words}.", False), ("assistant", ", ".join(value.steps), True)]
 
 
 def conversation(task, draw_case, random: Random) -> list[tuple[str, str, bool]]:

@@ -9,7 +9,7 @@ HELD_OUT_PHRASINGS and no set of candidate tools of a held-out split is ever in 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from random import Random
 
@@ -29,15 +29,15 @@ kitchen: heat oven(minutes, level); boil eggs(seconds); chill drinks(hours); mix
   heat soup(minutes, level); mix salad(people)
 travel: book hotel(days, city); rent car(hours, city, insurance=flag); reserve table(people, time);
   pack suitcase(grams, color); plan trip(days, names); buy ticket(dollars, city); board ferry(people, time);
-  book guide(hours, name); rent boat(hours, city); plan hike(metres, names)
-office: schedule meeting(minutes, names); print report(items, color); send invoice(dollars, name);
-  record call(seconds, name); ship desk(grams, city); move printer(metres, rooms); archive files(days);
+  book guide(hours, person); rent boat(hours, city); plan hike(metres, names)
+office: schedule meeting(minutes, names); print report(items, color); send invoice(dollars, person);
+  record call(seconds, person); ship desk(grams, city); move printer(metres, rooms); archive files(days);
   pay rent(dollars, time); print badges(people, color); send report(items, names)
 shop: order boxes(items, city); sell apples(grams); refund order(dollars, notice=flag); wrap gift(items, color);
-  stock shelf(items, rooms); weigh fruit(grams); deliver milk(litres, city); order flowers(dollars, name);
+  stock shelf(items, rooms); weigh fruit(grams); deliver milk(litres, city); order flowers(dollars, person);
   sell bread(items); ship books(grams, city)
-health: log run(seconds, metres); track sleep(minutes); plan fast(hours); give syrup(litres, name);
-  walk dog(minutes, name); book massage(minutes, time); measure pulse(seconds); rest knee(days); track steps(items);
+health: log run(seconds, metres); track sleep(minutes); plan fast(hours); give syrup(litres, person);
+  walk dog(minutes, person); book massage(minutes, time); measure pulse(seconds); rest knee(days); track steps(items);
   log swim(metres)
 media: play song(seconds, level); record show(minutes, time); pause video(seconds); loop clip(items);
   rent movie(hours, subtitles=flag); mute phone(hours); share album(names); download podcast(items, wifi=flag);
@@ -46,14 +46,14 @@ garden: water roses(litres, minutes); mow lawn(metres, time); plant tulips(items
   dig pond(hours, metres); trim hedge(metres); dry herbs(days); rake leaves(minutes); water trees(litres);
   feed dog(grams, time)
 sizes: book hall(people); hire van(items, city); rent tent(people, days); fill tank(grams);
-  order cable(metres, color); reserve camp(days); start course(hours, name); pick bag(grams, color)
+  order cable(metres, color); reserve camp(days); start course(hours, person); pick bag(grams, color)
 """
 HELD_OUT = """
 home: clean oven(minutes, level); paint door(metres, color); heat bedroom(hours, level); open windows(time)
 kitchen: mix drinks(people); chill salad(hours); grill bread(seconds, level)
 travel: rent desk(days, city); book boat(hours, city); plan meeting(minutes, names)
 shop: wrap boxes(items, color); ship suitcase(grams, city); order fruit(grams, city)
-media: record video(seconds, name); charge phone(minutes)
+media: record video(seconds, person); charge phone(minutes)
 garden: water lawn(litres, minutes); plant roses(items, color)
 sizes: rent hall(people); order bag(grams, color)
 """
@@ -64,7 +64,7 @@ TYPES = {
     "rooms": {"type": "List[int]"},
     "litres": {"type": "float"},
     "flag": {"type": "bool"},
-} | dict.fromkeys(("time", "name", "city"), {"type": "str"})
+} | dict.fromkeys(("time", "person", "city"), {"type": "str"})
 WHOLE = {"type": "int"}
 PHRASINGS = (
     "{Act}.", "Please {act}.", "Can you {act}?", "I want to {act}.", "I need to {act}.", "{Act}, please.",
@@ -140,13 +140,18 @@ def _tools(table: str) -> list[Tool]:
 
 
 SEEN, NEW = _tools(TOOLS), _tools(HELD_OUT)
-WORDS = {word for tool in SEEN for word in (tool.verb, tool.noun, *dict(tool.parameters))} | {*PLACES, *PEOPLE}
+VERBS, NOUNS = sorted({tool.verb for tool in SEEN}), sorted({tool.noun for tool in SEEN})
+WORDS = {*VERBS, *NOUNS, *PLACES, *PEOPLE}
 
 
-def draw(random: Random, split: str, part: str = "combinations", hard: float = 0.7) -> Case:
-    """Draw one problem of `split`; `hard` is the chance that an amount takes more than one or two steps."""
+def draw(random: Random, split: str, part: str = "combinations", hard: float = 0.5, invented: float = 0.0) -> Case:
+    """Draw one problem of `split`; `hard` is the chance that an amount takes more than one or two steps.
+
+    `invented` is the share of tools that are given the verb of another and the noun of a third, so that names
+    have to be read, not remembered.
+    """
     while True:
-        tools = _candidates(random, part)
+        tools = [_renamed(t, random) if random.random() < invented else t for t in _candidates(random, part)]
         names = sorted(tool.name() for tool in tools)
         if part == "tools" or split_of(names) == split:
             return _case(random, tools, part, hard)
@@ -158,11 +163,18 @@ def split_of(names: list[str]) -> str:
     return next(split for split, end in zip(SPLITS, accumulate(SPLITS.values())) if place < end)
 
 
+def _renamed(tool: Tool, random: Random) -> Tool:
+    known = {tool.name() for tool in SEEN + NEW}
+    while (new := replace(tool, verb=random.choice(VERBS), noun=random.choice(NOUNS))).name() in known:
+        pass
+    return new
+
+
 def _candidates(random: Random, part: str) -> list[Tool]:
     """One to four tools (a sized one counts twice); those that are to be called stand first."""
     size = random.random() < SIZED
     first = random.choice([tool for tool in (NEW if part == "tools" else SEEN) if tool.sized == size])
-    tools, count = [first], random.randint(1, 4)
+    tools, count = [first], random.choices((1, 2, 3, 4), (3, 3, 2, 2))[0]
     while (taken := len(tools) + sum(tool.sized for tool in tools)) < count:
         others = [t for t in SEEN if t not in tools and taken + 1 + t.sized <= 4]
         near = [t for t in others if t.verb == first.verb or t.noun == first.noun]
@@ -336,7 +348,7 @@ def _city(random, hard, name) -> Value:
     return Value(f"in {(city := random.choice(PLACES))}", city)
 
 
-def _name(random, hard, name) -> Value:
+def _person(random, hard, name) -> Value:
     return Value(f"for {(person := random.choice(PEOPLE))}", person)
 
 
@@ -353,5 +365,5 @@ def _rooms(random, hard, name) -> Value:
 KINDS: dict[str, Callable[[Random, float, str], Value]] = {
     "minutes": _minutes, "seconds": _seconds, "hours": _hours, "days": _days, "items": _items, "people": _people,
     "dollars": _dollars, "grams": _grams, "metres": _metres, "time": _time, "litres": _litres, "level": _level,
-    "color": _color, "flag": _flag, "city": _city, "name": _name, "names": _names, "rooms": _rooms,
+    "color": _color, "flag": _flag, "city": _city, "person": _person, "names": _names, "rooms": _rooms,
 }  # fmt: skip
