@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-SOURCES = "chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* verifiers/verdict.py verifiers/{0}*"
+SOURCES = "study.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* verifiers/verdict.py "
+SOURCES += "verifiers/{0}*"
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
     "steps", "failures_per_step", "group_size", "learning_rate", "warmup_steps", "scheduler", "lora_rank",

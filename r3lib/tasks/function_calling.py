@@ -11,7 +11,6 @@ from . import function_calling_records as records
 from .base import Task
 from .function_calling_records import FunctionCallingProblem
 
-RULES = ("strict", "lenient")
 CATEGORIES = {reason: "parameter choice" for reason in verifier.REASONS if reason != "ok"}  # the paper's Table 4
 CATEGORIES |= {"no_call": "format", "invalid_json": "format"}
 CATEGORIES |= {"wrong_function": "tool choice", "wrong_call_count": "tool choice"}
@@ -35,8 +34,8 @@ class FunctionCallingTask(Task):
     categories = CATEGORIES
 
     def __init__(self, source="generator", rule="strict", parts=corpus.PARTS, hard=corpus.HARD):
-        if rule not in RULES:
-            raise R3Error(f"unknown rule {rule!r}: use {' or '.join(RULES)}")
+        if rule not in verifier.RULES:
+            raise R3Error(f"unknown rule {rule!r}: use {' or '.join(verifier.RULES)}")
         self.source, self.rule = str(source), rule
         self.parts, self.hard = dict(parts), hard
 

@@ -9,7 +9,7 @@ from random import Random
 
 from ..errors import R3Error
 from .function_calling_records import FunctionCallingProblem
-from .function_calling_tools import KINDS, PARTS, SPLITS, Case, draw
+from .function_calling_tools import KINDS, PARTS, SPLITS, Case, clock, draw
 
 DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
 STYLES = {"vague": 0.25, "verbose": 0.22, "diagnosis": 0.22, "hint": 0.09, "worked": 0.22}
@@ -39,6 +39,8 @@ WORKED = "I work through it."
 
 def problems(split: str, n: int, seed: int, parts: dict[str, float] = PARTS, hard: float = HARD) -> list:
     """Return `n` distinct problems of `split`; in "test", `parts` gives the share of each part."""
+    if sum(parts.values()) <= 0 or min(parts.values()) < 0:
+        raise R3Error(f"function_calling option parts={parts}: give shares above 0, for example {PARTS}")
     if unknown := set(parts) - set(PARTS):
         raise R3Error(f"function_calling option parts: unknown {sorted(unknown)[0]!r}: known: {', '.join(PARTS)}")
     if split not in SPLITS:
@@ -99,7 +101,10 @@ def _off(value, random: Random):
         return value + random.choice((-0.25, 0.25, 1.0))
     if isinstance(value, list):
         return value[:-1]
-    return "12:00" if ":" in value else value[::-1]
+    if ":" in value:
+        hours, minutes = map(int, value.split(":"))
+        return clock(60 * hours + minutes + random.choice((-60, -15, -5, 5, 15, 60)))
+    return value[::-1]
 
 
 def reflection(case: Case, attempt, random: Random, name: str | None = None) -> str:

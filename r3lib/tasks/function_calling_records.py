@@ -198,7 +198,7 @@ def to_schema(tool: dict) -> dict:
     extra = {key: value for key, value in tool.items() if key not in ("name", "description", "parameters", "required")}
     arguments = {name: {**s, "type": s["type"].removesuffix(", optional")} for name, s in tool["parameters"].items()}
     body = {"type": "dict", "properties": arguments, "required": tool.get("required", _required(tool)), **extra}
-    return {"name": tool["name"], "description": tool["description"], "parameters": body}
+    return {"name": tool["name"], "description": tool.get("description", ""), "parameters": body}
 
 
 def _required(tool: dict) -> list[str]:

@@ -313,17 +313,18 @@ def _metres(random, hard, name) -> Value:
 def _time(random, hard, name) -> Value:
     hour, (said, minute) = random.randint(1, 11), random.choice((("half past", 30), ("a quarter past", 15), ("", 0)))
     part, shift = random.choice((("in the morning", 0), ("in the evening", 12)))
-    clock = f"{said} {NUMBER_WORDS[hour]} {part}".strip()
+    words = f"{said} {NUMBER_WORDS[hour]} {part}".strip()
     at = (hour + shift) * 60 + minute
     if random.random() >= hard:
-        return Value(f"at {clock}", _clock(at))
+        return Value(f"at {words}", clock(at))
     gap = random.randint(1, 11) * 5
     word, sign, new = random.choice((("before", "-", at - gap), ("after", "+", at + gap)))
-    return Value(f"at {gap} minutes {word} {clock}", _clock(new), (f"{_clock(at)} {sign} {gap} = {_clock(new)}",))
+    return Value(f"at {gap} minutes {word} {words}", clock(new), (f"{clock(at)} {sign} {gap} = {clock(new)}",))
 
 
-def _clock(minutes: int) -> str:
-    return f"{minutes // 60:02d}:{minutes % 60:02d}"
+def clock(minutes: int) -> str:
+    """The time of day so many minutes after midnight, as "09:05"."""
+    return f"{minutes // 60 % 24:02d}:{minutes % 60:02d}"
 
 
 def _litres(random, hard, name) -> Value:
