@@ -24,13 +24,19 @@ class Chat:
         self.end_id = self._end_of_turn()
         self.end_ids = frozenset({self.end_id} | ({tokenizer.eos_token_id} - {None}))
         self._turn("a")
-        self.takes_tools = TOOL["name"] in self._text(PROBE[:1], tools=[{"type": "function", "function": TOOL}])
+        self.takes_tools = self._takes_tools()
 
     def start(self, task, problem) -> list[int]:
-        """Ids of the first prompt: tools through the template where it takes them, else the task's plain form."""
+        """Ids of the first prompt: tools through the template if `takes_tools`, else the task's plain form."""
         if (tools := task.tools(problem)) and self.takes_tools:
             return self._ids(self._text(task.bare_messages(problem), add_generation_prompt=True, tools=tools))
         return self.prompt(task.messages(problem))
+
+    def shown(self, task, problem) -> str:
+        """What `start` asks, as text: the last message, or all that the template makes of tools and query."""
+        if task.tools(problem) and self.takes_tools:
+            return self.tokenizer.decode(self.start(task, problem))
+        return task.messages(problem)[-1]["content"]
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Ids of `messages` and of the header of the assistant's next turn."""
@@ -58,6 +64,17 @@ class Chat:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _takes_tools(self) -> bool:
+        """Whether the template presents tools and, with them, still closes and opens turns as without."""
+        tools, again = [{"type": "function", "function": TOOL}], {"role": "user", "content": "a"}
+        try:
+            opened = self._text(PROBE[:1], add_generation_prompt=True, tools=tools)
+            talk = self._text([*PROBE, again], add_generation_prompt=True, tools=tools)
+        except R3Error:
+            return False
+        joined = [*self._ids(opened + PROBE[1]["content"]), self.end_id, *self._turn("a")]
+        return TOOL["name"] in opened and self._ids(talk) == joined
 
     def _end_of_turn(self) -> int:
         """The first token that the template writes after an assistant's text."""

@@ -271,10 +271,9 @@ def _episodes(runner, problems, policy, split, conditions, seed, say) -> list[Ep
 
 def _first_row(runner, problem, completion, policy, split) -> Episode:
     text = runner.chat.text(completion.ids)
-    messages = runner.task.messages(problem)
     return Episode(
         runner.task.name, split, problem.id, policy.name, policy.seed, Condition.first_try.value, 0,
-        messages[-1]["content"], text, runner.task.verify(text, problem).reason,
+        runner.chat.shown(runner.task, problem), text, runner.task.verify(text, problem).reason,
         None, None, None, len(completion.ids), None, None, policy.model, policy.adapter,
     )  # fmt: skip
 

@@ -61,7 +61,7 @@ def conditions_figure(accuracy: pd.DataFrame) -> Figure:
 def transfer_figure(accuracy: pd.DataFrame) -> Figure:
     """The same with the policies that were trained on another task, and first tries (share of all problems)."""
     _need(accuracy, [*CELL, "seed", "n", "rate", "lo", "hi"], "transfer")
-    return _conditions(accuracy)
+    return _conditions(accuracy, "tries that succeed: first of all problems, second of failures")
 
 
 def parts_figure(accuracy: pd.DataFrame) -> Figure:
@@ -77,7 +77,7 @@ def parts_figure(accuracy: pd.DataFrame) -> Figure:
     return fig
 
 
-def _conditions(table) -> Figure:
+def _conditions(table, label="second tries that succeed, of failures") -> Figure:
     """A panel a task, a row a condition, a dot a policy."""
     table = table.assign(seeds=table.groupby([*CELL, "split"]).seed.transform("size") - 1)
     table = table[table.seed.astype(str) == "all"]
@@ -85,7 +85,7 @@ def _conditions(table) -> Figure:
     fig, axes = _figure(table.task.nunique(), 1.4 + 0.2 * len(order) * table.policy.nunique())
     for ax, (task, part) in zip(axes, table.groupby("task", sort=False), strict=True):
         _dots(ax, part, "condition", order, ("rate", "lo", "hi"), CONDITIONS)
-        ax.set_xlabel("second tries that succeed, of failures")
+        ax.set_xlabel(label)
         _policies(ax, part[part.condition != "first_try"], "failures", task, "#222222")
     return fig
 

@@ -202,8 +202,8 @@ class Study:
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its input files: task, model and the named profile keys."""
         options = self.profile.task_options.get(self.task_name, {})
-        data = folder_hash(Path(str(options.get("source", "generator"))))  # "" unless it is a local folder or file
-        same = {"task": self.task_name, "task_options": options, "data": data, "code": code_of(self.task_name)}
+        same = {"task": self.task_name, "task_options": options, "code": code_of(self.task_name)}
+        same["data"] = folder_hash(*self.task.files())
         same["model"] = folder_hash(Path(self.model_path)) or self.model_path
         values = asdict(self.profile)
         return same | {k: values[k] for k in keys} | extra

@@ -198,6 +198,29 @@ def test_a_template_without_tools_gets_the_plain_form(tokenizer, name):
     assert task.plain(PROBLEM) in chat.tokenizer.decode(start)
 
 
+PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "with_tools",
+    ["{{ raise_exception('no tools here') }}", "{{ tools[0].function.name }}{{ messages | length }}", "no mention"],
+)
+def test_a_template_whose_tools_fail_or_change_what_was_said_gets_the_plain_form(tokenizer, with_tools):
+    chat = Chat(with_template(tokenizer, "{% if tools %}" + with_tools + "{% endif %}" + PLAIN))
+    task = FunctionCallingTask("bfcl")
+    assert not chat.takes_tools and chat.start(task, PROBLEM) == chat.prompt(task.messages(PROBLEM))
+
+
+def test_what_is_shown_is_what_is_asked(tokenizer):
+    """The column `prompt`: with tools in the template's words, else the last message alone."""
+    task, chat = FunctionCallingTask("bfcl"), Chat(dressed(tokenizer, "qwen2_5", "<|im_end|>"))
+    assert chat.shown(task, PROBLEM) == chat.tokenizer.decode(chat.start(task, PROBLEM))
+    assert Chat(tokenizer).shown(task, PROBLEM) == task.plain(PROBLEM)
+    countdown = CountdownTask(), CountdownProblem((4, 6), 24)
+    assert chat.shown(*countdown) == countdown[0].messages(countdown[1])[0]["content"]
+
+
 def test_a_task_without_tools_starts_as_ever(tokenizer):
     task, problem = CountdownTask(), CountdownProblem((4, 6), 24)
     for chat in (Chat(tokenizer), Chat(dressed(tokenizer, "qwen2_5", "<|im_end|>"))):

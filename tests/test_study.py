@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from r3lib.study import Study
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"torch", "transformers", "peft", "trl", "datasets"}  # ten seconds in every notebook's kernel
 
@@ -27,3 +29,14 @@ def loaded(*modules):
 )
 def test_what_reads_a_cached_study_loads_no_model_library(modules, absent):
     assert loaded(*modules) & absent == set()
+
+
+def test_a_changed_source_makes_results_anew(tmp_path):
+    """A local file of problems is part of what every stage is made from."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    keys = []
+    for source in ("generator", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")):
+        study = Study("nano", "countdown", tmp_path, task_options={"countdown": {"source": source}})
+        keys.append(study._config()["data"])
+    assert keys[0] == "" and len(set(keys)) == 3

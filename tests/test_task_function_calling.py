@@ -17,7 +17,7 @@ from r3lib.tasks import function_calling_corpus
 from r3lib.tasks import function_calling_records as records
 from r3lib.tasks.function_calling import CATEGORIES, FunctionCallingTask
 from r3lib.tasks.function_calling_records import FunctionCallingProblem, split_of
-from r3lib.verifiers.function_calling import REASONS, render
+from r3lib.verifiers.function_calling import REASONS, render, verify
 
 TOOL = {
     "name": "get_weather",
@@ -156,3 +156,26 @@ def test_first_tries_and_failures_start_from_the_prompt_of_the_models_family(tok
     assert joined[: len(failure.prompt_ids)] == failure.prompt_ids
     plain = runner.task.plain(PROBLEM) in tokenizer.decode(failure.prompt_ids)
     assert plain is (name == "phi3_5") and failure.reason in CATEGORIES
+
+
+@pytest.mark.parametrize("hard", [-0.1, 1.5, "half"])
+def test_a_chance_outside_of_0_to_1_is_refused(hard):
+    with pytest.raises(R3Error, match="option hard=.*: it is a chance, from 0 to 1"):
+        FunctionCallingTask(hard=hard)
+
+
+@needs_bfcl
+def test_the_files_that_problems_come_from_are_named(source, tmp_path):
+    """Results depend on their content (`Study`)."""
+    assert FunctionCallingTask().files() == [] and FunctionCallingTask(source).files() == [tmp_path / "xlam.jsonl"]
+    files = FunctionCallingTask("bfcl").files()
+    assert len(files) == 2 * len(records.BFCL) and all(path.is_file() for path in files)
+    assert {path.parent.name for path in files} == {"data", "possible_answer"}
+
+
+@pytest.mark.parametrize("written", ["int, optional", "Optional[int]"])
+def test_prompt_and_verifier_agree_on_what_is_optional(written):
+    tool = {"name": "f", "description": "", "parameters": {"a": {"type": "int"}, "b": {"type": written}}}
+    assert records.function_tool(tool)["function"]["parameters"]["required"] == ["a"]
+    answers = [{"name": "f", "arguments": {"a": 1, "b": 2}}]
+    assert verify('[{"name": "f", "arguments": {"a": 1}}]', [tool], answers, "lenient").ok

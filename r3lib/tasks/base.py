@@ -1,5 +1,7 @@
 """What a task is: problems, the conversation about them, and a verifier."""
 
+from pathlib import Path
+
 from ..verifiers.verdict import Verdict
 
 
@@ -33,6 +35,10 @@ class Task:
     def bare_messages(self, problem) -> list[dict]:
         """Return the conversation for a chat template that presents the tools itself."""
         return self.messages(problem)
+
+    def files(self) -> list[Path]:
+        """Return the local files and folders that problems are read from: when they change, so do results."""
+        return []
 
     def verify(self, text: str, problem) -> Verdict:
         """Judge the text of an answer. Pure: no disk, model or clock."""

@@ -80,6 +80,10 @@ class CountdownTask(Task):
         """One of the styles of the embedded model's corpus, or "other"."""
         return style(reflection)
 
+    def files(self) -> list[Path]:
+        """The local copy that `source` names, if it names one."""
+        return [path] if (path := Path(str(self.source))).exists() else []
+
     def problems(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
         """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
         if split not in SPLITS:

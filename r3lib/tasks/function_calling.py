@@ -1,6 +1,7 @@
 """The function-calling task: name the right tools with the right arguments."""
 
 import json
+from pathlib import Path
 from random import Random
 
 from ..errors import R3Error
@@ -36,6 +37,8 @@ class FunctionCallingTask(Task):
     def __init__(self, source="generator", rule="strict", parts=corpus.PARTS, hard=corpus.HARD):
         if rule not in verifier.RULES:
             raise R3Error(f"unknown rule {rule!r}: use {' or '.join(verifier.RULES)}")
+        if not (isinstance(hard, (int, float)) and 0 <= hard <= 1):
+            raise R3Error(f"function_calling option hard={hard!r}: it is a chance, from 0 to 1")
         self.source, self.rule = str(source), rule
         self.parts, self.hard = dict(parts), hard
 
@@ -68,6 +71,12 @@ class FunctionCallingTask(Task):
     def part(self, problem_id: str) -> str:
         """What is new in a generated test problem: the "combinations" of tools, the "phrasings" or the "tools"."""
         return problem_id.partition("-")[0] if self.source == "generator" else ""
+
+    def files(self) -> list[Path]:
+        """BFCL's files, or the local copy that `source` names."""
+        if records.is_bfcl(self.source):
+            return [path for pair in records.bfcl_files(self.source) for path in pair]
+        return [path] if (path := Path(self.source)).exists() else []
 
     def problems(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
         """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""

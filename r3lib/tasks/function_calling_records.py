@@ -1,7 +1,8 @@
 """Function-calling problems in one form, read from the paper's data set (APIGen, "xlam") or from BFCL.
 
 The form is xlam's: a tool is {"name", "description", "parameters": {argument: {"type", "description", ...}}}, a
-call {"name", "arguments"}. An argument is optional if it has a default or its type ends in ", optional".
+call {"name", "arguments"}. An argument is optional if it has a default or its type says so
+("int, optional", "Optional[int]").
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from ..errors import R3Error
-from ..verifiers.function_calling import gold
+from ..verifiers.function_calling import gold, is_optional
 
 HUB_DATASET = "Salesforce/xlam-function-calling-60k"
 GATED_MEND = f"accept the terms at https://huggingface.co/datasets/{HUB_DATASET}, then run `hf auth login`"
@@ -97,8 +98,7 @@ def check(problem: FunctionCallingProblem) -> str | None:
 @lru_cache(maxsize=2)
 def read(source: str) -> Records:
     """The records of `source`: "bfcl", "hub" (xlam), or a local copy of either; those skipped with the reason."""
-    bfcl = source == "bfcl" or any(Path(source).glob("BFCL_v?_*.json"))
-    return read_bfcl(source) if bfcl else read_xlam(source)
+    return read_bfcl(source) if is_bfcl(source) else read_xlam(source)
 
 
 def read_xlam(source: str = "hub") -> Records:
@@ -131,20 +131,30 @@ def read_bfcl(source: str = "bfcl") -> Records:
     The query is the question's messages, a system message first, joined by blank lines; the answer that is
     printed is the first of the possible ones.
     """
+    rows = []
+    for category, (questions, possible) in zip(BFCL, bfcl_files(source), strict=True):
+        try:
+            answers = {row["id"]: row for row in _lines(possible)}
+            rows += [(row["id"], {**row, **answers.get(row["id"], {}), "kind": category}) for row in _lines(questions)]
+        except OSError as error:
+            raise R3Error(f"{error.filename} is missing: take BFCL's data from `{BFCL_INSTALL}`") from error
+    return _collect(source, rows, _bfcl)
+
+
+def bfcl_files(source: str = "bfcl") -> list[tuple[Path, Path]]:
+    """BFCL's files of questions and of possible answers, a pair a category."""
     folder = Path(source)
     if source == "bfcl":
         if not (package := find_spec("bfcl_eval")):
             raise R3Error(f"BFCL's data are not installed: run `{BFCL_INSTALL}`")
         folder = Path(package.origin).parent / "data"
-    rows = []
-    for category in BFCL:
-        path = next(iter(folder.glob(f"BFCL_v?_{category}.json")), folder / f"BFCL_v4_{category}.json")
-        try:
-            answers = {row["id"]: row for row in _lines(path.parent / "possible_answer" / path.name)}
-            rows += [(row["id"], {**row, **answers.get(row["id"], {}), "kind": category}) for row in _lines(path)]
-        except OSError as error:
-            raise R3Error(f"{error.filename} is missing: take BFCL's data from `{BFCL_INSTALL}`") from error
-    return _collect(source, rows, _bfcl)
+    names = [next(iter(folder.glob(f"BFCL_v?_{c}.json")), Path(f"BFCL_v4_{c}.json")).name for c in BFCL]
+    return [(folder / name, folder / "possible_answer" / name) for name in names]
+
+
+def is_bfcl(source: str) -> bool:
+    """Whether `source` means BFCL's data: by name, or as a folder of them."""
+    return source == "bfcl" or any(Path(source).glob("BFCL_v?_*.json"))
 
 
 def _lines(path: Path) -> list[dict]:
@@ -202,8 +212,7 @@ def to_schema(tool: dict) -> dict:
 
 
 def _required(tool: dict) -> list[str]:
-    arguments = tool["parameters"].items()
-    return [name for name, s in arguments if not ("default" in s or s["type"].endswith(", optional"))]
+    return [name for name, spec in tool["parameters"].items() if not is_optional(spec)]
 
 
 def function_tool(tool: dict) -> dict:

@@ -251,7 +251,13 @@ def _arguments(tool: dict) -> dict[str, tuple[_Type, bool]]:
     if isinstance(parameters.get("type"), str):  # JSON schema; in xlam's form this is an argument named "type"
         required = parameters.get("required", ())
         return {arg: (_type(_words(s)), arg not in required) for arg, s in parameters.get("properties", {}).items()}
-    return {arg: (_type(_words(s)), "default" in s or "optional" in _words(s)) for arg, s in parameters.items()}
+    required = tool.get("required", [arg for arg, spec in parameters.items() if not is_optional(spec)])
+    return {arg: (_type(_words(s)), arg not in required) for arg, s in parameters.items()}
+
+
+def is_optional(spec: dict) -> bool:
+    """Whether an argument in xlam's form may be left out: it has a default or is declared optional."""
+    return "default" in spec or "optional" in _words(spec)
 
 
 def _words(spec: dict) -> str:
