@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from .config import ROOT, Profile, load_profile
 from .tasks.function_calling_records import BFCL_INSTALL, GATED_MEND
 from .tasks.function_calling_records import HUB_DATASET as GATED
+from .weights import missing
 
 PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
 INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
@@ -47,7 +48,7 @@ def machine() -> dict:
 
 def examine(profile: Profile) -> list[Finding]:
     """All findings about this machine for `profile`."""
-    weights = profile.model != "base_model" or (ROOT / "data/base_model/model.safetensors").is_file()
+    lacking = missing(profile.model)
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(ROOT).free / 2**30
     return [
         *_versions(),
@@ -55,7 +56,7 @@ def examine(profile: Profile) -> list[Finding]:
         _finding("memory", f"{memory:.1f} GiB", memory >= 3.5, "needs 4 GiB: use a larger machine"),
         _finding("disk", f"{disk:.1f} GiB free", disk >= 2, "needs 2 GiB: free some disk space"),
         _gpu(profile),
-        _finding("model", profile.model, weights, "no weights: restore data/base_model or run `r3 base-model`"),
+        _finding("model", profile.model, not lacking, lacking),
         *_hub(),
         *_function_calling(profile),
         _finding("tcmalloc", TCMALLOC or "none", TCMALLOC, "10 to 20% slower: install libtcmalloc-minimal4", "warn"),

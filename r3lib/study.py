@@ -15,9 +15,9 @@ import pandas as pd
 from .chat import Chat
 from .config import Profile, load_profile
 from .episodes import Condition, Failure, Limits, Policy, Runner, mine_failures, read_episodes, run_episodes
-from .errors import R3Error
 from .store import folder_hash, stage
 from .tasks import TASKS, load_task
+from .weights import locate
 
 if TYPE_CHECKING:
     from .trainer import R3Trainer
@@ -45,12 +45,13 @@ class Study:
 
     @property
     def model_path(self) -> str:
-        """Where the model is: the embedded one, a local folder or a hub id."""
-        if self.profile.model != "base_model":
-            return self.profile.model
-        if not (DATA / "base_model" / "model.safetensors").exists():
-            raise R3Error(f"{DATA / 'base_model'} holds no model: restore it from git or run `r3 base-model`")
-        return str(DATA / "base_model")
+        """What transformers loads: see `weights.locate`."""
+        return locate(self.profile.model)
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Hash of a local model's files; for a hub id the id."""
+        return folder_hash(Path(self.model_path)) or self.model_path
 
     @cached_property
     def tokenizer(self):
@@ -204,7 +205,7 @@ class Study:
         options = self.profile.task_options.get(self.task_name, {})
         same = {"task": self.task_name, "task_options": options, "code": code_of(self.task_name)}
         same["data"] = folder_hash(*self.task.files())
-        same["model"] = folder_hash(Path(self.model_path)) or self.model_path
+        same["model"] = self.model_hash
         values = asdict(self.profile)
         return same | {k: values[k] for k in keys} | extra
 

