@@ -1,4 +1,4 @@
-"""The command `r3`: reproduce, doctor, report, base-model."""
+"""The command `r3`: reproduce, doctor, report, base-model, badges."""
 
 import argparse
 import sys
@@ -51,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
+
+    command("badges", badges, "Stamp the notebooks with their Colab badge and cell (after a new version or URL).")
     return top
 
 
@@ -86,6 +88,13 @@ def base_model(options) -> int:
     if steps < 1:
         raise R3Error(f"--steps {steps} trains nothing: ask for at least 1")
     pretrain(options.out or ROOT / "data" / "base_model", PretrainConfig(seed=options.seed, steps=steps))
+    return 0
+
+
+def badges(options) -> int:
+    from .badges import write_badges
+
+    write_badges()
     return 0
 
 

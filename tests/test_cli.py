@@ -85,7 +85,7 @@ def test_base_model_passes_seed_steps_and_folder(monkeypatch, tmp_path, capsys):
 def test_help_loads_nothing_heavy_and_names_every_command():
     code = "import sys; from r3lib.cli import parser; print(parser().format_help()); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert all(name in done.stdout for name in ("reproduce", "doctor", "report", "base-model"))
+    assert all(name in done.stdout for name in ("reproduce", "doctor", "report", "base-model", "badges"))
     assert not any(f"'{heavy}'" in done.stdout for heavy in ("torch", "papermill", "pandas", "matplotlib"))
 
 
