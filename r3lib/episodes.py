@@ -59,6 +59,9 @@ class Episode:
     schema_version: int = SCHEMA_VERSION
 
 
+START = ("vanilla", "warm_start")  # what R3 starts from: the model as it comes, or after supervised training
+
+
 @dataclass(frozen=True)
 class Policy:
     """Who answers: the names that go into the results, and the seed of its training."""

@@ -17,15 +17,18 @@ from .config import Profile, load_profile
 from .episodes import Condition, Failure, Limits, Policy, Runner, mine_failures, read_episodes, run_episodes
 from .store import folder_hash, stage
 from .tasks import TASKS, load_task
-from .weights import locate
+from .weights import load, locate
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from .trainer import R3Trainer
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-SOURCES = "study.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* verifiers/verdict.py "
-SOURCES += "verifiers/{0}*"
+SOURCES = "study.py weights.py warm_start.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* "
+SOURCES += "verifiers/verdict.py verifiers/{0}*"
+WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
     "steps", "failures_per_step", "group_size", "learning_rate", "warmup_steps", "scheduler", "lora_rank",
@@ -60,21 +63,13 @@ class Study:
 
         return AutoTokenizer.from_pretrained(self.model_path)
 
-    def model(self, adapter: Path | None = None):
+    def model(self, adapter: Path | None = None, trainable: bool = False):
         """The model, with the adapter in `adapter` if one is named."""
         import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
 
         if self.profile.threads:
             torch.set_num_threads(self.profile.threads)
-        disable_progress_bar()  # of loading weights, which takes no time here
-        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
-        if adapter is None:
-            return model
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, adapter)
+        return load(self.model_path, self.profile.quantization, adapter, trainable)
 
     def runner(self, adapter: Path | None = None, progress: bool = True) -> Runner:
         """Samples episodes from the model under the profile's limits."""
@@ -89,9 +84,29 @@ class Study:
         """The study's problems of a split: the same for every policy and seed."""
         return self.task.problems(split, n, seed=0)
 
+    def warm_start(self) -> Path | None:
+        """The adapter that R3 starts from, made by supervised training; None where the profile has no warm start."""
+        p = self.profile
+        if not p.warm_start_steps:
+            return None
+
+        def build(work: Path) -> None:
+            from .trainer import last_checkpoint
+            from .warm_start import config, warm_start
+
+            args = config(work, p.warm_start_steps, p.warm_start_rate, p.micro_batch)
+            trainer = warm_start(self.model(), self.tokenizer, self.task, self.lora(), args)
+            trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+            trainer.save_model(str(work / f"{self.task_name}-warm_start"))
+
+        target = self.results / "adapters" / f"{self.task_name}-warm_start"
+        return self._stage(target, self._config(*WARM_START), [], build)
+
     def baseline(self) -> Path:
-        """Episodes of the untrained model on the test problems."""
-        return self._episodes(Policy("vanilla", 0, self.profile.model), None)
+        """Episodes on the test problems of what R3 starts from: the untrained model, or the one after a warm start."""
+        start = self.warm_start()
+        name, adapter = ("warm_start", start.name) if start else ("vanilla", "")
+        return self._episodes(Policy(name, 0, self.profile.model, adapter), start)
 
     def evaluate(self, seed: int) -> Path:
         """Episodes of the policy that was trained with `seed`."""
@@ -99,20 +114,21 @@ class Study:
         return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter)
 
     def mine(self) -> Path:
-        """The failures of the untrained model on training problems: the data set of the training."""
+        """The failures of what R3 starts from on training problems: the data set of the training."""
         p = self.profile
-        keys = ("train_problems", "mine_samples", "mine_temperature", "attempt_tokens")
+        keys, start = ("train_problems", "mine_samples", "mine_temperature", "attempt_tokens"), self.warm_start()
 
         def build(work: Path) -> None:
             problems = self.problems("train", p.train_problems)
-            failures = mine_failures(self.runner(), problems, p.mine_samples, p.mine_temperature)
+            failures = mine_failures(self.runner(start), problems, p.mine_samples, p.mine_temperature)
             rows = [
                 {"problem_id": f.problem.id, "attempt": f.attempt, "reason": f.reason, "count": f.count,
                  "attempt_ids": f.attempt_ids} for f in failures
             ]  # fmt: skip
             pd.DataFrame(rows).to_parquet(work / f"{self.task_name}.parquet")
 
-        return self._stage(self.results / "failures" / f"{self.task_name}.parquet", self._config(*keys), [], build)
+        target = self.results / "failures" / f"{self.task_name}.parquet"
+        return self._stage(target, self._config(*keys), [start] if start else [], build)
 
     def failures(self) -> list[Failure]:
         """The mined failures, as training takes them."""
@@ -140,13 +156,14 @@ class Study:
             (adapter / "metrics.jsonl").write_text(metrics_file(trainer.args).read_text())
 
         target = self.results / "adapters" / f"{self.task_name}-r3-{seed}"
-        path = self._stage(target, self._config(*SAMPLING, *TRAINING, seed=seed), [self.mine()], build)
+        start = self.warm_start()
+        inputs = [self.mine(), *([start] if start else [])]
+        path = self._stage(target, self._config(*SAMPLING, *TRAINING, seed=seed), inputs, build)
         self._collect_metrics()
         return path
 
     def trainer(self, seed: int, folder: Path, on_step: Callable[[pd.DataFrame], None] | None = None) -> "R3Trainer":
         """The trainer that the profile describes; checkpoints and metrics go to `folder`."""
-        from peft import LoraConfig
         from transformers import PrinterCallback
 
         from .trainer import AfterStep, R3Config, R3Trainer
@@ -160,13 +177,19 @@ class Study:
             max_retry_length=p.retry_tokens, per_device_train_batch_size=p.micro_batch, sample_batch=p.sample_batch,
             max_grad_norm=p.max_grad_norm, save_steps=p.save_steps, disable_tqdm=True,
         )  # fmt: skip
-        lora = LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
-                          task_type="CAUSAL_LM")  # fmt: skip
-        model, failures = self.model(), self.failures()
-        callbacks = [AfterStep(on_step)] if on_step else []
+        start, failures, callbacks = self.warm_start(), self.failures(), [AfterStep(on_step)] if on_step else []
+        model, lora = self.model(start, trainable=True), None if start else self.lora()
         trainer = R3Trainer(model, config, self.task, failures, lora, self.tokenizer, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         return trainer
+
+    def lora(self) -> "LoraConfig":
+        """The adapter that is trained: on all linear layers, without dropout."""
+        from peft import LoraConfig
+
+        p = self.profile
+        return LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
+                          task_type="CAUSAL_LM")  # fmt: skip
 
     def transfer(self, seed: int, other: "Study") -> Path:
         """Episodes of the policy that was trained with `seed` on the `other` study's task."""
@@ -205,7 +228,7 @@ class Study:
         options = self.profile.task_options.get(self.task_name, {})
         same = {"task": self.task_name, "task_options": options, "code": code_of(self.task_name)}
         same["data"] = folder_hash(*self.task.files())
-        same["model"] = self.model_hash
+        same |= {"model": self.model_hash, "quantization": self.profile.quantization}
         values = asdict(self.profile)
         return same | {k: values[k] for k in keys} | extra
 
