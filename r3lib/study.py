@@ -14,8 +14,8 @@ import pandas as pd
 
 from .chat import Chat
 from .config import Profile, load_profile
-from .episodes import Condition, Failure, Limits, Policy, Runner, mine_failures, read_episodes, run_episodes
-from .store import folder_hash, stage
+from .episodes import Condition, Failure, Limits, Policy, Runner, in_shards, mine_failures, read_episodes, run_episodes
+from .store import folder_hash, key_of, stage
 from .tasks import TASKS, load_task
 from .weights import load, locate
 
@@ -28,6 +28,8 @@ HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
 SOURCES = "study.py weights.py warm_start.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* "
 SOURCES += "verifiers/verdict.py verifiers/{0}*"
+Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
+FAILURE = ["problem_id", "attempt", "reason", "count", "attempt_ids"]
 WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
@@ -102,33 +104,35 @@ class Study:
         target = self.results / "adapters" / f"{self.task_name}-warm_start"
         return self._stage(target, self._config(*WARM_START), [], build)
 
-    def baseline(self) -> Path:
+    def baseline(self, part: Part = None) -> Path:
         """Episodes on the test problems of what R3 starts from: the untrained model, or the one after a warm start."""
         start = self.warm_start()
         name, adapter = ("warm_start", start.name) if start else ("vanilla", "")
-        return self._episodes(Policy(name, 0, self.profile.model, adapter), start)
+        return self._episodes(Policy(name, 0, self.profile.model, adapter), start, part)
 
-    def evaluate(self, seed: int) -> Path:
+    def evaluate(self, seed: int, part: Part = None) -> Path:
         """Episodes of the policy that was trained with `seed`."""
         adapter = self.train(seed)
-        return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter)
+        return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter, part)
 
-    def mine(self) -> Path:
+    def mine(self, part: Part = None) -> Path:
         """The failures of what R3 starts from on training problems: the data set of the training."""
-        p = self.profile
-        keys, start = ("train_problems", "mine_samples", "mine_temperature", "attempt_tokens"), self.warm_start()
+        p, start = self.profile, self.warm_start()
+        problems = self.problems("train", p.train_problems)
 
-        def build(work: Path) -> None:
-            problems = self.problems("train", p.train_problems)
-            failures = mine_failures(self.runner(start), problems, p.mine_samples, p.mine_temperature)
-            rows = [
-                {"problem_id": f.problem.id, "attempt": f.attempt, "reason": f.reason, "count": f.count,
-                 "attempt_ids": f.attempt_ids} for f in failures
-            ]  # fmt: skip
-            pd.DataFrame(rows).to_parquet(work / f"{self.task_name}.parquet")
+        def sample(out: Path, part: tuple[int, int]) -> None:
+            runner = self.runner(start)
+
+            def mined(some: list) -> pd.DataFrame:
+                failures = mine_failures(runner, some, p.mine_samples, p.mine_temperature)
+                rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in failures]
+                return pd.DataFrame(rows, columns=FAILURE)
+
+            in_shards(out, problems, mined, part=part)
 
         target = self.results / "failures" / f"{self.task_name}.parquet"
-        return self._stage(target, self._config(*keys), [start] if start else [], build)
+        config = self._config("train_problems", "mine_samples", "mine_temperature", "attempt_tokens")
+        return self._sampled(target, config, [start] if start else [], sample, part)
 
     def failures(self) -> list[Failure]:
         """The mined failures, as training takes them."""
@@ -153,7 +157,8 @@ class Study:
             trainer.resume_or_train()
             adapter = work / f"{self.task_name}-r3-{seed}"
             trainer.save_model(str(adapter))
-            (adapter / "metrics.jsonl").write_text(metrics_file(trainer.args).read_text())
+            if trainer.is_world_process_zero():
+                (adapter / "metrics.jsonl").write_text(metrics_file(trainer.args).read_text())
 
         target = self.results / "adapters" / f"{self.task_name}-r3-{seed}"
         start = self.warm_start()
@@ -191,10 +196,11 @@ class Study:
         return LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
                           task_type="CAUSAL_LM")  # fmt: skip
 
-    def transfer(self, seed: int, other: "Study") -> Path:
+    def transfer(self, seed: int, other: "Study", part: Part = None) -> Path:
         """Episodes of the policy that was trained with `seed` on the `other` study's task."""
         adapter = other.train(seed)
-        return self._episodes(Policy(f"r3_from_{other.task_name}", seed, self.profile.model, adapter.name), adapter)
+        policy = Policy(f"r3_from_{other.task_name}", seed, self.profile.model, adapter.name)
+        return self._episodes(policy, adapter, part)
 
     def episodes(self, others: Sequence["Study"] = ()) -> pd.DataFrame:
         """Every episode of this task under this profile's seeds; also by policies trained on the tasks of `others`."""
@@ -211,17 +217,31 @@ class Study:
         parts = [pd.read_json(self.train(seed) / "metrics.jsonl", lines=True) for seed in range(self.profile.seeds)]
         return pd.concat(parts, ignore_index=True)
 
-    def _episodes(self, policy: Policy, adapter: Path | None) -> Path:
-        name = f"{self.task_name}-{policy.name}-{policy.seed}"
+    def _episodes(self, policy: Policy, adapter: Path | None, part: Part) -> Path:
+        def sample(out: Path, part: tuple[int, int]) -> None:
+            problems = self.problems("test", self.profile.test_problems)
+            run_episodes(self.runner(adapter), problems, policy, out, say=print, part=part)
+
+        target = self.results / "episodes" / f"{self.task_name}-{policy.name}-{policy.seed}.parquet"
+        config = self._config("test_problems", *SAMPLING, conditions=[c.value for c in Condition])
+        return self._sampled(target, config, [adapter] if adapter else [], sample, part)
+
+    def _sampled(self, target: Path, config: dict, inputs: list[Path], sample, part: Part) -> Path:
+        """A table that is sampled in shards. With `part` (i, n) only those of process i of n, into a folder for all.
+
+        Without, the table; the shards that such processes have left are taken, and what is missing is sampled.
+        """
+        shards = self.results / "parts" / f"{target.stem}-{key_of(config, inputs, target)[:12]}"
+        if part:
+            sample(shards, part)
+            return shards
 
         def build(work: Path) -> None:
-            problems = self.problems("test", self.profile.test_problems)
-            run_episodes(self.runner(adapter), problems, policy, work / "shards", say=print)
-            read_episodes(work / "shards").to_parquet(work / f"{name}.parquet")
+            out = shards if shards.exists() else work / "shards"
+            sample(out, (0, 1))
+            read_episodes(out).to_parquet(work / target.name)
 
-        inputs = [adapter] if adapter else []
-        config = self._config("test_problems", *SAMPLING, conditions=[c.value for c in Condition])
-        return self._stage(self.results / "episodes" / f"{name}.parquet", config, inputs, build)
+        return self._stage(target, config, inputs, build)
 
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its input files: task, model and the named profile keys."""
