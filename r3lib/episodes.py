@@ -215,7 +215,7 @@ def run_episodes(
     run = f"{policy.name} seed {policy.seed}"
     in_shards(out, problems, lambda some: frame(_episodes(runner, some, policy, split, conditions, seed, say)),
               shard, part, lambda done: say(f"{run}: {done} problems"))  # fmt: skip
-    return read_episodes(out)
+    return read_episodes(out) if any(out.glob("*.parquet")) else frame([])
 
 
 def in_shards(out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say=lambda line: None) -> None:

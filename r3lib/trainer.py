@@ -77,6 +77,7 @@ class R3Config(GRPOConfig):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = on_gpu and not self.bf16  # a T4
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = on_gpu
         self.dataloader_pin_memory = on_gpu
