@@ -222,6 +222,7 @@ def in_shards(out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say
     """Write `make(problems of a shard)` (a DataFrame) as a file of `out`, for each shard of `part` that is missing."""
     if not problems:
         raise R3Error("no problems to run: ask for at least 1")
+    out.mkdir(parents=True, exist_ok=True)
     for start in range(shard * part[0], len(problems), shard * part[1]):
         path = out / f"shard-{start:06d}.parquet"
         if not path.exists():
