@@ -17,6 +17,7 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from r3lib.chat import Chat
@@ -43,6 +44,7 @@ SHAPE = dict(
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=8),
     "phi3": Phi3Config(**SHAPE, sliding_window=160),
 }
 

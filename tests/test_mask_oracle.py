@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from r3lib.trainer import R3Trainer, rollout
 
-ARCHITECTURES = ["nano", "llama", "qwen2", "phi3"]
+ARCHITECTURES = ["nano", "llama", "qwen2", "qwen3", "phi3"]
 
 
 class KeepGradients(TrainerCallback):
