@@ -64,8 +64,8 @@ def tiny_model(architecture, vocabulary):
     return causal_lm(
         config(
             vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2,
-            bos_token_id=None, eos_token_id=1, pad_token_id=0,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+            initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0,
         )
     )  # fmt: skip
 
