@@ -8,23 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+
+from r3lib.study import Study
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parent
 
 
-def train(folder, processes, steps=2, resume="no"):
-    """Run processes.py; what each process has written."""
-    folder.mkdir(exist_ok=True)
+def launch(processes, *arguments):
+    """Run a script or `-m` module in so many processes, as `accelerate launch --cpu` does; what it prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     env = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, str(TESTS / "processes.py")]
-    command += [str(folder), str(steps), str(16 // processes), resume]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, *launch, *map(str, arguments)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def train(folder, processes, steps=2, resume="no"):
+    """Run processes.py; what each process has written."""
+    folder.mkdir(exist_ok=True)
+    launch(processes, TESTS / "processes.py", folder, steps, 16 // processes, resume)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(processes)]
 
 
@@ -64,3 +71,23 @@ def test_two_processes_resume_to_the_weights_of_a_whole_run(two, tmp_path):
     assert rollouts(again) == [row for row in rollouts(two) if row[0] == 1]
     for rank, whole in zip(again, two):
         assert all(torch.equal(w, whole["weights"][name]) for name, w in rank["weights"].items())
+
+
+def test_the_command_trains_in_two_processes_what_a_study_then_finds(tmp_path, capsys):
+    settings = {"train_problems": "64", "micro_batch": "16", "steps": "1"}
+    said = launch(2, "-m", "r3lib.train", "--profile", "smoke", "--task", "countdown", "--results", tmp_path,
+                  "--set", *(f"{key}={value}" for key, value in settings.items()))  # fmt: skip
+    study = Study("smoke", "countdown", tmp_path, **settings)
+    capsys.readouterr()
+    path = study.train(0)
+    assert said.strip().endswith(str(path)) and (path / "adapter_model.safetensors").is_file()
+    assert capsys.readouterr().out.splitlines()[-1] == "cached  countdown-r3-0"
+    assert len((tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_accelerate_reads_the_configurations(name):
+    config = load_config_from_file(str(TESTS.parent / "configs" / f"{name}.yaml"))
+    assert config.num_processes == 4 and config.mixed_precision == "bf16"
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds[name]
