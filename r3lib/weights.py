@@ -58,7 +58,8 @@ def load(path: str, quantization: str = "none", adapter: Path | None = None, tra
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
-    options, dtype = {}, compute_dtype()
+    spread = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)  # which place the weights themselves
+    options, dtype = {} if spread else {"device_map": {"": device()}}, compute_dtype()
     if quantization == "nf4":
         if not find_spec("bitsandbytes"):
             raise R3Error("quantization=nf4 needs bitsandbytes: run `pip install -e '.[gpu]'`")
@@ -66,7 +67,7 @@ def load(path: str, quantization: str = "none", adapter: Path | None = None, tra
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     disable_progress_bar()  # of loading weights
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device()}, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     if adapter is None:
         return model
     from peft import PeftModel
