@@ -104,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
             choices[-1] |= {"finish_reason": "abort", "token_ids": choices[-1]["token_ids"][:1]}
         if fault == "no ids":
             choices[0]["token_ids"] = None
+        if fault == "short":
+            choices.pop()
         if fault is None:
             server.answered.append(body["prompt"])
         self.reply(200, {"choices": choices[::-1]}, cut=fault == "drop")

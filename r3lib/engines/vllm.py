@@ -151,7 +151,10 @@ class VLLMEngine:
                 raise
             self._load(server)
             answer = ask(url, body, self.timeout)
-        return [self._completion(c, url) for c in sorted(answer["choices"], key=lambda c: c["index"])]
+        choices = sorted(answer["choices"], key=lambda c: c["index"])
+        if len(choices) != body["n"]:
+            raise Lost(f"{url} gives {len(choices)} of {body['n']} samples")
+        return [self._completion(c, url) for c in choices]
 
     def _completion(self, choice: dict, url: str) -> Completion:
         if choice["finish_reason"] not in ("stop", "length"):  # "abort": a server that shuts down answers 200
@@ -164,13 +167,13 @@ class VLLMEngine:
     def _retry(self, place: int, failures: Counter, over: Event, work):
         """`work(server)`, tried on the server that failed least (by turns), with growing pauses."""
         for attempt in range(self.attempts):
-            turns = sorted(range(len(self.servers)), key=lambda i: (failures[i], (place + i) % len(self.servers)))
+            turn = min(range(len(self.servers)), key=lambda i: (failures[i], (place + i) % len(self.servers)))
             try:
-                return work(self.servers[turns[0]])
+                return work(self.servers[turn])
             except Lost as error:
-                failures[turns[0]] += 1
+                failures[turn] += 1
                 trouble = error
-            if over.wait(self.pause * 2**attempt):
+            if attempt + 1 == self.attempts or over.wait(self.pause * 2**attempt):
                 break
         raise R3Error(f"{trouble}, after {attempt + 1} tries: see the server's log, start it or give another address")
 
