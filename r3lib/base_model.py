@@ -1,4 +1,4 @@
-"""Pretrain the embedded model from a seed: tokenizer, weights and training state, on generated conversations."""
+"""Pretrain the embedded model from a seed: tokenizer, weights and training state, on conversations of both tasks."""
 
 import json
 import math
@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .errors import R3Error
-from .tasks.countdown import CountdownTask, split_of
-from .tasks.countdown_corpus import conversation
+from .tasks import CountdownTask, FunctionCallingTask
+from .tasks.function_calling_corpus import exercise
+from .tasks.function_calling_tools import WORDS
 
 END, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -31,14 +32,14 @@ class PretrainConfig:
     """One setting of the pretraining; `steps` batches of `batch` conversations."""
 
     seed: int = 0
-    steps: int = 4500
-    batch: int = 64
+    steps: int = 10_000
+    batch: int = 48
     lr: float = 4e-3
     decay: float = 0.4  # last share of the steps, over which the learning rate falls to zero
     warmup: int = 100
-    vocabulary: int = 800
+    vocabulary: int = 2000
     hidden: int = 128
-    layers: int = 5
+    layers: int = 6
     checkpoint_every: int = 250
 
 
@@ -48,25 +49,31 @@ def training_task() -> CountdownTask:
 
 
 def conversations(seed: int, start: int = 0) -> Iterator[list[tuple[str, str, bool]]]:
-    """Yield conversation number `start`, `start` + 1, ... of the corpus; problems of the split "pretrain" only."""
-    task = training_task()
+    """Yield conversation number `start`, `start` + 1, ... of the corpus; problems of the split "pretrain" only.
 
-    def draw(random: Random):
-        while split_of(problem := task.draw(random)) != "pretrain":
-            pass
-        return problem
-
+    Odd ones are Countdown; of the even ones four in ten are exercises in arithmetic, the others function calling.
+    """
+    countdown, calling = training_task(), FunctionCallingTask()
     while True:
-        yield conversation(task, draw, Random(f"corpus/{seed}/{start}"))
+        random = Random(f"corpus/{seed}/{start}")
+        if start % 2:
+            yield countdown.conversation(random)
+        else:
+            yield exercise(random) if start % 20 in (0, 6, 12, 18) else calling.conversation(random)
         start += 1
 
 
 def train_tokenizer(config: PretrainConfig, samples: int = 4000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose tokens may span words; digits and <tags> stand alone."""
+    """Byte-level BPE whose tokens may span words; digits, <tags> and the words of tool names stand alone.
+
+    So a tool's name shares its tokens with the words that ask for it.
+    """
+    words = "|".join(sorted({form for word in WORDS for form in (word, word.capitalize())}))
+    alone = rf"</?\w+>|\d|\n|(?<![A-Za-z])(?:{words})(?![A-Za-z])"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"</?\w+>|\d|\n"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(alone), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

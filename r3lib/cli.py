@@ -1,10 +1,12 @@
-"""The command `r3`: reproduce, doctor, report, base-model."""
+"""The command `r3`: reproduce, sample, merge, doctor, report, base-model, badges."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from .errors import R3Error
+
+STAGES = ("baseline", "mine", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +42,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
     one.add_argument("--verbose", action="store_true", help="show what the notebooks print")
 
+    one = command("sample", sample, "Sample a share of a study's episodes or failures; `r3 merge` joins the shares.")
+    one.add_argument("stage", choices=STAGES, help="what to sample")
+    one.add_argument("--shard", type=_shard, required=True, metavar="I/N", help="share I (from 0) of N processes")
+    one.add_argument("--seed", type=int, default=0, help="of the training that `evaluate` evaluates")
+    add_study(one)
+
+    one = command("merge", merge, "Join what `r3 sample` left in a folder that the processes share.")
+    one.add_argument("stage", choices=STAGES)
+    one.add_argument("--seed", type=int, default=0)
+    add_study(one)
+
     one = command("doctor", doctor, "Say whether this machine can run a profile, and what to mend.")
     one.add_argument("--profile", default="nano")
 
@@ -51,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
+
+    command("badges", badges, "Stamp the notebooks with their Colab badge and cell (after a new version or URL).")
     return top
 
 
@@ -61,6 +76,16 @@ def reproduce(options) -> int:
         options.profile, options.task, options.start, options.only, options.fresh,
         _overrides(options.set), options.results, verbose=options.verbose,
     )  # fmt: skip
+    return 0
+
+
+def sample(options) -> int:
+    print(_stage(options, options.shard))
+    return 0
+
+
+def merge(options) -> int:
+    print(_stage(options))
     return 0
 
 
@@ -87,6 +112,40 @@ def base_model(options) -> int:
         raise R3Error(f"--steps {steps} trains nothing: ask for at least 1")
     pretrain(options.out or ROOT / "data" / "base_model", PretrainConfig(seed=options.seed, steps=steps))
     return 0
+
+
+def badges(options) -> int:
+    from .badges import write_badges
+
+    write_badges()
+    return 0
+
+
+def add_study(one: argparse.ArgumentParser) -> None:
+    """Add the options that name a study of one task: --profile, --task, --set, --results."""
+    one.add_argument("--profile", default="nano")
+    one.add_argument("--task", required=True)
+    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
+    one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
+
+
+def study_of(options):
+    """The study that the options of `add_study` name."""
+    from .study import Study
+
+    return Study(options.profile, options.task, options.results, **_overrides(options.set))
+
+
+def _stage(options, *part):
+    of_seed = [options.seed] if options.stage == "evaluate" else []
+    return getattr(study_of(options), options.stage)(*of_seed, *part)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with I from 0 to N - 1, for example 0/4")
+    return int(i), int(n)
 
 
 def _folder(text: str) -> Path:

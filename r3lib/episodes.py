@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -15,7 +16,7 @@ from .engines.base import Completion, Engine, Sampling
 from .errors import R3Error
 from .store import write_atomic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, SHARD = 1, 1024  # problems in a shard
 
 
 class Condition(StrEnum):
@@ -57,6 +58,9 @@ class Episode:
     model: str
     adapter: str
     schema_version: int = SCHEMA_VERSION
+
+
+START = ("vanilla", "warm_start")  # what R3 starts from: the model as it comes, or after supervised training
 
 
 @dataclass(frozen=True)
@@ -195,34 +199,42 @@ def run_episodes(
     split: str = "test",
     conditions: Sequence[Condition] = tuple(Condition),
     seed: int = 0,
-    shard: int = 1024,
+    shard: int = SHARD,
     say=lambda line: None,
+    part: tuple[int, int] = (0, 1),
 ) -> pd.DataFrame:
     """Run `problems` through the first try and each second-try condition; write shards to `out`; return all rows.
 
     Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error when they are of
-    another run. `seed` seeds the
-    sampling; `policy.seed` is the training seed written into the rows.
+    another run. `part` (i, n): every n-th shard from the i-th on, for n processes that fill one folder together.
+    `seed` seeds the sampling; `policy.seed` is the training seed written into the rows.
     """
-    if not problems:
-        raise R3Error("no problems to run: ask for at least 1")
     if unknown := [c for c in conditions if c not in tuple(Condition)]:
         raise R3Error(f"unknown condition {unknown[0]!r}: known: {', '.join(Condition)}")
-    _claim(out, policy, split, conditions, seed, shard, problems)
-    for start in range(0, len(problems), shard):
+    _claim(out, [asdict(policy), split, [str(c) for c in conditions], seed, shard], problems)
+    run = f"{policy.name} seed {policy.seed}"
+    in_shards(out, problems, lambda some: frame(_episodes(runner, some, policy, split, conditions, seed, say)),
+              shard, part, lambda done: say(f"{run}: {done} problems"))  # fmt: skip
+    return read_episodes(out) if any(out.glob("*.parquet")) else frame([])
+
+
+def in_shards(out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say=lambda line: None) -> None:
+    """Write `make(problems of a shard)` (a DataFrame) as a file of `out`, for each shard of `part` that is missing."""
+    if not problems:
+        raise R3Error("no problems to run: ask for at least 1")
+    out.mkdir(parents=True, exist_ok=True)
+    for start in range(shard * part[0], len(problems), shard * part[1]):
         path = out / f"shard-{start:06d}.parquet"
         if not path.exists():
-            rows = _episodes(runner, problems[start : start + shard], policy, split, conditions, seed, say)
-            frame(rows).to_parquet(path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
-        say(f"{policy.name} seed {policy.seed}: {min(start + shard, len(problems))}/{len(problems)} problems")
-    return read_episodes(out)
+            aside = path.with_suffix(f".{os.getpid()}.tmp")
+            make(problems[start : start + shard]).to_parquet(aside)
+            aside.rename(path)
+        say(f"{min(start + shard, len(problems))}/{len(problems)}")
 
 
-def _claim(out: Path, policy, split, conditions, seed, shard, problems) -> None:
+def _claim(out: Path, settings: list, problems) -> None:
     """Note in `out` whose shards it holds; raise R3Error if they are another run's."""
-    ids = hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()
-    run = [asdict(policy), split, [str(c) for c in conditions], seed, shard, ids]
+    run = [*settings, hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()]
     note = out / "run.json"
     if note.exists() and json.loads(note.read_text()) != run:
         raise R3Error(f"{out} holds episodes of another policy, problems or settings: give an empty folder")

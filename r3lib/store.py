@@ -51,21 +51,23 @@ def stage(target: Path, config: dict, inputs, build, version: int = 1, say=print
     `build(work: Path)` writes `work/<target.name>`; `work` survives a kill, so that a build can resume. The
     marker `<target>.stage.json` comes last. R3Error: an input or the output is missing, the disk is full.
     """
-    wanted = {"config": config, "inputs": _hashes(inputs, target.parent), "version": version}
-    wanted = json.loads(json.dumps(wanted, default=str))
+    wanted = _wanted(config, inputs, target, version)
     marker, run = target.with_name(f"{target.name}.stage.json"), os.environ.get("R3_FRESH", "")
     say(f"running {target.name}: {why}" if (why := _why(marker, wanted, run)) else f"cached  {target.name}")
     if why is None:
         return target
-    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    key = key_of(config, inputs, target, version)
     work, started = target.with_name(f".work-{target.name}-{key[:12]}"), time.time()
+    main = os.environ.get("RANK", "0") == "0"  # of several processes one keeps the books
     with room_for(target):
-        for other in target.parent.glob(f".work-{target.name}-*"):  # of another config, or before this fresh run
+        for other in target.parent.glob(f".work-{target.name}-*") if main else []:  # of another config or run
             if other != work or (run and not (work / f".{run}").exists()):
                 shutil.rmtree(other)
         work.mkdir(parents=True, exist_ok=True)
         (work / f".{run}").touch() if run else None
         build(work)
+    if not main:
+        return _made_by_main(target, marker, key)
     record = {"key": key, **wanted, "files": _hashes(work / target.name, work), "run": run}
     record |= {"seconds": round(time.time() - started, 2), "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     marker.unlink(missing_ok=True)  # from here on a kill leaves no marker that claims too much
@@ -74,6 +76,26 @@ def stage(target: Path, config: dict, inputs, build, version: int = 1, say=print
     write_atomic(marker, json.dumps(record, indent=1))
     shutil.rmtree(work)
     return target
+
+
+def _made_by_main(target: Path, marker: Path, key: str) -> Path:
+    """Wait until the main process has put `target` into its place."""
+    deadline = time.time() + 600
+    while not (marker.exists() and json.loads(marker.read_text())["key"] == key):
+        if time.time() > deadline:
+            raise R3Error(f"{target} was not finished by the main process: see its log")
+        time.sleep(0.2)
+    return target
+
+
+def key_of(config: dict, inputs, target: Path, version: int = 1) -> str:
+    """Hex digest of all that decides what `stage` makes of these arguments."""
+    return hashlib.sha256(json.dumps(_wanted(config, inputs, target, version), sort_keys=True).encode()).hexdigest()
+
+
+def _wanted(config: dict, inputs, target: Path, version: int) -> dict:
+    wanted = {"config": config, "inputs": _hashes(inputs, target.parent), "version": version}
+    return json.loads(json.dumps(wanted, default=str))
 
 
 def register(results: Path, path, notebook: str, cell: str, inputs=(), **extra) -> None:

@@ -14,18 +14,23 @@ import pandas as pd
 
 from .chat import Chat
 from .config import Profile, load_profile
-from .episodes import Condition, Failure, Limits, Policy, Runner, mine_failures, read_episodes, run_episodes
-from .store import folder_hash, stage
+from .episodes import Condition, Failure, Limits, Policy, Runner, in_shards, mine_failures, read_episodes, run_episodes
+from .store import folder_hash, key_of, stage
 from .tasks import TASKS, load_task
-from .weights import locate
+from .weights import load, locate
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from .trainer import R3Trainer
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-SOURCES = "study.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* verifiers/verdict.py "
-SOURCES += "verifiers/{0}*"
+SOURCES = "study.py weights.py warm_start.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* "
+SOURCES += "verifiers/verdict.py verifiers/{0}*"
+Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
+FAILURE = ["problem_id", "attempt", "reason", "count", "attempt_ids"]
+WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
     "steps", "failures_per_step", "group_size", "learning_rate", "warmup_steps", "scheduler", "lora_rank",
@@ -60,21 +65,13 @@ class Study:
 
         return AutoTokenizer.from_pretrained(self.model_path)
 
-    def model(self, adapter: Path | None = None):
+    def model(self, adapter: Path | None = None, trainable: bool = False):
         """The model, with the adapter in `adapter` if one is named."""
         import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
 
         if self.profile.threads:
             torch.set_num_threads(self.profile.threads)
-        disable_progress_bar()  # of loading weights, which takes no time here
-        model = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=torch.float32)
-        if adapter is None:
-            return model
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, adapter)
+        return load(self.model_path, self.profile.quantization, adapter, trainable)
 
     def runner(self, adapter: Path | None = None, progress: bool = True) -> Runner:
         """Samples episodes from the model under the profile's limits."""
@@ -89,30 +86,53 @@ class Study:
         """The study's problems of a split: the same for every policy and seed."""
         return self.task.problems(split, n, seed=0)
 
-    def baseline(self) -> Path:
-        """Episodes of the untrained model on the test problems."""
-        return self._episodes(Policy("vanilla", 0, self.profile.model), None)
-
-    def evaluate(self, seed: int) -> Path:
-        """Episodes of the policy that was trained with `seed`."""
-        adapter = self.train(seed)
-        return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter)
-
-    def mine(self) -> Path:
-        """The failures of the untrained model on training problems: the data set of the training."""
+    def warm_start(self) -> Path | None:
+        """The adapter that R3 starts from, made by supervised training; None where the profile has no warm start."""
         p = self.profile
-        keys = ("train_problems", "mine_samples", "mine_temperature", "attempt_tokens")
+        if not p.warm_start_steps:
+            return None
 
         def build(work: Path) -> None:
-            problems = self.problems("train", p.train_problems)
-            failures = mine_failures(self.runner(), problems, p.mine_samples, p.mine_temperature)
-            rows = [
-                {"problem_id": f.problem.id, "attempt": f.attempt, "reason": f.reason, "count": f.count,
-                 "attempt_ids": f.attempt_ids} for f in failures
-            ]  # fmt: skip
-            pd.DataFrame(rows).to_parquet(work / f"{self.task_name}.parquet")
+            from .trainer import last_checkpoint
+            from .warm_start import config, warm_start
 
-        return self._stage(self.results / "failures" / f"{self.task_name}.parquet", self._config(*keys), [], build)
+            args = config(work, p.warm_start_steps, p.warm_start_rate, p.micro_batch)
+            trainer = warm_start(self.model(), self.tokenizer, self.task, self.lora(), args)
+            trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+            trainer.save_model(str(work / f"{self.task_name}-warm_start"))
+
+        target = self.results / "adapters" / f"{self.task_name}-warm_start"
+        return self._stage(target, self._config(*WARM_START), [], build)
+
+    def baseline(self, part: Part = None) -> Path:
+        """Episodes on the test problems of what R3 starts from: the untrained model, or the one after a warm start."""
+        start = self.warm_start()
+        name, adapter = ("warm_start", start.name) if start else ("vanilla", "")
+        return self._episodes(Policy(name, 0, self.profile.model, adapter), start, part)
+
+    def evaluate(self, seed: int, part: Part = None) -> Path:
+        """Episodes of the policy that was trained with `seed`."""
+        adapter = self.train(seed)
+        return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter, part)
+
+    def mine(self, part: Part = None) -> Path:
+        """The failures of what R3 starts from on training problems: the data set of the training."""
+        p, start = self.profile, self.warm_start()
+        problems = self.problems("train", p.train_problems)
+
+        def sample(out: Path, part: tuple[int, int]) -> None:
+            runner = self.runner(start)
+
+            def mined(some: list) -> pd.DataFrame:
+                failures = mine_failures(runner, some, p.mine_samples, p.mine_temperature)
+                rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in failures]
+                return pd.DataFrame(rows, columns=FAILURE)
+
+            in_shards(out, problems, mined, part=part)
+
+        target = self.results / "failures" / f"{self.task_name}.parquet"
+        config = self._config("train_problems", "mine_samples", "mine_temperature", "attempt_tokens")
+        return self._sampled(target, config, [start] if start else [], sample, part)
 
     def failures(self) -> list[Failure]:
         """The mined failures, as training takes them."""
@@ -137,16 +157,18 @@ class Study:
             trainer.resume_or_train()
             adapter = work / f"{self.task_name}-r3-{seed}"
             trainer.save_model(str(adapter))
-            (adapter / "metrics.jsonl").write_text(metrics_file(trainer.args).read_text())
+            if trainer.is_world_process_zero():
+                (adapter / "metrics.jsonl").write_text(metrics_file(trainer.args).read_text())
 
         target = self.results / "adapters" / f"{self.task_name}-r3-{seed}"
-        path = self._stage(target, self._config(*SAMPLING, *TRAINING, seed=seed), [self.mine()], build)
+        start = self.warm_start()
+        inputs = [self.mine(), *([start] if start else [])]
+        path = self._stage(target, self._config(*SAMPLING, *TRAINING, seed=seed), inputs, build)
         self._collect_metrics()
         return path
 
     def trainer(self, seed: int, folder: Path, on_step: Callable[[pd.DataFrame], None] | None = None) -> "R3Trainer":
         """The trainer that the profile describes; checkpoints and metrics go to `folder`."""
-        from peft import LoraConfig
         from transformers import PrinterCallback
 
         from .trainer import AfterStep, R3Config, R3Trainer
@@ -160,18 +182,25 @@ class Study:
             max_retry_length=p.retry_tokens, per_device_train_batch_size=p.micro_batch, sample_batch=p.sample_batch,
             max_grad_norm=p.max_grad_norm, save_steps=p.save_steps, disable_tqdm=True,
         )  # fmt: skip
-        lora = LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
-                          task_type="CAUSAL_LM")  # fmt: skip
-        model, failures = self.model(), self.failures()
-        callbacks = [AfterStep(on_step)] if on_step else []
+        start, failures, callbacks = self.warm_start(), self.failures(), [AfterStep(on_step)] if on_step else []
+        model, lora = self.model(start, trainable=True), None if start else self.lora()
         trainer = R3Trainer(model, config, self.task, failures, lora, self.tokenizer, callbacks=callbacks)
         trainer.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         return trainer
 
-    def transfer(self, seed: int, other: "Study") -> Path:
+    def lora(self) -> "LoraConfig":
+        """The adapter that is trained: on all linear layers, without dropout."""
+        from peft import LoraConfig
+
+        p = self.profile
+        return LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
+                          task_type="CAUSAL_LM")  # fmt: skip
+
+    def transfer(self, seed: int, other: "Study", part: Part = None) -> Path:
         """Episodes of the policy that was trained with `seed` on the `other` study's task."""
         adapter = other.train(seed)
-        return self._episodes(Policy(f"r3_from_{other.task_name}", seed, self.profile.model, adapter.name), adapter)
+        policy = Policy(f"r3_from_{other.task_name}", seed, self.profile.model, adapter.name)
+        return self._episodes(policy, adapter, part)
 
     def episodes(self, others: Sequence["Study"] = ()) -> pd.DataFrame:
         """Every episode of this task under this profile's seeds; also by policies trained on the tasks of `others`."""
@@ -188,24 +217,38 @@ class Study:
         parts = [pd.read_json(self.train(seed) / "metrics.jsonl", lines=True) for seed in range(self.profile.seeds)]
         return pd.concat(parts, ignore_index=True)
 
-    def _episodes(self, policy: Policy, adapter: Path | None) -> Path:
-        name = f"{self.task_name}-{policy.name}-{policy.seed}"
+    def _episodes(self, policy: Policy, adapter: Path | None, part: Part) -> Path:
+        def sample(out: Path, part: tuple[int, int]) -> None:
+            problems = self.problems("test", self.profile.test_problems)
+            run_episodes(self.runner(adapter), problems, policy, out, say=print, part=part)
+
+        target = self.results / "episodes" / f"{self.task_name}-{policy.name}-{policy.seed}.parquet"
+        config = self._config("test_problems", *SAMPLING, conditions=[c.value for c in Condition])
+        return self._sampled(target, config, [adapter] if adapter else [], sample, part)
+
+    def _sampled(self, target: Path, config: dict, inputs: list[Path], sample, part: Part) -> Path:
+        """A table that is sampled in shards. With `part` (i, n) only those of process i of n, into a folder for all.
+
+        Without, the table; the shards that such processes have left are taken, and what is missing is sampled.
+        """
+        shards = self.results / "parts" / f"{target.stem}-{key_of(config, inputs, target)[:12]}"
+        if part:
+            sample(shards, part)
+            return shards
 
         def build(work: Path) -> None:
-            problems = self.problems("test", self.profile.test_problems)
-            run_episodes(self.runner(adapter), problems, policy, work / "shards", say=print)
-            read_episodes(work / "shards").to_parquet(work / f"{name}.parquet")
+            out = shards if shards.exists() else work / "shards"
+            sample(out, (0, 1))
+            read_episodes(out).to_parquet(work / target.name)
 
-        inputs = [adapter] if adapter else []
-        config = self._config("test_problems", *SAMPLING, conditions=[c.value for c in Condition])
-        return self._stage(self.results / "episodes" / f"{name}.parquet", config, inputs, build)
+        return self._stage(target, config, inputs, build)
 
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its input files: task, model and the named profile keys."""
         options = self.profile.task_options.get(self.task_name, {})
         same = {"task": self.task_name, "task_options": options, "code": code_of(self.task_name)}
         same["data"] = folder_hash(*self.task.files())
-        same["model"] = self.model_hash
+        same |= {"model": self.model_hash, "quantization": self.profile.quantization}
         values = asdict(self.profile)
         return same | {k: values[k] for k in keys} | extra
 

@@ -81,6 +81,7 @@ class R3Config(GRPOConfig):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None and not self.fp16:
             self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = on_gpu and not self.bf16  # a T4
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = on_gpu
         self.dataloader_pin_memory = on_gpu
@@ -151,16 +152,15 @@ class R3Trainer(GRPOTrainer):
             raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
 
     def _dataset(self, order: list[int]) -> Dataset:
-        """One row a group: the conversation up to the reflection, with the failure's index inside the message."""
-        rows = []
-        for index in order:
-            failure = self.failures[index]
+        """One row a group: the conversation up to the reflection; its place in the order is inside the message."""
+        self.order, rows = order, []
+        for place, failure in enumerate(self.failures[index] for index in order):
             talk = [
                 *self.task.messages(failure.problem),
                 {"role": "assistant", "content": failure.attempt},
                 {"role": "user", "content": self.task.reflection_prompt},
             ]
-            rows.append({"prompt": [{**message, "failure": index} for message in talk]})
+            rows.append({"prompt": [{**message, "place": place} for message in talk]})
         return Dataset.from_list(rows)
 
     def runner(self) -> Runner:
@@ -236,17 +236,16 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     verdicts, and for the masks with a retry `env_mask` (1 = trained).
     """
     started, args, runner = time.perf_counter(), trainer.args, trainer.runner()
-    failures = [trainer.failures[p[0]["failure"]] for p in prompts[:: args.num_generations]]
+    size = args.num_generations
+    places = [p[0]["place"] for p in prompts[::size]]
+    failures = [trainer.failures[trainer.order[place]] for place in places]
     asked = [runner.reflection_prompt(f) for f in failures]
-    first = trainer.accelerator.process_index * len(failures)
-    seeds = [
-        Random(f"{args.seed}/{trainer.state.global_step}/{first + i}").getrandbits(32) for i in range(len(failures))
-    ]
+    seeds = [Random(f"{args.seed}/{place}").getrandbits(32) for place in places]  # whatever the process
     sampling = Sampling(args.max_completion_length, args.temperature)
-    groups = runner.engine.generate(asked, args.num_generations, sampling, seeds)
+    groups = runner.engine.generate(asked, size, sampling, seeds)
     rows = [(f, a, c) for f, a, group in zip(failures, asked, groups) for c in group]
     retry_prompts = [runner.retry_prompt(f, c.ids) for f, _, c in rows]
-    retry_seeds = [Random(f"{seeds[i // args.num_generations]}/{i}").getrandbits(32) for i in range(len(rows))]
+    retry_seeds = [Random(f"{seeds[i // size]}/{i % size}").getrandbits(32) for i in range(len(rows))]
     sampling = Sampling(args.max_retry_length, args.retry_temperature)
     retries = [r[0] for r in runner.engine.generate(retry_prompts, 1, sampling, retry_seeds)]
     verdicts = [runner.task.verify(runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)]

@@ -1,5 +1,6 @@
 """Where a profile's model is: the embedded one, SmolLM2 from a pip package, a local folder or a hub id."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,3 +48,43 @@ def smollm2(folder: Path = SMOLLM2) -> Path:
     model.save_pretrained(aside)
     aside.rename(folder)
     return folder
+
+
+def load(path: str, quantization: str = "none", adapter: Path | None = None, trainable: bool = False):
+    """The causal language model at `path` on this machine's best device, with the adapter in `adapter` if one is named.
+
+    `quantization` "nf4": weights in 4 bits with double quantisation (QLoRA, Dettmers et al., 2023).
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    options, dtype = {}, compute_dtype()
+    if quantization == "nf4":
+        if not find_spec("bitsandbytes"):
+            raise R3Error("quantization=nf4 needs bitsandbytes: run `pip install -e '.[gpu]'`")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    disable_progress_bar()  # of loading weights
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device()}, **options)
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+
+
+def device() -> str:
+    """This process's GPU, or the CPU."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype():
+    """bf16 where the GPU computes in it, fp16 on older ones such as a T4, fp32 on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -82,10 +82,44 @@ def test_base_model_passes_seed_steps_and_folder(monkeypatch, tmp_path, capsys):
     assert cli.main(["base-model", "--steps", "0"]) == 2 and "at least 1" in capsys.readouterr().err
 
 
+@pytest.fixture
+def study(monkeypatch):
+    """What was asked of which study."""
+    calls = []
+
+    class Spy:
+        def __init__(self, profile, task, results, **overrides):
+            self.made = (profile, task, overrides)
+
+        def __getattr__(self, stage):
+            return lambda *arguments: calls.append((*self.made, stage, arguments)) or "path"
+
+    monkeypatch.setattr("r3lib.study.Study", Spy)
+    return calls
+
+
+def test_sample_asks_for_a_share_and_merge_for_the_whole(study, capsys):
+    assert cli.main("sample baseline --task countdown --shard 1/4 --profile smoke --set steps=3".split()) == 0
+    assert cli.main("sample evaluate --task countdown --shard 0/2 --seed 5".split()) == 0
+    assert cli.main("merge mine --task countdown".split()) == 0
+    assert study == [
+        ("smoke", "countdown", {"steps": "3"}, "baseline", ((1, 4),)),
+        ("nano", "countdown", {}, "evaluate", (5, (0, 2))),
+        ("nano", "countdown", {}, "mine", ()),
+    ]
+
+
+@pytest.mark.parametrize("share", ["4/4", "1", "a/2", "-1/2"])
+def test_a_share_that_is_none_is_refused(share, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "mine", "--task", "countdown", f"--shard={share}"])
+    assert "write I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
 def test_help_loads_nothing_heavy_and_names_every_command():
     code = "import sys; from r3lib.cli import parser; print(parser().format_help()); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert all(name in done.stdout for name in ("reproduce", "doctor", "report", "base-model"))
+    assert all(name in done.stdout for name in ("reproduce", "doctor", "report", "base-model", "badges"))
     assert not any(f"'{heavy}'" in done.stdout for heavy in ("torch", "papermill", "pandas", "matplotlib"))
 
 

@@ -1,4 +1,4 @@
-"""The corpus of the embedded model: training problems only, right arithmetic, styles as stated."""
+"""The Countdown half of the embedded model's corpus: training problems only, right arithmetic, styles as stated."""
 
 import re
 from itertools import islice
@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from r3lib import base_model
 from r3lib.base_model import conversations, training_task
-from r3lib.tasks import CountdownProblem
+from r3lib.tasks import CountdownProblem, FunctionCallingTask, countdown_corpus
 from r3lib.tasks.countdown import split_of
 from r3lib.tasks.countdown_corpus import (
     BLIND,
@@ -50,8 +49,8 @@ class Talk(NamedTuple):
 
 @pytest.fixture(scope="module")
 def corpus():
-    """The first 10,000 conversations, with every problem that went into each."""
-    original, drawn = base_model.conversation, []
+    """The first 10,000 conversations about Countdown, with every problem that went into each."""
+    original, drawn = countdown_corpus.conversation, []
 
     def recorded(task, draw, random):
         def watched(random):
@@ -62,8 +61,8 @@ def corpus():
         return original(task, watched, random)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_model, "conversation", recorded)
-        return [Talk(turns, list(drawn)) for turns in islice(conversations(0), COUNT)]
+        patch.setattr(countdown_corpus, "conversation", recorded)
+        return [Talk(turns, list(drawn)) for turns in islice(conversations(0), 1, 2 * COUNT, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +214,27 @@ def test_wrong_attempts_are_wrong_in_every_way():
 
 
 def test_a_conversation_depends_on_seed_and_index_alone(corpus):
-    assert list(islice(conversations(0, start=40), 10)) == [talk.turns for talk in corpus[40:50]]
-    assert list(islice(conversations(1), 5)) != [talk.turns for talk in corpus[:5]]
+    assert list(islice(conversations(0, start=81), 0, 20, 2)) == [talk.turns for talk in corpus[40:50]]
+    assert list(islice(conversations(0, start=40), 10)) == list(islice(conversations(0), 50))[40:]
+    assert list(islice(conversations(1), 1, 10, 2)) != [talk.turns for talk in corpus[:5]]
+
+
+def test_half_of_the_corpus_is_countdown_three_tenths_function_calling_the_rest_exercises():
+    openings = [turns[0][1].split(" ")[0] for turns in islice(conversations(0), 2000)]
+    shares = {word: openings.count(word) / 2000 for word in set(openings)}
+    assert shares == {"Using": 0.5, "Tools:": 0.3, "Work": 0.2}
+
+
+def test_the_user_turns_of_the_function_calling_half_are_the_tasks_own_words():
+    task, seen = FunctionCallingTask(), set()
+    followups = {task.reflection_prompt, task.retry_prompt, task.blind_retry_prompt}
+    asked = task.messages(task.problems("train", 1, 0)[0])[0]["content"].split("\n")[2]
+    for turns in islice(conversations(0), 2000):
+        if turns[0][1].startswith("Tools: "):
+            seen |= {text for _, text, _ in turns[2::2]}
+            tools, query, form = turns[0][1].split("\n")
+            assert query.startswith("Query: ") and form == asked
+    assert seen == followups
 
 
 def test_the_generic_reflection_is_a_sentence_of_the_corpus(reflections):

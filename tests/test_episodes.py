@@ -231,6 +231,18 @@ def test_results_do_not_depend_on_the_shards_but_for_the_shuffle(runner, tmp_pat
     pd.testing.assert_frame_equal(*kept)
 
 
+def test_processes_that_share_a_folder_make_together_what_one_makes(runner, tmp_path):
+    """Three shards for two processes; a third process finds nothing to do."""
+    whole, processes = run(runner(), tmp_path / "whole", shard=3), [runner() for _ in range(2)]
+    for i, one in enumerate(processes):
+        run(one, tmp_path / "shared", shard=3, part=(i, 2))
+    asked = [{text for texts, _ in one.engine.calls for text in texts} for one in processes]
+    assert not asked[0] & asked[1]
+    idle = runner()
+    pd.testing.assert_frame_equal(run(idle, tmp_path / "shared", shard=3), whole)
+    assert idle.engine.calls == [] and run(idle, tmp_path / "none", shard=3, part=(3, 4)).empty
+
+
 def test_another_sampling_seed_gives_other_samples_and_the_same_greedy_rows(runner, tmp_path):
     a, b = (in_order(run(runner(), tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     sampled = a.condition.isin(["resample", "retry_sampled"])

@@ -7,18 +7,20 @@ import pandas as pd
 import pytest
 
 from r3lib.episodes import Condition, read_episodes
-from r3lib.evaluate import accuracy_table, comparisons_table
+from r3lib.evaluate import accuracy_table, by_part, comparisons_table
 from r3lib.report import percent
 from r3lib.store import sha256
+from r3lib.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"
+TASKS = ("countdown", "function_calling")
 
 
 @pytest.fixture(scope="module")
 def accuracy():
     table = pd.read_csv(REFERENCE / "tables" / "accuracy.csv")
-    return table[table.seed == "all"].set_index(["policy", "condition"])
+    return table[table.seed == "all"].set_index(["split", "task", "policy", "condition"])
 
 
 @pytest.fixture(scope="module")
@@ -28,38 +30,53 @@ def episodes():
 
 def test_its_files_are_those_of_its_manifest():
     artefacts = json.loads((REFERENCE / "manifest.json").read_text())["artefacts"]
-    assert {"tables/accuracy.csv", "tables/comparisons.csv", "figures/countdown_conditions.svg"} <= artefacts.keys()
+    assert {"tables/accuracy.csv", "figures/countdown_conditions.svg", "figures/transfer.svg"} <= artefacts.keys()
     assert {name: sha256(REFERENCE / name) for name in artefacts} == {n: a["sha256"] for n, a in artefacts.items()}
 
 
 def test_its_tables_follow_from_its_episodes(episodes, accuracy):
-    again = accuracy_table(episodes)
-    again = again[again.seed == "all"].set_index(["policy", "condition"])
+    parts = [by_part(rows, load_task(task).part) for task, rows in episodes.groupby("task")]
+    again = pd.concat([accuracy_table(episodes), accuracy_table(pd.concat(parts))])
+    again = again[again.seed == "all"].set_index(accuracy.index.names).loc[accuracy.index]
     columns = ["n", "k", "rate", "lo", "hi"]
     pd.testing.assert_frame_equal(again[columns], accuracy[columns], check_dtype=False)
     kept = pd.read_csv(REFERENCE / "tables" / "comparisons.csv")
     pd.testing.assert_frame_equal(comparisons_table(episodes), kept, check_dtype=False)
 
 
-def test_it_answers_with_three_seeds_on_2000_problems(episodes):
+def test_it_answers_with_three_seeds_on_2000_problems_of_each_task(episodes):
     first = episodes[episodes.condition == "first_try"]
-    assert first.groupby(["policy", "seed"]).problem_id.nunique().tolist() == [2000] * 4
-    assert episodes[episodes.policy == "r3"].seed.nunique() == 3
+    counts = first.groupby(["task", "policy", "seed"]).problem_id.nunique()
+    assert (counts == 2000).all() and counts.groupby(["task", "policy"]).size().to_dict() == {
+        (task, policy): 1 if policy == "vanilla" else 3
+        for task, other in (TASKS, TASKS[::-1])
+        for policy in ("vanilla", "r3", f"r3_from_{other}")
+    }
 
 
-def test_readme_gives_its_rates(accuracy):
-    readme = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("task", TASKS)
+def test_readme_gives_its_rates(accuracy, task):
+    readme, cells = (ROOT / "README.md").read_text(), accuracy.loc["test", task]
     for condition in Condition:
-        cells = [accuracy.loc[(policy, condition.value)] for policy in ("vanilla", "r3")]
-        row = " | ".join([f"`{condition}`", *(percent(c.rate, c.lo, c.hi) for c in cells)])
+        both = [cells.loc[(policy, condition.value)] for policy in ("vanilla", "r3")]
+        row = " | ".join([f"`{condition}`", *(percent(c.rate, c.lo, c.hi) for c in both)])
         assert f"| {row} |" in readme
     for policy in ("vanilla", "r3"):
-        assert f"{accuracy.loc[(policy, 'reflect_retry')].n:,}" in readme
+        assert f"{cells.loc[(policy, 'reflect_retry')].n:,}" in readme
 
 
-def test_readme_gives_its_main_differences():
-    readme = (ROOT / "README.md").read_text()
-    table = pd.read_csv(REFERENCE / "tables" / "comparisons.csv").set_index(["a", "b"])
-    for pair in [("r3/reflect_retry", "vanilla/reflect_retry"), ("r3/reflect_retry", "r3/resample")]:
-        row = table.loc[pair]
-        assert f"{100 * row['diff']:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]" in readme
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("b", ["vanilla/reflect_retry", "r3/resample", "r3/retry_sampled"])
+def test_readme_gives_its_main_differences(task, b):
+    table = pd.read_csv(REFERENCE / "tables" / "comparisons.csv").set_index(["task", "a", "b"])
+    row = table.loc[(task, "r3/reflect_retry", b)]
+    written = f"{100 * row['diff']:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
+    assert written in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["combinations", "phrasings", "tools"])
+def test_readme_gives_the_rates_of_each_part(accuracy, part):
+    cells = accuracy.loc[f"test/{part}", "function_calling"]
+    both = [cells.loc[(policy, "reflect_retry")] for policy in ("vanilla", "r3")]
+    row = " | ".join(percent(c.rate, c.lo, c.hi) for c in both)
+    assert f"| {row} |" in (ROOT / "README.md").read_text()

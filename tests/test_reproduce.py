@@ -20,7 +20,7 @@ from r3lib.store import sha256
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("countdown",)
+TASKS = ("countdown", "function_calling")
 METRICS = {
     "task", "step", "seed", "reward", "zero_variance_share", "reflection_tokens", "kl", "entropy", "grad_norm",
     "tokens", "seconds_sampling", "seconds_learning",
@@ -72,7 +72,8 @@ def test_tables_and_metrics_have_the_columns_that_others_rely_on(smoke):
         whole = accuracy[(accuracy.task == task) & (accuracy.split == "test") & (accuracy.seed == "all")]
         assert set(whole.condition) == set(Condition)
         trained_on = dict(whole.fillna("").groupby("policy").train_task.first())
-        assert trained_on == {"vanilla": "", "r3": task}
+        (other,) = set(TASKS) - {task}
+        assert trained_on == {"vanilla": "", "r3": task, f"r3_from_{other}": other}
         first = whole[whole.condition == "first_try"].set_index("policy")
         for row in whole[whole.condition != "first_try"].itertuples():
             assert row.n == first.n[row.policy] - first.k[row.policy] and row.lo <= row.rate == row.k / row.n <= row.hi
@@ -115,7 +116,7 @@ def test_a_second_run_takes_everything_from_the_cache_and_changes_nothing(smoke)
     before, stages = tables(smoke), {p: p.stat().st_mtime_ns for p in smoke.rglob("*.stage.json")}
     reproduce(smoke.parent, "--from", "02")
     assert "cached  countdown-r3-0" in printed(smoke) and "running " not in printed(smoke)
-    assert tables(smoke) == before and len(stages) == 4 * len(TASKS)
+    assert tables(smoke) == before and len(stages) == 5 * len(TASKS)  # a baseline, failures, adapter, two evaluations
     assert {p: p.stat().st_mtime_ns for p in smoke.rglob("*.stage.json")} == stages
 
 

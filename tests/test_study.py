@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+import r3lib.episodes
+import r3lib.study
 from r3lib.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +32,23 @@ def loaded(*modules):
 )
 def test_what_reads_a_cached_study_loads_no_model_library(modules, absent):
     assert loaded(*modules) & absent == set()
+
+
+@pytest.mark.slow
+def test_shares_of_a_stage_are_joined_to_what_one_process_makes(tmp_path, monkeypatch):
+    """Shards of 8 of 24 problems, two processes; the stage then samples nothing."""
+    monkeypatch.setattr(r3lib.episodes.in_shards, "__defaults__", (8, (0, 1), print))
+    settings = dict(test_problems=24, train_problems=24)
+    whole = Study("smoke", "countdown", tmp_path / "whole", **settings)
+    shares = [Study("smoke", "countdown", tmp_path / "shares", **settings) for _ in range(3)]
+    for i in range(2):
+        assert shares[i].mine((i, 2)).parent.name == "parts"
+    monkeypatch.setattr(r3lib.study, "mine_failures", None)
+    joined = pd.read_parquet(shares[2].mine())
+    monkeypatch.undo()
+    made = pd.read_parquet(whole.mine())
+    pd.testing.assert_frame_equal(joined, made)
+    assert len(made) > 5
 
 
 def test_a_changed_source_makes_results_anew(tmp_path):

@@ -5,8 +5,9 @@ import difflib
 from ..errors import R3Error
 from .base import Task
 from .countdown import CountdownProblem, CountdownTask
+from .function_calling import FunctionCallingProblem, FunctionCallingTask
 
-TASKS = {"countdown": CountdownTask}
+TASKS = {"countdown": CountdownTask, "function_calling": FunctionCallingTask}
 
 
 def load_task(name: str, **options) -> Task:
@@ -21,4 +22,4 @@ def load_task(name: str, **options) -> Task:
         raise R3Error(f"task {name!r}: {error}: see its class for the options") from error
 
 
-__all__ = ["CountdownProblem", "CountdownTask", "Task", "load_task"]
+__all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingProblem", "FunctionCallingTask", "Task", "load_task"]

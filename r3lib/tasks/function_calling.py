@@ -11,6 +11,7 @@ from . import function_calling_corpus as corpus
 from . import function_calling_records as records
 from .base import Task
 from .function_calling_records import FunctionCallingProblem
+from .function_calling_tools import Case, draw
 
 CATEGORIES = {reason: "parameter choice" for reason in verifier.REASONS if reason != "ok"}  # the paper's Table 4
 CATEGORIES |= {"no_call": "format", "invalid_json": "format"}
@@ -71,6 +72,13 @@ class FunctionCallingTask(Task):
     def part(self, problem_id: str) -> str:
         """What is new in a generated test problem: the "combinations" of tools, the "phrasings" or the "tools"."""
         return problem_id.partition("-")[0] if self.source == "generator" else ""
+
+    def conversation(self, random: Random) -> list[tuple[str, str, bool]]:
+        """See `Task`; always generated problems, whatever `source` is, some of their tools renamed."""
+        return corpus.conversation(self, self._draw_for_pretraining, random)
+
+    def _draw_for_pretraining(self, random: Random) -> Case:
+        return draw(random, "pretrain", hard=self.hard, invented=corpus.INVENTED)
 
     def files(self) -> list[Path]:
         """BFCL's files, or the local copy that `source` names."""

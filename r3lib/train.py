@@ -1,0 +1,32 @@
+"""Train with several processes: `accelerate launch --config_file configs/ddp.yaml -m r3lib.train --task countdown`."""
+
+import argparse
+import sys
+
+from .cli import add_study, study_of
+from .errors import R3Error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train one adapter, cached as notebook 03 would cache it; return 0, or 2 for a stated error."""
+    parser = argparse.ArgumentParser(prog="r3lib.train", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    add_study(parser)
+    options = parser.parse_args(argv)
+    from accelerate import PartialState
+
+    try:
+        study = study_of(options)
+        with PartialState().main_process_first():  # one process mines, the others find what it has mined
+            study.mine()
+        path = study.train(options.seed)
+    except R3Error as error:
+        print(f"r3: error: {error}", file=sys.stderr)
+        return 2
+    if PartialState().is_main_process:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

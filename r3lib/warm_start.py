@@ -1,0 +1,47 @@
+"""A supervised start for a model that cannot do a task at all: LoRA on the task's generated conversations.
+
+R3 rewards retries that succeed; where none does, there is nothing to reward. The paper's models need no such start.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from .chat import Chat
+from .tasks import Task
+
+BATCH = 32
+
+
+def examples(task: Task, chat: Chat, count: int, seed: int) -> Iterator[dict]:
+    """`count` conversations as {"input_ids", "labels"}, joined as episodes are; -100 where nothing is to be learned."""
+    for index in range(count):
+        turns = task.conversation(Random(f"warm start/{seed}/{index}"))
+        ids, labels = chat.prompt([{"role": "user", "content": turns[0][1]}]), []
+        labels += [-100] * len(ids)
+        for (_, reply, learn), asked in zip(turns[1::2], [*turns[2::2], None]):
+            said = [*chat.tokenizer.encode(reply, add_special_tokens=False), chat.end_id]
+            after = chat.follow(ids, said, asked[1]) if asked else ids + said
+            labels += (said if learn else [-100] * len(said)) + [-100] * (len(after) - len(ids) - len(said))
+            ids = after
+        yield {"input_ids": ids, "labels": labels}
+
+
+def warm_start(model, tokenizer, task: Task, peft_config, args: SFTConfig) -> SFTTrainer:
+    """TRL's `SFTTrainer`, ready to `train()` on as many conversations as `args` has steps for."""
+    count = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    data = Dataset.from_list(list(examples(task, Chat(tokenizer), count, args.seed)))
+    return SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
+
+
+def config(folder: Path, steps: int, learning_rate: float, micro_batch: int, **options) -> SFTConfig:
+    """Settings of a warm start: 32 conversations a step, `micro_batch` of them in a forward, a cosine to zero."""
+    return SFTConfig(
+        output_dir=str(folder), max_steps=steps, learning_rate=learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=0.05, per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=max(1, BATCH // micro_batch), max_length=None, logging_steps=1, save_steps=50,
+        report_to="none", disable_tqdm=True, **options,
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""The GitHub workflows: safe, and made of commands that exist; the steps of test.yml run in a fresh clone."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from r3lib.cli import parser
+from r3lib.config import load_profile
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+JOBS = {f"{name}/{key}": job for name, workflow in WORKFLOWS.items() for key, job in workflow["jobs"].items()}
+STEPS = [step for job in JOBS.values() for step in job["steps"]]
+SCRIPTS = [step["run"] for step in STEPS if "run" in step]
+GPU = WORKFLOWS["reproduce-gpu"]["jobs"]["reproduce"]
+BUILTIN = {"while", "done"}
+
+
+def bash(script, folder, **env):
+    """Run a step's script as GitHub does with `shell: bash`."""
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def gpu_step(name):
+    [step] = [step for step in GPU["steps"] if step.get("name") == name]
+    return step
+
+
+def test_every_job_may_do_little_ends_in_time_and_uses_a_fixed_major_of_each_action():
+    assert {f"{name}/{key}" for name in WORKFLOWS for key in WORKFLOWS[name]["jobs"]} == {
+        "test/test", "reproduce-gpu/reproduce", "reproduce-gpu/publish",
+    }  # fmt: skip
+    for workflow in WORKFLOWS.values():
+        assert workflow["permissions"] == {"contents": "read"} and workflow["concurrency"]["group"]
+        assert workflow["defaults"]["run"]["shell"] == "bash"
+    assert all(job["timeout-minutes"] <= 360 for job in JOBS.values())  # what GitHub's own runners allow
+    assert [name for name, job in JOBS.items() if "permissions" in job] == ["reproduce-gpu/publish"]
+    for step in STEPS:
+        assert "run" in step or re.fullmatch(r"actions/[\w/-]+@v\d+", step["uses"])
+
+
+def test_no_script_has_expressions_pasted_in():
+    """Inputs reach a script through its environment: pasted in, they would be run."""
+    assert not [script for script in SCRIPTS if "${{" in script]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.split("\n")[0][:40])
+def test_every_command_of_a_script_exists(script):
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    makefile = (ROOT / "Makefile").read_text()
+    for line in re.findall(r"\bmake ([^|;\n]+)", script):
+        for target in (word for word in shlex.split(line) if "=" not in word):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for arguments in re.findall(r"\.venv/bin/r3 ([^|;\n]+)", script):
+        parser().parse_args(shlex.split(arguments))
+    for first in (line.split()[0] for line in script.splitlines()):
+        installed = first.startswith(".venv/bin/") and (Path(sys.executable).parent / Path(first).name).exists()
+        assert installed or first in BUILTIN or shutil.which(first), first
+    assert all((ROOT / path).is_file() for path in re.findall(r"\bbash (\S+)", script))
+
+
+def test_ci_tests_both_pythons_that_the_makefile_accepts():
+    test = WORKFLOWS["test"]["jobs"]["test"]
+    assert test["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+    assert "(3, 11) <= sys.version_info < (3, 13)" in (ROOT / "Makefile").read_text()
+
+
+def test_the_inputs_of_a_gpu_run_reach_r3():
+    env = {"PROFILE": "smoke", "TASK": "countdown", "MAKEFLAGS": "n --no-print-directory"}
+    script = gpu_step("Reproduce")["run"]
+    asked = bash(script, ROOT, **env, SEEDS="3", SETTINGS="steps=4 beta=0.1").splitlines()[-1].split(" ", 1)[1]
+    assert asked == "reproduce --profile smoke --task countdown --set seeds=3 --set steps=4 --set beta=0.1"
+    asked = bash(script, ROOT, **env, SEEDS="", SETTINGS="").splitlines()[-1]
+    assert asked.split() == [".venv/bin/r3", "reproduce", "--profile", "smoke", "--task", "countdown"]
+    names = set(WORKFLOWS["reproduce-gpu"][True]["workflow_dispatch"]["inputs"])  # yaml reads `on` as True
+    assert names == set(re.findall(r"inputs\.(\w+)", f"{GPU['env']} {GPU['runs-on']}"))
+
+
+def test_the_profile_of_each_night_exists():
+    [name] = re.findall(r"inputs\.profile \|\| '(\w+)'", GPU["env"]["PROFILE"])
+    assert load_profile(name)
+
+
+def test_a_gpu_runner_gets_the_extras_and_a_torch_with_cuda():
+    lines = bash(gpu_step("Install")["run"], ROOT, MAKEFLAGS="nB --no-print-directory").splitlines()
+    [extras] = [set(re.search(r"'\.\[(.+)\]'", line)[1].split(",")) for line in lines if "install -e" in line]
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "gpu" in extras and extras <= set(known)
+    assert GPU["env"]["PIP_EXTRA_INDEX_URL"] == "" and not any("index" in line for line in lines)
+
+
+def test_stages_are_restored_kept_and_uploaded_but_never_over_committed_files():
+    restore, keep = gpu_step("Stages of earlier runs"), gpu_step("Keep the stages")
+    assert restore["with"]["key"] == keep["with"]["key"] and "github.run_attempt" in keep["with"]["key"]
+    assert restore["with"]["key"].startswith(restore["with"]["restore-keys"])
+    places = {step["with"]["path"] for step in (restore, keep, uploads(GPU)[0])}
+    assert places == {"${{ env.STAGES }}"} and keep["if"] == "always()"
+    left_out = [line[1:] for line in GPU["env"]["STAGES"].split() if line.startswith("!")]
+    tracked = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert tracked and all(any(Path(file).is_relative_to(place) for place in left_out) for file in tracked)
+    assert gpu_step("Reproduce")["timeout-minutes"] < GPU["timeout-minutes"]
+
+
+def test_what_was_made_is_uploaded_also_after_a_failure():
+    for name in ("test/test", "reproduce-gpu/reproduce"):
+        assert uploads(JOBS[name]) and all(upload["if"] == "always()" for upload in uploads(JOBS[name]))
+
+
+def uploads(job):
+    return [step for step in job["steps"] if step.get("uses", "").startswith("actions/upload-artifact@")]
+
+
+def test_the_summary_shows_this_runs_tables_and_no_older_ones(tmp_path):
+    for run, value in (("reference", 0.111), ("nano", 0.222)):
+        (tables := tmp_path / "results" / run / "tables").mkdir(parents=True)
+        (tables / "accuracy.csv").write_text(f"condition,rate\nretry,{value}\n")
+        (tables.parent / "report.html").write_text(run)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+    for file in (tmp_path / "results" / "reference").rglob("*.*"):
+        os.utime(file, (1, 1))
+    for file in (tmp_path / "results" / "nano").rglob("*.*"):
+        os.utime(file, (2e9, 2e9))
+    summary = tmp_path / "summary.md"
+    bash(gpu_step("Report and summary of this run")["run"], tmp_path, GITHUB_STEP_SUMMARY=str(summary))
+    shown = summary.read_text()
+    assert "## results/nano/tables/accuracy.csv\n\n<table" in shown and "<td>0.222</td>" in shown
+    assert "0.111" not in shown and (tmp_path / "site" / "index.html").read_text() == "nano"
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A fresh clone whose .venv is new but finds the packages of the one that runs this test."""
+    folder = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    venv.create(folder / ".venv", symlinks=True)
+    scripts, [site] = folder / ".venv" / "bin", (folder / ".venv").glob("lib/python*/site-packages")
+    (site / "linked.pth").write_text(f"{folder}\n{sysconfig.get_path('purelib')}\n")
+    (scripts / "ruff").symlink_to(Path(sys.executable).parent / "ruff")
+    (scripts / "r3").write_text(f"#!{scripts}/python\nimport sys\nfrom r3lib.cli import main\nsys.exit(main())\n")
+    (tmp_path / "no_root").mkdir()
+    (tmp_path / "no_root" / "apt-get").write_text("#!/bin/sh\nexit 1\n")
+    for script in (scripts / "r3", tmp_path / "no_root" / "apt-get"):
+        script.chmod(0o755)
+    (folder / ".venv" / ".installed").touch()
+    return folder
+
+
+@pytest.mark.slow
+def test_the_steps_of_test_yml_run_in_a_fresh_clone(clone):
+    """What is committed suffices for every step: lint is clean, the tests can be collected, the smoke run ends.
+
+    Three things are not as on GitHub: nothing is installed (`make install` finds a linked environment and does
+    nothing), the tests are collected but not run (they would run this one again), and apt-get is refused.
+    """
+    env = {"PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}", "PYTEST_ADDOPTS": "--collect-only -q"}
+    env |= {"PATH": f"{clone.parent}/no_root:{os.environ['PATH']}"}
+    job = JOBS["test/test"]
+    said = "".join(bash(step["run"], clone, **env) for step in job["steps"] if "run" in step)
+    assert "All checks passed" in said and re.search(r"\d+ tests collected", said)
+    [upload] = uploads(job)
+    assert (clone / upload["with"]["path"] / "report.html").exists()
