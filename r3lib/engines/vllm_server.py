@@ -1,0 +1,109 @@
+"""A vLLM server of ours: a process in an environment of its own, watched, restarted when it dies, gone with us."""
+
+import atexit
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+
+from ..errors import R3Error
+from .vllm import Lost, Refused, ask
+from .watch import GRACE
+
+WATCH = Path(__file__).with_name("watch.py")
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}  # GiB; the environment's own values win
+
+
+class Server:
+    """Serves `model` on a free loopback port with `python`, an interpreter of an environment that has vLLM.
+
+    Starts on first use or on entering a `with` block, waits up to `timeout` seconds for it; restarts it up to
+    `restarts` times when it dies. `rank` is the largest LoRA rank, one that vLLM takes: 1, 8, 16, 32, 64, 128, 256,
+    320, 512. `options` are further arguments, such as ("--dtype", "float32"). Its output goes to the file `log`.
+    """
+
+    def __init__(self, model, python, rank=64, log="vllm.log", options: Sequence[str] = (), timeout=900.0, restarts=2):
+        if not shutil.which(python):
+            raise R3Error(f"no Python interpreter at {python}: name one whose environment has vLLM")
+        self.command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        self.command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
+        self.command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *options]
+        self.log, self.timeout, self.restarts = Path(log), timeout, restarts
+        self.url, self.process, self.starts, self._lock = "", None, 0, Lock()
+        atexit.register(self.stop)
+
+    def ensure(self) -> None:
+        """Start the server unless it runs. R3Error: it does not start, or has died too often."""
+        with self._lock:
+            if self.process and self.process.poll() is None:
+                return
+            self._end()
+            if self.starts > self.restarts:
+                raise R3Error(f"the vLLM server died {self.starts} times, the last lines of {self.log}: {self._tail()}")
+            self.starts += 1
+            try:
+                self._start()
+            except BaseException:
+                self._end()
+                raise
+
+    def stop(self) -> None:
+        """End the server and all that it started; `ensure` may start it again."""
+        with self._lock:
+            self._end()
+            self.starts = 0
+
+    def __enter__(self) -> "Server":
+        self.ensure()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, str(WATCH), *self.command, "--host", "127.0.0.1", "--port", str(port)]
+        environment = {**SETTINGS, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        deadline = time.monotonic() + self.timeout
+        while not self._answers():
+            if self.process.poll() is not None:
+                raise R3Error(f"the vLLM server does not start, the last lines of {self.log}: {self._tail()}")
+            if time.monotonic() > deadline:
+                raise R3Error(f"the vLLM server is not up after {self.timeout:.0f} s: raise timeout, or see {self.log}")
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            ask(f"{self.url}/health", None, 5.0)
+        except (Lost, Refused):
+            return False
+        return True
+
+    def _end(self) -> None:
+        """Let the watcher end the server; then kill what is left, should the watcher itself have been killed."""
+        if self.process is None:
+            return
+        self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE + 5)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
+
+    def _tail(self) -> str:
+        return " | ".join(self.log.read_text(errors="replace").splitlines()[-5:])

@@ -1,0 +1,502 @@
+"""The vLLM engine against servers that only imitate vLLM: what is asked, what is sent again, who starts and stops."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from math import log
+from pathlib import Path
+from random import Random
+
+import psutil
+import pytest
+import torch
+from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, small_lora
+from fake_vllm import EOS, FakeServer, sample
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import r3lib.engines.watch as watch
+from r3lib.chat import Chat
+from r3lib.engines import Sampling
+from r3lib.engines.base import RemoteEngine
+from r3lib.engines.vllm import Address, VLLMEngine
+from r3lib.engines.vllm_server import Server
+from r3lib.errors import R3Error
+from r3lib.trainer import R3Trainer, metrics_file
+
+HERE = Path(__file__).parent
+PROMPTS = [[20, 21, 22 + i] for i in range(24)]
+
+
+@pytest.fixture
+def serve():
+    """A function that starts fake servers, closed after the test."""
+    servers = []
+
+    def start(*args, **options):
+        servers.append(FakeServer(*args, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def connect(tokenizer):
+    """A function of fake servers or addresses: an engine on them that does not wait long."""
+
+    def engine(*servers, **options):
+        options = {"pause": 0.01, "timeout": 60.0, "workers": 8} | options
+        return VLLMEngine([s if isinstance(s, str) else s.url for s in servers], tokenizer, **options)
+
+    return engine
+
+
+def expected(tokenizer, n=3, model="base", most=12):
+    """What the fake model gives for PROMPTS, each seeded with its position, as (ids, log-probs)."""
+    stops = sorted(Chat(tokenizer).end_ids)
+    seeds = [Random(i).getrandbits(48) for i in range(len(PROMPTS))]
+    return [[sample(p, s + k, model, most, stops) for k in range(n)] for p, s in zip(PROMPTS, seeds)]
+
+
+def pairs(results):
+    return [[(c.ids, c.logprobs) for c in group] for group in results]
+
+
+def adapter(folder, weights="a"):
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_text(weights)
+    return folder
+
+
+def dead_address():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+# what is asked and what comes back
+
+
+def test_samples_come_back_in_order_with_their_log_probs(serve, connect, tokenizer):
+    got = connect(serve()).generate(PROMPTS, 3, Sampling(12))
+    assert pairs(got) == expected(tokenizer)
+
+
+def test_ids_end_with_an_end_token_exactly_when_finished_whatever_the_models_own_end_token(serve, connect, tokenizer):
+    got = sum(connect(serve()).generate(PROMPTS, 8, Sampling(12)), [])
+    end = Chat(tokenizer).end_ids
+    assert {c.finished for c in got} == {True, False}
+    assert all(c.finished == (c.ids[-1] in end) and not set(c.ids[:-1]) & end for c in got)
+    assert all(c.finished or len(c.ids) == 12 for c in got)
+    assert any(EOS in c.ids[:-1] for c in got), "the token that generation_config.json names does not stop a sample"
+
+
+def test_a_request_asks_for_the_whole_distribution(serve, connect):
+    server = serve()
+    connect(server).generate(PROMPTS[:1], 2, Sampling(12, 0.7), seeds=[5])
+    [(path, body)] = server.asked
+    assert path == "/v1/completions" and body["prompt"] == PROMPTS[0] and body["model"] == "base"
+    assert (body["n"], body["max_tokens"], body["temperature"], body["logprobs"]) == (2, 12, 0.7, 0)
+    assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
+    assert body["return_token_ids"] and body["ignore_eos"]
+
+
+def test_neighbouring_seeds_share_no_sample_and_a_seed_repeats_itself(serve, connect):
+    one, two, again = connect(serve()).generate([[20, 21]] * 3, 6, Sampling(12), seeds=[5, 6, 5])
+    assert one == again and not {tuple(c.ids) for c in one} & {tuple(c.ids) for c in two}
+
+
+def test_greedy_samples_are_asked_for_once_and_repeated(serve, connect):
+    server = serve()
+    [group] = connect(server).generate([[20, 21]], 4, Sampling(12, 0.0))
+    assert len(group) == 4 and len({tuple(c.ids) for c in group}) == 1
+    assert [body["n"] for _, body in server.asked] == [1]
+
+
+def test_at_most_so_many_requests_at_once(serve, connect):
+    server = serve(delay=0.02)
+    connect(server, workers=3).generate(PROMPTS, 1, Sampling(4))
+    assert server.busiest == 3
+
+
+def test_no_prompts_give_no_completions(serve, connect):
+    assert connect(serve()).generate([], 2, Sampling(4)) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompts": [[2] * 97]}, "prompt 0 has 97 tokens, not 1 to 96"),
+        ({"n": 0}, "n=0"),
+        ({"seeds": [1, 2]}, "2 seeds for 1 prompts"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_asked(serve, connect, bad, message):
+    server = serve()
+    with pytest.raises(R3Error, match=message):
+        connect(server).generate(**(dict(prompts=[[2]], n=1, sampling=Sampling(4), seeds=[0]) | bad))
+    assert server.asked == []
+
+
+# what goes wrong
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "drop", "abort", "short"])
+def test_what_is_lost_is_asked_again_and_counted_once(serve, connect, tokenizer, fault):
+    server = serve(faults=[None, fault, fault, None, fault])
+    assert pairs(connect(server).generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert sorted(server.answered) == PROMPTS and len(server.asked) == len(PROMPTS) + 3
+
+
+def test_a_silent_server_is_asked_again(serve, connect, tokenizer):
+    server = serve(faults=["hang"])
+    [group] = connect(server, timeout=0.8).generate(PROMPTS[:1], 3, Sampling(12))
+    assert pairs([group]) == expected(tokenizer)[:1] and len(server.asked) >= 2
+
+
+def test_a_request_that_the_server_calls_wrong_is_an_error_at_once(serve, connect):
+    server = serve(faults=[None, 400])
+    with pytest.raises(R3Error, match=r"/v1/completions answers 400: .*told to fail.*on two lines") as caught:
+        connect(server, workers=1).generate(PROMPTS, 1, Sampling(4))
+    assert "\n" not in str(caught.value)
+    assert len(server.asked) <= 3, "what was queued is not sent"
+
+
+def test_a_server_that_only_fails_is_given_up(serve, connect):
+    server = serve(faults=[500] * 1000)
+    with pytest.raises(R3Error, match="answers 500.*after 3 tries: see the server's log"):
+        connect(server, attempts=3).generate(PROMPTS[:2], 1, Sampling(4))
+    assert len(server.asked) <= 6
+
+
+def test_pauses_double(serve, connect):
+    engine, started = connect(serve(faults=[500] * 4), pause=0.05), time.monotonic()
+    engine.generate(PROMPTS[:1], 1, Sampling(4))
+    assert time.monotonic() - started > 0.05 * (1 + 2 + 4 + 8)
+
+
+def test_a_server_without_token_ids_is_refused(serve, connect):
+    with pytest.raises(R3Error, match="returns no token ids: use vLLM"):
+        connect(serve(faults=["no ids"])).generate(PROMPTS[:1], 1, Sampling(4))
+
+
+def test_nobody_answers(connect):
+    with pytest.raises(R3Error, match="does not answer.*start it or give another address"):
+        connect(dead_address(), attempts=2)
+
+
+@pytest.mark.parametrize(("servers", "message"), [(["localhost:8000"], "http://host:port"), ([], "no vLLM server")])
+def test_an_address_must_be_one(connect, servers, message):
+    with pytest.raises(R3Error, match=message):
+        connect(*servers)
+
+
+# several servers
+
+
+def test_prompts_are_spread_over_the_servers(serve, connect, tokenizer):
+    one, two = serve(), serve()
+    assert pairs(connect(one, two.url + "/v1/").generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert len(one.asked) == len(two.asked) == len(PROMPTS) / 2
+
+
+def test_a_dead_servers_work_goes_to_the_other(serve, connect, tokenizer):
+    server = serve()
+    engine = connect(dead_address(), server, workers=4)
+    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert sorted(server.answered) == PROMPTS
+
+
+def test_a_server_that_leaves_in_mid_batch_loses_nothing(serve, connect, tokenizer):
+    leaving, staying = serve(faults=[None, None, *["drop"] * 1000]), serve()
+    assert pairs(connect(leaving, staying).generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert sorted(leaving.answered + staying.answered) == PROMPTS
+
+
+# adapters
+
+
+def test_sync_loads_a_new_name_and_unloads_the_old_one(serve, connect, tokenizer, tmp_path):
+    server, first, second = serve(), adapter(tmp_path / "a", "a"), adapter(tmp_path / "b", "b")
+    engine = connect(server)
+    assert isinstance(engine, RemoteEngine) and not isinstance(ScriptedEngine(tokenizer), RemoteEngine)
+    engine.sync(first)
+    [before] = server.adapters
+    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(first))
+    engine.sync(second)
+    assert server.adapters == {engine.policy: str(second)} and before != engine.policy
+    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(second))
+
+
+def test_the_name_follows_the_weights_so_two_processes_may_sync_the_same(serve, connect, tmp_path):
+    server, folder = serve(), adapter(tmp_path / "a")
+    one, two = connect(server), connect(server)
+    one.sync(folder)
+    two.sync(folder)
+    one.sync(folder)
+    assert list(server.adapters) == [one.policy] == [two.policy]
+    for engine in (one, two):
+        engine.sync(adapter(tmp_path / engine.policy / str(id(engine)), "new"))
+    assert list(server.adapters) == [one.policy] == [two.policy]
+
+
+def test_a_server_without_the_adapter_gets_it_before_it_samples(serve, connect, tokenizer, tmp_path):
+    server, folder = serve(), adapter(tmp_path / "a")
+    engine = connect(server)
+    engine.sync(folder)
+    server.adapters.clear()  # as after a restart
+    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(folder))
+
+
+def test_sync_does_without_a_dead_server(serve, connect, tokenizer, tmp_path):
+    engine, folder = connect(dead_address(), serve()), adapter(tmp_path / "a")
+    engine.sync(folder)
+    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(folder))
+
+
+def test_a_folder_without_an_adapter_is_refused(serve, connect, tmp_path):
+    with pytest.raises(R3Error, match="adapter_config.json: give a folder"):
+        connect(serve()).sync(tmp_path)
+
+
+def test_an_adapter_that_the_server_cannot_find_is_an_error_at_once(serve, connect, tmp_path):
+    engine, folder = connect(serve()), adapter(tmp_path / "a")
+    engine.sync(folder)
+    engine.servers[0], _ = Address(serve().url), (folder / "adapter_config.json").unlink()
+    with pytest.raises(R3Error, match="load_lora_adapter answers 404: .*No adapter found"):
+        engine.generate(PROMPTS, 1, Sampling(4))
+
+
+# a server of our own
+
+
+@pytest.fixture
+def command(tmp_path):
+    """An interpreter that, whatever module it is asked to run, runs the fake server."""
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{HERE / "fake_vllm.py"}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def own(command, tmp_path):
+    """A function of options: a Server of the fake, stopped after the test."""
+    servers = []
+
+    def make(*options, **settings):
+        options = ["--pids", str(tmp_path / "pids"), *options]
+        settings = {"rank": 8, "log": tmp_path / "logs" / "vllm.log", "timeout": 120.0} | settings
+        servers.append(Server("some/model", command, options=options, **settings))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+def pids(folder):
+    """(server, child of the server) of each start."""
+    return [tuple(map(int, line.split())) for line in (folder / "pids").read_text().splitlines()]
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def gone(found, seconds=30):
+    """Whether all of `found` end within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while any(map(alive, found)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(alive, found))
+
+
+def test_a_server_starts_on_first_use_and_leaves_nothing_behind(own, tokenizer, tmp_path):
+    server = own("--dtype", "float32")
+    got = VLLMEngine([server], tokenizer).generate(PROMPTS, 3, Sampling(12))
+    assert pairs(got) == expected(tokenizer)
+    [found] = pids(tmp_path)
+    assert all(map(alive, found))
+    server.stop()
+    assert gone(found)
+    arguments, setting, *_ = server.log.read_text().splitlines()
+    assert "-m vllm.entrypoints.openai.api_server --model some/model --enable-lora --max-lora-rank 8" in arguments
+    assert "--logprobs-mode processed_logprobs" in arguments and "--dtype float32 --host 127.0.0.1" in arguments
+    assert setting.endswith("True")
+
+
+def test_a_with_block_stops_the_server_when_it_is_interrupted(own, tmp_path):
+    with pytest.raises(KeyboardInterrupt), own():
+        [found] = pids(tmp_path)
+        raise KeyboardInterrupt
+    assert gone(found)
+
+
+def test_a_server_that_will_not_stop_is_killed(own, tmp_path, monkeypatch):
+    server = own("--stubborn")
+    server.ensure()
+    monkeypatch.setattr("r3lib.engines.vllm_server.GRACE", -4.5)  # do not wait for the watcher's own patience
+    server.stop()
+    assert gone(pids(tmp_path)[0])
+
+
+@pytest.mark.parametrize("victim", ["server", "watcher"])
+def test_a_server_killed_by_hand_is_restarted_with_nothing_left_of_the_first(own, tmp_path, victim):
+    server = own()
+    server.ensure()
+    [first] = pids(tmp_path)
+    os.kill(first[0] if victim == "server" else server.process.pid, signal.SIGKILL)
+    server.process.wait(30)
+    server.ensure()
+    assert gone(first) and len(pids(tmp_path)) == 2 and all(map(alive, pids(tmp_path)[1]))
+
+
+def test_a_server_that_dies_in_mid_batch_resumes_it_with_its_adapter(own, tokenizer, tmp_path):
+    folder, fuse = adapter(tmp_path / "a"), tmp_path / "fuse"
+    fuse.touch()
+    engine = VLLMEngine([own("--fault-file", str(fuse))], tokenizer, workers=4, pause=0.05)
+    engine.sync(folder)
+    got = engine.generate(PROMPTS, 3, Sampling(12))
+    assert pairs(got) == expected(tokenizer, model=str(folder)) and len(pids(tmp_path)) == 2
+
+
+def test_a_server_that_keeps_dying_is_given_up_with_the_end_of_its_log(own, tokenizer, tmp_path):
+    server = own(restarts=1)
+    for _ in range(2):
+        server.ensure()
+        os.kill(pids(tmp_path)[-1][0], signal.SIGKILL)
+        server.process.wait(30)
+    with pytest.raises(R3Error, match=r"the vLLM server died 2 times, the last lines of .*vllm.log: .*updating True"):
+        server.ensure()
+
+
+def test_a_server_that_cannot_start_says_why(own):
+    with pytest.raises(R3Error, match=r"does not start, the last lines of .*no weights \| Engine core") as caught:
+        own("--broken").ensure()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_never_ready_is_stopped(own):
+    server = own("--silent", timeout=1.0)
+    with pytest.raises(R3Error, match="not up after 1 s: raise timeout"):
+        server.ensure()
+    assert server.process is None
+
+
+def test_a_missing_interpreter_is_refused():
+    with pytest.raises(R3Error, match="no Python interpreter at nowhere/python"):
+        Server("m", "nowhere/python")
+
+
+def test_the_server_ends_when_we_are_killed(command, tmp_path):
+    code = "import sys, time; from r3lib.engines.vllm_server import Server\n"
+    code += "Server('m', sys.argv[1], log=sys.argv[2], options=['--pids', sys.argv[3]]).ensure(); time.sleep(60)"
+    arguments = [str(command), str(tmp_path / "log"), str(tmp_path / "pids")]
+    parent = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=HERE.parent)
+    deadline = time.monotonic() + 120
+    while not ((tmp_path / "pids").exists() and pids(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    [found] = pids(tmp_path)
+    parent.kill()
+    parent.wait()
+    assert gone(found)
+
+
+def test_what_the_watcher_runs_may_end_by_itself():
+    done = subprocess.run([sys.executable, watch.__file__, "true"], stdin=subprocess.PIPE, start_new_session=True)
+    assert done.returncode == -signal.SIGKILL, "it takes its whole session along, itself too"
+
+
+# training
+
+
+class OffPolicy(ScriptedEngine):
+    """A scripted engine whose log-probs are `shift` below those of `model`."""
+
+    def __init__(self, tokenizer, model, shift):
+        super().__init__(tokenizer)
+        self.model, self.shift = model, shift
+
+    def generate(self, prompts, n, sampling, seeds=None):
+        groups = super().generate(prompts, n, sampling, seeds)
+        return [[self._scored(p, c) for c in group] for p, group in zip(prompts, groups)]
+
+    @torch.no_grad()
+    def _scored(self, prompt, completion):
+        logits = self.model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
+        chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        return replace(completion, logprobs=(chosen - self.shift).tolist())
+
+
+class Remote(OffPolicy):
+    """The same in another process: it keeps the name and the weights of each adapter that it was given."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.synced = []
+
+    def sync(self, adapter):
+        self.synced.append((adapter.name, load_file(adapter / "adapter_model.safetensors")))
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient before each optimizer step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        self.seen.append(torch.cat(grads).clone())
+
+
+def train(tiny, tokenizer, folder, kind, shift, **changes):
+    """Train with an engine of `kind` on an adapted tiny model; return engine, trainer, gradients, metrics."""
+    model, task, gradients = tiny(), CoinTask(count=3, largest=20), Gradients()
+    engine = kind(tokenizer, model, shift)
+    trainer = R3Trainer(
+        model, small_config(folder, **changes), task, coin_failures(tokenizer, 4, task), small_lora(), tokenizer,
+        engine, callbacks=[gradients],
+    )  # fmt: skip
+    trainer.train()
+    lines = metrics_file(trainer.args).read_text().splitlines()
+    return engine, trainer, gradients.seen, [json.loads(line) for line in lines]
+
+
+def test_each_rollout_samples_from_the_adapter_as_it_stands(tiny, tokenizer, tmp_path):
+    engine, trainer, _, _ = train(tiny, tokenizer, tmp_path, Remote, 0.0, max_steps=3)
+    assert [name for name, _ in engine.synced] == ["step-000000", "step-000001", "step-000002"]
+    assert [folder.name for folder in (tmp_path / "synced").iterdir()] == ["step-000002"], "older ones are removed"
+    raised = [sum(float(w.abs().sum()) for n, w in weights.items() if "lora_B" in n) for _, weights in engine.synced]
+    assert raised[0] == 0 < raised[1] != raised[2]
+
+
+@pytest.mark.parametrize("mask", ["reflection", "reflection+retry"])
+@pytest.mark.parametrize(("ratio", "weight"), [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5), (10.0, 3.0)])
+def test_the_loss_is_weighed_by_the_truncated_importance_ratio(tiny, tokenizer, tmp_path, ratio, weight, mask):
+    options = dict(max_steps=1, mask=mask)
+    *_, [plain], [before] = train(tiny, tokenizer, tmp_path / "own", OffPolicy, log(ratio), **options)
+    *_, [weighed], [after] = train(tiny, tokenizer, tmp_path / "remote", Remote, log(ratio), **options)
+    assert plain.norm() > 0
+    torch.testing.assert_close(weighed, plain * weight, rtol=1e-3, atol=1e-6)
+    assert after["importance_ratio"] == pytest.approx(weight, rel=1e-4) and "importance_ratio" not in before
+
+
+def test_a_remote_engine_without_an_adapter_to_train_is_refused(tiny, tokenizer, tmp_path):
+    model, failures = tiny(), coin_failures(tokenizer, 2)
+    with pytest.raises(R3Error, match="takes adapters.*give a peft_config"):
+        R3Trainer(
+            model, small_config(tmp_path), CoinTask(count=3, largest=20), failures, None, tokenizer,
+            Remote(tokenizer, model, 0.0),
+        )  # fmt: skip
