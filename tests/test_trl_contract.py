@@ -185,7 +185,7 @@ def test_resuming_restarts_the_step_counter_and_samples_the_next_failures(tiny, 
     seen = []
 
     def spy(prompts, trainer):
-        indices = [p[0]["failure"] for p in prompts[::4]]
+        indices = [p[0]["place"] for p in prompts[::4]]
         seen.append((trainer._step, trainer.state.global_step, indices))
         return rollout(prompts, trainer)
 
