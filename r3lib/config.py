@@ -49,6 +49,9 @@ class Profile:
     micro_batch: int
     save_steps: int
     sample_batch: int
+    engine: str
+    servers: str  # addresses of vLLM servers, separated by spaces
+    vllm_options: str  # further arguments of a server of our own
     threads: int
 
 
@@ -60,6 +63,7 @@ CHOICES = {
     "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
     "mask": ("reflection", "reflection+retry", "retry"),
     "quantization": ("none", "nf4"),
+    "engine": ("transformers", "vllm"),
 }
 FROM_ZERO = {"warm_start_steps", "mine_temperature", "retry_temperature", "warmup_steps", "beta", "threads"}
 ABOVE_ZERO = {"learning_rate", "warm_start_rate", "max_grad_norm", "reflection_temperature"}  # others: from 1

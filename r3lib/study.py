@@ -4,6 +4,7 @@ Torch, transformers, peft and trl are imported where a model is used: they take 
 needs none of them.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
@@ -75,12 +76,22 @@ class Study:
 
     def runner(self, adapter: Path | None = None, progress: bool = True) -> Runner:
         """Samples episodes from the model under the profile's limits."""
-        from .engines.transformers import TransformersEngine
-
         p = self.profile
-        engine = TransformersEngine(self.model(adapter), self.tokenizer, p.sample_batch, progress)
+        if engine := self.remote_engine():
+            engine.sync(adapter)
+        else:
+            from .engines.transformers import TransformersEngine
+
+            engine = TransformersEngine(self.model(adapter), self.tokenizer, p.sample_batch, progress)
         limits = Limits(p.attempt_tokens, p.reflection_tokens, p.retry_tokens)
         return Runner(engine, Chat(self.tokenizer), self.task, limits, p.reflection_temperature)
+
+    def remote_engine(self):
+        """The engine over vLLM servers that the profile asks for, the same for all studies; None: transformers."""
+        p = self.profile
+        if p.engine == "transformers":
+            return None
+        return vllm_engine(self.model_path, p.servers, p.vllm_options, p.lora_rank, self.results / "vllm.log")
 
     def problems(self, split: str, n: int) -> list:
         """The study's problems of a split: the same for every policy and seed."""
@@ -184,7 +195,8 @@ class Study:
         )  # fmt: skip
         start, failures, callbacks = self.warm_start(), self.failures(), [AfterStep(on_step)] if on_step else []
         model, lora = self.model(start, trainable=True), None if start else self.lora()
-        trainer = R3Trainer(model, config, self.task, failures, lora, self.tokenizer, callbacks=callbacks)
+        engine = self.remote_engine()
+        trainer = R3Trainer(model, config, self.task, failures, lora, self.tokenizer, engine, callbacks)
         trainer.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         return trainer
 
@@ -248,7 +260,7 @@ class Study:
         options = self.profile.task_options.get(self.task_name, {})
         same = {"task": self.task_name, "task_options": options, "code": code_of(self.task_name)}
         same["data"] = folder_hash(*self.task.files())
-        same |= {"model": self.model_hash, "quantization": self.profile.quantization}
+        same |= {"model": self.model_hash, "quantization": self.profile.quantization, "engine": self.profile.engine}
         values = asdict(self.profile)
         return same | {k: values[k] for k in keys} | extra
 
@@ -264,6 +276,19 @@ class Study:
         runs = [f"{task}-r3-{seed}" for task in TASKS for seed in range(self.profile.seeds)]
         logs = [log for run in runs if (log := self.results / "adapters" / run / "metrics.jsonl").exists()]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in logs))
+
+
+@cache
+def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path):
+    """An engine over `servers`, or over one of our own for `model`, which ends with this process."""
+    from transformers import AutoTokenizer
+
+    from .engines.vllm import VLLMEngine
+    from .engines.vllm_server import Server
+
+    python = os.environ.get("R3_VLLM_PYTHON", str(HERE.parent / ".venv-vllm" / "bin" / "python"))
+    own = [] if servers else [Server(model, python, rank, log, options.split())]
+    return VLLMEngine(servers.split() or own, AutoTokenizer.from_pretrained(model))
 
 
 @cache

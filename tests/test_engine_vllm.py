@@ -235,6 +235,18 @@ def test_sync_loads_a_new_name_and_unloads_the_old_one(serve, connect, tokenizer
     assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(second))
 
 
+def test_sync_without_an_adapter_samples_from_the_model_and_the_next_adapter_takes_the_olds_place(
+    serve, connect, tokenizer, tmp_path
+):
+    server, first, second = serve(), adapter(tmp_path / "a", "a"), adapter(tmp_path / "b", "b")
+    engine = connect(server)
+    engine.sync(first)
+    engine.sync(None)
+    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    engine.sync(second)
+    assert list(server.adapters.values()) == [str(second)]
+
+
 def test_the_name_follows_the_weights_so_two_processes_may_sync_the_same(serve, connect, tmp_path):
     server, folder = serve(), adapter(tmp_path / "a")
     one, two = connect(server), connect(server)

@@ -45,8 +45,8 @@ class Engine(Protocol):
 class RemoteEngine(Engine, Protocol):
     """An engine whose policy is a copy in another process: it samples from the adapter that `sync` named last."""
 
-    def sync(self, adapter: Path) -> None:
-        """Sample from the LoRA adapter in folder `adapter` (as PEFT saves it) from now on."""
+    def sync(self, adapter: Path | None) -> None:
+        """Sample from the LoRA adapter in folder `adapter` (as PEFT saves it) from now on; None: without one."""
 
 
 def check(prompts, n: int, sampling: Sampling, seeds, longest: int) -> None:

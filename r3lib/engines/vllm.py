@@ -73,9 +73,10 @@ class VLLMEngine:
         if not self.servers:
             raise R3Error("no vLLM server: give at least one address or Server")
         self.workers, self.attempts, self.timeout, self.pause = workers, attempts, timeout, pause
-        self.end_ids, self.adapter = Chat(tokenizer).end_ids, None
+        self.end_ids, self.adapter, self.loaded = Chat(tokenizer).end_ids, None, None
         base = self._retry(0, Counter(), Event(), self._models)[0]
-        self.policy, self.longest = base["id"], base["max_model_len"]
+        self.base = self.policy = base["id"]
+        self.longest = base["max_model_len"]
 
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Completion]]:
         """See `Engine`. R3Error: bad n, sampling, seeds or prompt; a server refuses, or none answers.
@@ -104,15 +105,19 @@ class VLLMEngine:
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def sync(self, adapter: Path) -> None:
+    def sync(self, adapter: Path | None) -> None:
         """See `RemoteEngine`. The adapter's name holds its hash, so what a server knows by a name never changes.
 
         The folder must stay: a server that was away or restarted loads it later. R3Error: a server refuses it.
         """
+        if adapter is None:
+            self.adapter, self.policy = None, self.base  # what is loaded stays, until another takes its place
+            return
         if not (Path(adapter) / "adapter_config.json").exists():
             raise R3Error(f"{adapter} holds no adapter_config.json: give a folder that PEFT's save_pretrained wrote")
-        old = self.adapter and self.policy
+        old = self.loaded
         self.adapter, self.policy = Path(adapter).resolve(), f"r3-{folder_hash(Path(adapter))[:16]}"
+        self.loaded = self.policy
         self._retry(0, Counter(), Event(), self._load)
         for server in self.servers:
             with suppress(Lost):  # `_sample` loads it when the server answers again
