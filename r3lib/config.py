@@ -50,7 +50,7 @@ class Profile:
     save_steps: int
     sample_batch: int
     engine: str
-    servers: str  # addresses of vLLM servers, separated by spaces
+    servers: str  # addresses of vLLM servers, separated by commas
     vllm_options: str  # further arguments of a server of our own
     threads: int
 

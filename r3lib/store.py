@@ -65,6 +65,8 @@ def stage(target: Path, config: dict, inputs, build, version: int = 1, say=print
                 shutil.rmtree(other)
         work.mkdir(parents=True, exist_ok=True)
         (work / f".{run}").touch() if run else None
+        if main and "WORLD_SIZE" in os.environ:
+            marker.unlink(missing_ok=True)  # for which the other processes then wait
         build(work)
     if not main:
         return _made_by_main(target, marker, key)

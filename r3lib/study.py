@@ -5,6 +5,7 @@ needs none of them.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, cached_property
@@ -16,6 +17,7 @@ import pandas as pd
 from .chat import Chat
 from .config import Profile, load_profile
 from .episodes import Condition, Failure, Limits, Policy, Runner, in_shards, mine_failures, read_episodes, run_episodes
+from .errors import R3Error
 from .store import folder_hash, key_of, stage
 from .tasks import TASKS, load_task
 from .weights import load, locate
@@ -249,11 +251,13 @@ class Study:
             return shards
 
         def build(work: Path) -> None:
-            out = shards if shards.exists() else work / "shards"
+            out = shards if shards.exists() and not os.environ.get("R3_FRESH") else work / "shards"
             sample(out, (0, 1))
             read_episodes(out).to_parquet(work / target.name)
 
-        return self._stage(target, config, inputs, build)
+        path = self._stage(target, config, inputs, build)
+        shutil.rmtree(shards, ignore_errors=True)
+        return path
 
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its input files: task, model and the named profile keys."""
@@ -273,6 +277,8 @@ class Study:
 
     def _collect_metrics(self) -> None:
         """Keep results/<profile>/metrics.jsonl equal to the logs of this profile's adapters."""
+        if os.environ.get("RANK", "0") != "0":
+            return
         runs = [f"{task}-r3-{seed}" for task in TASKS for seed in range(self.profile.seeds)]
         logs = [log for run in runs if (log := self.results / "adapters" / run / "metrics.jsonl").exists()]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in logs))
@@ -287,8 +293,10 @@ def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path):
     from .engines.vllm_server import Server
 
     python = os.environ.get("R3_VLLM_PYTHON", str(HERE.parent / ".venv-vllm" / "bin" / "python"))
+    if not servers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise R3Error("several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS")
     own = [] if servers else [Server(model, python, rank, log, options.split())]
-    return VLLMEngine(servers.split() or own, AutoTokenizer.from_pretrained(model))
+    return VLLMEngine(servers.replace(",", " ").split() or own, AutoTokenizer.from_pretrained(model))
 
 
 @cache

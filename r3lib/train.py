@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from datetime import timedelta
 
 from .cli import add_study, study_of
 from .errors import R3Error
@@ -16,14 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate import PartialState
 
     try:
-        study = study_of(options)
-        with PartialState().main_process_first():  # one process mines, the others find what it has mined
+        state, study = PartialState(timeout=timedelta(days=2)), study_of(options)
+        study.warm_start()
+        with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
             study.mine()
         path = study.train(options.seed)
     except R3Error as error:
         print(f"r3: error: {error}", file=sys.stderr)
         return 2
-    if PartialState().is_main_process:
+    if state.is_main_process:
         print(path)
     return 0
 

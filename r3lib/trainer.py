@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
@@ -141,8 +142,10 @@ class R3Trainer(GRPOTrainer):
             rollout_func=rollout,
             callbacks=[R3Metrics(self), *(callbacks or [])],
         )
+        if engine is None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise R3Error("weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml")
         for parameter in self.model.parameters():  # TRL casts QLoRA adapters to bf16, where small updates vanish
-            if parameter.requires_grad:
+            if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which gathers one dtype only
                 parameter.data = parameter.data.float()
         self.r3_metrics: dict[str, float] = {}
         if isinstance(engine, RemoteEngine):

@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .chat import Chat
 from .tasks import Task
+from .weights import training_options
 
 BATCH = 32
 
@@ -32,9 +33,13 @@ def examples(task: Task, chat: Chat, count: int, seed: int) -> Iterator[dict]:
 
 def warm_start(model, tokenizer, task: Task, peft_config, args: SFTConfig) -> SFTTrainer:
     """TRL's `SFTTrainer`, ready to `train()` on as many conversations as `args` has steps for."""
-    count = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     data = Dataset.from_list(list(examples(task, Chat(tokenizer), count, args.seed)))
-    return SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
+    trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
+    for parameter in trainer.model.parameters():  # TRL casts QLoRA adapters to bf16, where small updates vanish
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
 
 
 def config(folder: Path, steps: int, learning_rate: float, micro_batch: int, **options) -> SFTConfig:
@@ -43,5 +48,5 @@ def config(folder: Path, steps: int, learning_rate: float, micro_batch: int, **o
         output_dir=str(folder), max_steps=steps, learning_rate=learning_rate, lr_scheduler_type="cosine",
         warmup_steps=0.05, per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=max(1, BATCH // micro_batch), max_length=None, logging_steps=1, save_steps=50,
-        report_to="none", disable_tqdm=True, **options,
+        report_to="none", disable_tqdm=True, **(training_options() | options),
     )  # fmt: skip

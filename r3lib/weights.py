@@ -53,13 +53,15 @@ def smollm2(folder: Path = SMOLLM2) -> Path:
 def load(path: str, quantization: str = "none", adapter: Path | None = None, trainable: bool = False):
     """The causal language model at `path` on this machine's best device, with the adapter in `adapter` if one is named.
 
+    `trainable`: for a training, which under FSDP and DeepSpeed places the weights itself.
+
     `quantization` "nf4": weights in 4 bits with double quantisation (QLoRA, Dettmers et al., 2023).
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
     spread = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)  # which place the weights themselves
-    options, dtype = {} if spread else {"device_map": {"": device()}}, compute_dtype()
+    options, dtype = {} if spread and trainable else {"device_map": {"": device()}}, compute_dtype()
     if quantization == "nf4":
         if not find_spec("bitsandbytes"):
             raise R3Error("quantization=nf4 needs bitsandbytes: run `pip install -e '.[gpu]'`")
@@ -80,6 +82,15 @@ def device() -> str:
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def training_options() -> dict:
+    """Precision and place of a training, as arguments of transformers' TrainingArguments; see `compute_dtype`."""
+    import torch
+
+    on_gpu, dtype = torch.cuda.is_available(), compute_dtype()
+    options = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": not on_gpu}
+    return options | {"gradient_checkpointing": on_gpu, "dataloader_pin_memory": on_gpu}
 
 
 def compute_dtype():

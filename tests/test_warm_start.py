@@ -8,6 +8,8 @@ from peft import PeftModel
 
 from r3lib.chat import Chat
 from r3lib.errors import R3Error
+from r3lib.evaluate import accuracy_table, comparisons_table, paper_view
+from r3lib.study import Study
 from r3lib.tasks import CountdownTask, Task
 from r3lib.tasks.countdown import split_of
 from r3lib.tasks.function_calling import FunctionCallingTask
@@ -53,7 +55,7 @@ def test_a_task_without_conversations_and_one_of_four_numbers_are_refused():
 @pytest.fixture
 def started(tiny, tokenizer, tmp_path):
     """A trainer after six steps of warm start on a tiny model, and the folder of its adapter."""
-    args = config(tmp_path / "run", 6, 0.02, 8, use_cpu=True, bf16=False, save_strategy="no")
+    args = config(tmp_path / "run", 6, 0.02, 8, save_strategy="no")
     trainer = warm_start(tiny(), tokenizer, TASKS[0], small_lora(), args)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
@@ -76,3 +78,17 @@ def test_r3_goes_on_from_the_adapter_of_the_warm_start(started, tiny, tokenizer,
         trainer.train()
         moved = [(p - warm[name]).abs().max().item() for name, p in trainer.model.named_parameters() if "lora" in name]
         assert moved and (max(moved) < 1e-6) == still
+
+
+@pytest.mark.slow
+def test_a_study_with_a_warm_start_compares_r3_with_it(tmp_path):
+    """The policy is called warm_start, in the comparisons too, and R3's first failures are its own."""
+    settings = dict(warm_start_steps=1, steps=1, test_problems=16, train_problems=64)
+    study = Study("smoke", "countdown", tmp_path, **settings)
+    episodes = study.episodes()
+    assert set(episodes.policy) == {"warm_start", "r3"}
+    assert set(episodes.adapter) == {"countdown-warm_start", "countdown-r3-0"}
+    pairs = comparisons_table(episodes)
+    assert {"r3/reflect_retry", "r3/first_try"} <= set(pairs.a[pairs.b.str.startswith("warm_start/")])
+    view = paper_view(accuracy_table(episodes)).set_index("policy").column
+    assert set(view["warm_start"]) == {"vanilla_first", "vanilla_second"}

@@ -137,6 +137,8 @@ class Level:
         keys, values = (slab[self.rows, :, : self.bias.shape[-1]] for slab in self.slabs[layer])
         (rows, kv), (_, heads, size) = keys.shape[:2], query.shape
         query = query.new_zeros(rows * self.slots, heads, size).index_copy_(0, self.slot, query)
+        if keys.dtype == torch.float16:  # whose products may overflow
+            query, keys = query.float(), keys.float()
         scores = torch.einsum("nskgd,nktd->nskgt", query.view(rows, self.slots, kv, -1, size), keys)
         scores = torch.add(self.bias, scores.float(), alpha=scaling * float(np.log2(np.e)))
         top = scores.amax(-1, keepdim=True)
