@@ -20,7 +20,7 @@ TASKS = ("countdown", "function_calling")
 @pytest.fixture(scope="module")
 def accuracy():
     table = pd.read_csv(REFERENCE / "tables" / "accuracy.csv")
-    return table[table.seed == "all"].set_index(["split", "task", "policy", "condition"])
+    return table[table.seed == "all"].set_index(["split", "task", "policy", "condition"]).sort_index()
 
 
 @pytest.fixture(scope="module")
