@@ -57,12 +57,13 @@ def test_two_processes_sample_what_one_samples_and_nothing_twice(one, two):
 
 
 def test_gradients_of_two_processes_are_those_of_one(one, two):
+    """To rounding; in the second step to what AdamW made of it, which divides small gradients by themselves."""
     for rank in two:
         assert len(rank["gradients"]) == len(one[0]["gradients"]) == 2
-        for mine, whole in zip(rank["gradients"], one[0]["gradients"]):
+        for mine, whole, error in zip(rank["gradients"], one[0]["gradients"], (1e-5, 1e-3)):
             assert mine.keys() == whole.keys()
             scale = max(g.abs().max() for g in whole.values())
-            assert scale > 0 and all((mine[n] - g).abs().max() < 1e-5 * scale for n, g in whole.items())
+            assert scale > 0 and all((mine[n] - g).abs().max() < error * scale for n, g in whole.items())
 
 
 def test_two_processes_resume_to_the_weights_of_a_whole_run(two, tmp_path):
