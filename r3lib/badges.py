@@ -70,7 +70,7 @@ def stamp(text: str, name: str, repository: str, revision: str) -> str:
     session = _cell("code", f"{name[:2]}-colab", CELL.format(repository=repository, revision=revision))
     notebook["cells"] = [badge, *cells[:place], session, *cells[place:]]
     runtime = {"provenance": [], "runtime_attributes": {"runtime_version": RUNTIME}}
-    notebook["metadata"] = dict(sorted((notebook["metadata"] | {"colab": runtime}).items()))
+    notebook["metadata"] = dict(sorted((notebook["metadata"] | {"accelerator": "GPU", "colab": runtime}).items()))
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 

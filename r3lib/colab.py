@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DRIVE = Path("/content/drive")
 RUNTIME = "2026.07"  # the newest of Colab's runtime versions whose Python (3.12) is one that we support
 KEPT = ("torch", "ipykernel", "jupyter-client", "jupyterlab", "nbclient", "nbformat")  # what Colab itself runs on
+DATA = ("bfcl-eval==2026.3.23",)  # the profile's function-calling problems; not the code, which pins much else
 REMOVED = ("torchao",)  # Colab's is too old for peft, which then refuses every LoRA; nothing here uses it
 
 
@@ -45,6 +46,7 @@ def install() -> None:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("\n".join(f"{name}=={version(name)}" for name in KEPT if version(name)))
         pip("install", "--constraint", str(constraints), *wanted.values())
+    pip("install", "--no-deps", *DATA)
     pip("uninstall", "--yes", *REMOVED)
     if stale := [name for name in wanted if loaded(name) not in (None, version(name))]:
         raise R3Error(f"new versions of {', '.join(stale)}: choose Runtime > Restart session, then Runtime > Run all")

@@ -49,6 +49,7 @@ class Profile:
     micro_batch: int
     save_steps: int
     sample_batch: int
+    shard_size: int  # problems
     engine: str
     servers: str  # addresses of vLLM servers, separated by commas
     vllm_options: str  # further arguments of a server of our own

@@ -141,10 +141,10 @@ class Study:
                 rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in failures]
                 return pd.DataFrame(rows, columns=FAILURE)
 
-            in_shards(out, problems, mined, part=part)
+            in_shards(out, problems, mined, p.shard_size, part)
 
         target = self.results / "failures" / f"{self.task_name}.parquet"
-        config = self._config("train_problems", "mine_samples", "mine_temperature", "attempt_tokens")
+        config = self._config("train_problems", "mine_samples", "mine_temperature", "attempt_tokens", "shard_size")
         return self._sampled(target, config, [start] if start else [], sample, part)
 
     def failures(self) -> list[Failure]:
@@ -233,11 +233,11 @@ class Study:
 
     def _episodes(self, policy: Policy, adapter: Path | None, part: Part) -> Path:
         def sample(out: Path, part: tuple[int, int]) -> None:
-            problems = self.problems("test", self.profile.test_problems)
-            run_episodes(self.runner(adapter), problems, policy, out, say=print, part=part)
+            problems, size = self.problems("test", self.profile.test_problems), self.profile.shard_size
+            run_episodes(self.runner(adapter), problems, policy, out, shard=size, say=print, part=part)
 
         target = self.results / "episodes" / f"{self.task_name}-{policy.name}-{policy.seed}.parquet"
-        config = self._config("test_problems", *SAMPLING, conditions=[c.value for c in Condition])
+        config = self._config("test_problems", "shard_size", *SAMPLING, conditions=[c.value for c in Condition])
         return self._sampled(target, config, [adapter] if adapter else [], sample, part)
 
     def _sampled(self, target: Path, config: dict, inputs: list[Path], sample, part: Part) -> Path:

@@ -30,6 +30,7 @@ from .engines.transformers import TransformersEngine
 from .episodes import Failure, Limits, Runner
 from .errors import R3Error
 from .store import write_atomic
+from .weights import training_options
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is pinned by our contract tests
 MASKS = ("reflection", "reflection+retry", "retry")
@@ -79,14 +80,12 @@ class R3Config(GRPOConfig):
             raise R3Error(f"group size {self.num_generations} has no variance to learn from: use at least 2")
         if self.use_vllm:
             raise R3Error("use_vllm=True would merge the adapter into the weights at every step: leave it False")
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        device = training_options(self.use_cpu)
         if self.bf16 is None and not self.fp16:
-            self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = on_gpu and not self.bf16  # a T4
+            self.bf16, self.fp16 = device["bf16"], device["fp16"]
         if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = on_gpu
-        self.dataloader_pin_memory = on_gpu
-        self.use_cpu = not on_gpu
+            self.gradient_checkpointing = device["gradient_checkpointing"]
+        self.use_cpu, self.dataloader_pin_memory = device["use_cpu"], device["dataloader_pin_memory"]
         rows = self.failures_per_step * self.num_generations
         local = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
         if rows % local or (rows // int(os.environ.get("WORLD_SIZE", 1))) % self.num_generations:

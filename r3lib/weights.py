@@ -1,5 +1,6 @@
 """Where a profile's model is: the embedded one, SmolLM2 from a pip package, a local folder or a hub id."""
 
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,7 @@ def load(path: str, quantization: str = "none", adapter: Path | None = None, tra
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     disable_progress_bar()  # of loading weights
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that it would fetch from the hub
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     if adapter is None:
         return model
@@ -84,11 +86,12 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def training_options() -> dict:
+def training_options(use_cpu: bool = False) -> dict:
     """Precision and place of a training, as arguments of transformers' TrainingArguments; see `compute_dtype`."""
     import torch
 
-    on_gpu, dtype = torch.cuda.is_available(), compute_dtype()
+    on_gpu = torch.cuda.is_available() and not use_cpu
+    dtype = compute_dtype() if on_gpu else torch.float32
     options = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": not on_gpu}
     return options | {"gradient_checkpointing": on_gpu, "dataloader_pin_memory": on_gpu}
 

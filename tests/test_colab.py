@@ -16,6 +16,7 @@ from papermill.parameterize import parameterize_notebook
 from r3lib import badges, cli, colab, pipeline
 from r3lib.errors import R3Error
 from r3lib.study import open_studies
+from r3lib.tasks.function_calling_records import BFCL_INSTALL
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -66,6 +67,7 @@ def drive(monkeypatch, tmp_path):
 def test_the_notebooks_are_as_r3_badges_would_write_them(path):
     text = path.read_text(encoding="utf-8")
     assert text == badges.stamp(text, path.name, REPOSITORY, REVISION), "run `r3 badges`"
+    assert json.loads(text)["metadata"]["accelerator"] == "GPU"  # what Colab connects to
     first = nbformat.reads(text, 4).cells[0].source
     name = REPOSITORY.removeprefix("https://github.com/")
     assert first.endswith(f"(https://colab.research.google.com/github/{name}/blob/{REVISION}/notebooks/{path.name})")
@@ -159,12 +161,13 @@ print(json.dumps([pip, os.getcwd(), sys.modules["r3lib"].__file__, names["result
     pip, folder, module, results = json.loads(done.stdout.splitlines()[-1])
     home = tmp_path / f"r3-{REVISION}"
     assert (folder, module, results) == (str(home), str(home / "r3lib" / "__init__.py"), "results")
-    assert pip[0] == ["install", "--no-deps", "--editable", str(home)] and len(pip) == 3
+    assert pip[0] == ["install", "--no-deps", "--editable", str(home)] and len(pip) == 4
 
 
 def test_colab_keeps_its_torch_and_its_kernel_and_gets_our_pins(asked, drive):
     colab.start("results")
-    own, rest, gone = asked.pip
+    own, rest, data, gone = asked.pip
+    assert " ".join(["pip", *data]) == BFCL_INSTALL  # the same version of the data as elsewhere
     assert own == ["install", "--no-deps", "--editable", str(ROOT)] and gone == ["uninstall", "--yes", "torchao"]
     names = {re.match(r"[\w-]+", line)[0] for line in rest[3:]}
     assert not names & set(colab.KEPT) and {"transformers", "trl", "peft", "bitsandbytes", "numpy"} <= names

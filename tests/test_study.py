@@ -37,8 +37,7 @@ def test_what_reads_a_cached_study_loads_no_model_library(modules, absent):
 @pytest.mark.slow
 def test_shares_of_a_stage_are_joined_to_what_one_process_makes(tmp_path, monkeypatch):
     """Shards of 8 of 24 problems, two processes; the stage then samples nothing."""
-    monkeypatch.setattr(r3lib.episodes.in_shards, "__defaults__", (8, (0, 1), print))
-    settings = dict(test_problems=24, train_problems=24)
+    settings = dict(test_problems=24, train_problems=24, shard_size=8)
     whole = Study("smoke", "countdown", tmp_path / "whole", **settings)
     shares = [Study("smoke", "countdown", tmp_path / "shares", **settings) for _ in range(3)]
     for i in range(2):
@@ -46,6 +45,7 @@ def test_shares_of_a_stage_are_joined_to_what_one_process_makes(tmp_path, monkey
     monkeypatch.setattr(r3lib.study, "mine_failures", None)
     joined = pd.read_parquet(shares[2].mine())
     monkeypatch.undo()
+    assert {len(list(share.results.glob("parts/*"))) for share in shares} == {0}
     made = pd.read_parquet(whole.mine())
     pd.testing.assert_frame_equal(joined, made)
     assert len(made) > 5

@@ -32,3 +32,15 @@ def test_smollm2_is_made_once_and_knows_its_template(tmp_path):
     asked = chat.prompt([{"role": "user", "content": "What is the capital of France? Answer in one word."}])
     ids = model.generate(input_ids=torch.tensor([asked]), max_new_tokens=8, do_sample=False)
     assert "Paris" in chat.text(ids[0, len(asked) :].tolist())
+
+
+@pytest.mark.parametrize(
+    "gpu, bf16, use_cpu, dtype", [(False, False, False, None), (True, True, True, None), (True, True, False, "bf16"),
+                                  (True, False, False, "fp16")],
+)  # fmt: skip
+def test_precision_follows_the_device(monkeypatch, gpu, bf16, use_cpu, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    options = weights.training_options(use_cpu)
+    assert [name for name in ("bf16", "fp16") if options[name]] == [dtype] * (dtype is not None)
+    assert options["use_cpu"] == (dtype is None) and options["gradient_checkpointing"] == (dtype is not None)
