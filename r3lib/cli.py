@@ -53,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     add_study(one)
 
-    one = command("doctor", doctor, "Say whether this machine can run a profile, and what to mend.")
+    one = command("doctor", doctor, "Say what a profile needs, whether this machine has it, and what to mend.")
     one.add_argument("--profile", default="nano")
+    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
+    one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="plan for a GPU of so many GiB")
 
     one = command("report", report, "Write report.html again from the results that are there.")
     one.add_argument("--profile", default="nano")
@@ -92,7 +94,7 @@ def merge(options) -> int:
 def doctor(options) -> int:
     from . import doctor
 
-    return doctor.report(options.profile)
+    return doctor.report(options.profile, gpu_memory=options.gpu_memory, overrides=_overrides(options.set))
 
 
 def report(options) -> int:
@@ -146,6 +148,12 @@ def _shard(text: str) -> tuple[int, int]:
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise argparse.ArgumentTypeError(f"{text!r}: write I/N with I from 0 to N - 1, for example 0/4")
     return int(i), int(n)
+
+
+def _gib(text: str) -> float:
+    if not 0 < (size := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: write GiB above 0, for example 15")
+    return size
 
 
 def _folder(text: str) -> Path:

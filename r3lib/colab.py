@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -67,6 +68,11 @@ def pip(*arguments: str) -> None:
         why = "; ".join(line[7:] for line in done.stderr.splitlines() if line.startswith("ERROR: "))
         mend = f"choose Runtime > Change runtime type > Runtime version {RUNTIME} and run again"
         raise R3Error(f"pip {arguments[0]} failed ({why}): {mend}")
+
+
+def on_colab() -> bool:
+    """Whether this Python is Colab's."""
+    return bool(find_spec("google") and find_spec("google.colab"))
 
 
 def version(name: str) -> str | None:

@@ -16,18 +16,20 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from .colab import KEPT, on_colab
 from .config import ROOT, Profile, load_profile
 from .tasks.function_calling_records import BFCL_INSTALL, GATED_MEND
 from .tasks.function_calling_records import HUB_DATASET as GATED
 from .weights import missing
 
 PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
-INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")  # 10 to 20% faster when preloaded
+GIB = 2**30
+INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 
 
 class Finding(NamedTuple):
-    """`state` is "ok", "warn" or "fail"; `mend` says what to do when it is not "ok"."""
+    """`state` is "ok", "warn" or "fail"; `mend` says what to do when it is not "ok", and else may say more."""
 
     name: str
     state: str
@@ -46,26 +48,25 @@ def machine() -> dict:
     return {"commit": commit, "dirty": bool(changes), "packages": versions, "hardware": hardware}
 
 
-def examine(profile: Profile) -> list[Finding]:
-    """All findings about this machine for `profile`."""
-    lacking = missing(profile.model)
-    memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(ROOT).free / 2**30
+def examine(profile: Profile, gpu_memory: float | None = None) -> list[Finding]:
+    """All findings about this machine for `profile`; with `gpu_memory` its plan is for a GPU of so many GiB."""
+    lacking, memory = missing(profile.model), psutil.virtual_memory().total / GIB
     return [
         *_versions(),
         Finding("cores", "ok", str(os.cpu_count())),
         _finding("memory", f"{memory:.1f} GiB", memory >= 3.5, "needs 4 GiB: use a larger machine"),
-        _finding("disk", f"{disk:.1f} GiB free", disk >= 2, "needs 2 GiB: free some disk space"),
         _gpu(profile),
         _finding("model", profile.model, not lacking, lacking),
+        *_plan(profile, gpu_memory),
         *_hub(),
         *_function_calling(profile),
         _finding("tcmalloc", TCMALLOC or "none", TCMALLOC, "10 to 20% slower: install libtcmalloc-minimal4", "warn"),
     ]
 
 
-def report(profile: str = "nano", say=print) -> int:
+def report(profile: str = "nano", say=print, gpu_memory: float | None = None, overrides: dict | None = None) -> int:
     """Print the findings as a table; return 1 if something that `profile` needs fails, else 0."""
-    findings = examine(load_profile(profile))
+    findings = examine(load_profile(profile, **(overrides or {})), gpu_memory)
     wide = [max(len(getattr(f, part)) for f in findings) for part in ("name", "value")]
     for f in findings:
         say(f"{f.state:4}  {f.name:{wide[0]}}  {f.value:{wide[1]}}  {f.mend}".rstrip())
@@ -86,6 +87,8 @@ def _versions() -> list[Finding]:
 
 
 def _package(wanted: Requirement, absent: str, mend: str) -> Finding:
+    if on_colab() and wanted.name in KEPT:
+        return Finding(wanted.name, "ok", INSTALLED.get(wanted.name, "not installed"), "Colab's own")
     if not (version := INSTALLED.get(name := canonicalize_name(wanted.name))):
         return Finding(name, absent, "not installed", mend)
     fits = wanted.specifier.contains(version, prereleases=True)
@@ -99,6 +102,35 @@ def _gpu(profile: Profile) -> Finding:
         return _finding("gpu", "none", profile.model == "base_model", "slow on a CPU: use a GPU or nano", "warn")
     bf16 = torch.cuda.get_device_capability()[0] >= 8  # in hardware from Ampere on
     return _finding("gpu", torch.cuda.get_device_name(), bf16, "no bf16: train in fp16 or fp32", "warn")
+
+
+def _plan(profile: Profile, gpu_memory: float | None) -> list[Finding]:
+    """What the run will need, by part, and whether it is there."""
+    from .plan import plan_of
+
+    free, need, parts, findings = shutil.disk_usage(ROOT).free / GIB, 2.0, "", []
+    if plan := plan_of(profile, gpu_memory):
+        how = "measured" if plan.lengths.measured else "assumed"
+        prompts = f"prompts of {plan.lengths.prompt} tokens ({how}), no turn shorter than its limit"
+        findings.append(Finding("plan", "ok", f"{plan.shape.parameters:,} parameters", prompts))
+        for phase, needed in plan.memory().items():
+            state, parts = plan.state(phase), _words(needed, GIB)
+            mend = parts if state == "ok" else f"{plan.mend(phase)} ({parts})"
+            findings.append(Finding(phase, state, plan.share(phase), mend))
+        tokens = plan.tokens()
+        learned = tokens.pop("learned")
+        value = f"{sum(tokens.values()) / 1e6:,.2f} M sampled, {learned / 1e6:,.2f} M learned"
+        findings.append(Finding("tokens", "ok", value, f"at most; {_words(tokens, 1e6)}"))
+        need, parts = max(need, sum(plan.disk().values()) / GIB), f" ({_words(plan.disk(), GIB)})"
+    else:
+        mend = "to see what it will need go online, or name a local folder, in which config.json is enough"
+        findings.append(Finding("plan", "warn", f"no config of {profile.model}", mend))
+    mend = f"needs {need:.1f} GiB{parts}: free some disk space"
+    return [*findings, _finding("disk", f"{free:.1f} GiB free", free >= need, mend)]
+
+
+def _words(counts: dict[str, float], unit: float) -> str:
+    return ", ".join(f"{name} {count / unit:,.2f}" for name, count in counts.items() if count >= 0.005 * unit)
 
 
 def _hub() -> list[Finding]:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def reproduce(
     Before notebook 04 has ever run there is no report, and the path is that of the results.
     `results`, if relative, lies beside the notebooks, as does the kernels' working directory. Executed copies go
     to `results/<profile>/executed`, also of a notebook that fails. Raises R3Error before anything runs for an
-    unknown profile, key, task, notebook or parameter, and for the cell that fails.
+    unknown profile, key, task, notebook or parameter and for a plan that does not fit, and for the cell that fails.
     """
     settings = load_profile(profile, **(overrides or {}))
     if task != "all" and task not in TASKS:
@@ -48,6 +49,7 @@ def reproduce(
     notebooks = choose(start, only)
     for notebook in notebooks:
         check_parameters(notebook, given)
+    check_memory(profile, overrides or {})
     kernel, started, folder = kernel_of(settings, fresh), time.time(), NOTEBOOKS.parent / results / settings.name
     for notebook in notebooks:
         copy = folder / "executed" / notebook.name
@@ -85,6 +87,13 @@ def check_parameters(notebook: Path, given: dict) -> None:
             ast.literal_eval(parameter["default"])
         except (ValueError, SyntaxError) as error:
             raise R3Error(f"{notebook.name}: parameter {name!r} is no literal: write its value out") from error
+
+
+def check_memory(profile: str, overrides: dict) -> None:
+    """Raise R3Error if the plan surely does not fit; a process of its own takes torch, which it needs, away again."""
+    command = [sys.executable, "-m", "r3lib.plan", profile, json.dumps(overrides)]
+    if why := subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip():
+        raise R3Error(why)
 
 
 def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:

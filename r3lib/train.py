@@ -16,8 +16,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     from accelerate import PartialState
 
+    from .plan import refusal
+
     try:
         state, study = PartialState(timeout=timedelta(days=2)), study_of(options)
+        if why := refusal(study.profile):
+            raise R3Error(why)
         study.warm_start()
         with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
             study.mine()

@@ -45,6 +45,7 @@ def checkout(tmp_path, monkeypatch):
         return results / "report.html"
 
     monkeypatch.setitem(sys.modules, "r3lib.report", types.SimpleNamespace(write_report=write_report))
+    monkeypatch.setattr(pipeline, "check_memory", lambda profile, overrides: None)
     monkeypatch.delenv("R3_FRESH", raising=False)
     return tmp_path
 

@@ -1,0 +1,120 @@
+"""Peak memory: what `r3lib.plan` expects beside what a process really takes, in RAM, on a CPU.
+
+    python benchmarks/memory.py [smoke] [nano] [smol] [--set KEY=VALUE ...]
+
+A process for each profile samples one full batch of retries, learns from as many rows as one learning pass has (after
+one such pass of the warm start, if the profile has that), and reports its peak resident set. Every turn is as long as
+its limit, on function calling, whose prompts are the longer ones. How many rows and steps follow changes no peak.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+from r3lib.config import load_profile
+from r3lib.plan import GIB, plan_of
+
+ROOT = Path(__file__).resolve().parents[1]
+TASK = "function_calling"
+
+
+def main() -> None:
+    """Print a line for each profile: planned and measured peak, their ratio, and the peak after sampling alone."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("profiles", nargs="*", default=["smoke", "nano", "smol"])
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    overrides = dict(pair.split("=", 1) for pair in options.set)
+    for name in options.profiles:
+        plan = plan_of(load_profile(name, **overrides))
+        planned = {phase: plan.need(phase) / GIB for phase in plan.memory()}
+        command = [sys.executable, __file__, "--measure", name, json.dumps(overrides)]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        measured = json.loads(done.stdout.splitlines()[-1])
+        peak, most = max(planned.values()), max(measured.values())
+        print(f"{name}: planned {peak:.2f} GiB, measured {most:.2f} GiB, ratio {peak / most:.2f}; {planned} {measured}")
+
+
+def measure(name: str, overrides: dict) -> None:
+    """Sample, warm up and learn in this process; print the peak (GiB) after each as JSON."""
+    from r3lib.study import Study
+
+    p, peaks = load_profile(name, **overrides), {}
+    one_pass = {"steps": 1, "failures_per_step": max(1, p.micro_batch // p.group_size)}
+    with TemporaryDirectory() as folder:
+        study = Study(name, TASK, folder, **overrides | one_pass)
+        sample(study)
+        peaks["sampling"] = peak()
+        if p.warm_start_steps:
+            warm_up(study, folder)
+            peaks["warm start"] = peak()
+        learn(study, folder)
+        peaks["learning"] = peak()
+    print(json.dumps(peaks))
+
+
+def peak() -> float:
+    """This process's largest resident set so far, in GiB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def sample(study) -> None:
+    """One full batch of retries, none of which ends before its limit."""
+    from r3lib.engines import Sampling
+
+    p, runner = study.profile, study.runner(progress=False)
+    runner.engine.end_ids = {-2}
+    failed = failures(study, p.sample_batch)
+    prompts = [runner.retry_prompt(f, noise(study, f.problem.id, p.reflection_tokens)) for f in failed]
+    runner.engine.generate(prompts, 1, Sampling(p.retry_tokens))
+
+
+def warm_up(study, folder: str) -> None:
+    """One forward and backward of the warm start, on the longest of some conversations."""
+    from r3lib.plan import SAMPLE
+    from r3lib.warm_start import config, warm_start
+
+    talks = [study.task.conversation(Random(index)) for index in range(SAMPLE)]
+    study.task.conversation = lambda _: max(talks, key=lambda talk: sum(len(text) for _, text, _ in talk))
+    args = config(folder, 1, 1e-3, study.profile.micro_batch)
+    args.gradient_accumulation_steps = 1
+    warm_start(study.model(), study.tokenizer, study.task, study.lora(), args).train()
+
+
+def learn(study, folder: str) -> None:
+    """A training step on reflections of full length, sampled by the real engine."""
+    from r3lib.engines.transformers import TransformersEngine
+
+    study.warm_start = lambda: None
+    study.failures = partial(failures, study, study.profile.failures_per_step)
+    trainer = study.trainer(0, Path(folder) / "run")
+    trainer._engine = TransformersEngine(trainer.model, study.tokenizer, study.profile.sample_batch)
+    trainer._engine.end_ids = {-2}
+    trainer.train()
+
+
+def failures(study, count: int) -> list:
+    """Failed attempts of full length at the `count` problems with the longest prompts of a few more."""
+    from r3lib.chat import Chat
+    from r3lib.episodes import Failure
+    from r3lib.plan import SAMPLE
+
+    chat, tokens = Chat(study.tokenizer), study.profile.attempt_tokens
+    prompts = [(q, chat.start(study.task, q)) for q in study.problems("train", max(count, SAMPLE))]
+    longest = sorted(prompts, key=lambda pair: -len(pair[1]))[:count]
+    return [Failure(q, ids, noise(study, q.id, tokens), "", "missed") for q, ids in longest]
+
+
+def noise(study, seed: str, tokens: int) -> list[int]:
+    """Random token ids."""
+    return Random(seed).choices(range(100, study.tokenizer.vocab_size), k=tokens)
+
+
+if __name__ == "__main__":
+    measure(sys.argv[2], json.loads(sys.argv[3])) if sys.argv[1:2] == ["--measure"] else main()
