@@ -20,7 +20,7 @@ from .episodes import Condition, Failure, Limits, Policy, Runner, in_shards, min
 from .errors import R3Error
 from .store import folder_hash, key_of, stage
 from .tasks import TASKS, load_task
-from .weights import load, locate
+from .weights import compute_dtype, device, load, locate
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -286,16 +286,20 @@ class Study:
 
 @cache
 def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path):
-    """An engine over `servers`, or over one of our own for `model`, which ends with this process."""
+    """An engine over `servers`, or over one of our own for `model`, which ends with this process.
+
+    Ours computes in the trainer's precision: vLLM's own choice for weights in fp32 would be a lower one.
+    """
     from transformers import AutoTokenizer
 
     from .engines.vllm import VLLMEngine
-    from .engines.vllm_server import Server
+    from .engines.vllm_server import ON_CPU, Server
 
     python = os.environ.get("R3_VLLM_PYTHON", str(HERE.parent / ".venv-vllm" / "bin" / "python"))
     if not servers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise R3Error("several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS")
-    own = [] if servers else [Server(model, python, rank, log, options.split())]
+    ours = ["--dtype", str(compute_dtype()).removeprefix("torch."), *(ON_CPU if device() == "cpu" else [])]
+    own = [] if servers else [Server(model, python, rank, log, [*ours, *options.split()])]
     return VLLMEngine(servers.replace(",", " ").split() or own, AutoTokenizer.from_pretrained(model))
 
 

@@ -27,6 +27,7 @@ from r3lib.engines.base import RemoteEngine
 from r3lib.engines.vllm import Address, VLLMEngine
 from r3lib.engines.vllm_server import Server
 from r3lib.errors import R3Error
+from r3lib.study import Study
 from r3lib.trainer import R3Trainer, metrics_file
 
 HERE = Path(__file__).parent
@@ -346,6 +347,16 @@ def test_a_server_starts_on_first_use_and_leaves_nothing_behind(own, tokenizer, 
     assert "-m vllm.entrypoints.openai.api_server --model some/model --enable-lora --max-lora-rank 8" in arguments
     assert "--logprobs-mode processed_logprobs" in arguments and "--dtype float32 --host 127.0.0.1" in arguments
     assert setting.endswith("True")
+
+
+def test_the_server_of_a_study_computes_in_the_trainers_precision_and_splits_no_prompt(command, tmp_path, monkeypatch):
+    """On a CPU; what the profile adds comes last, and so wins."""
+    monkeypatch.setenv("R3_VLLM_PYTHON", str(command))
+    study = Study("smoke", "countdown", tmp_path, engine="vllm", vllm_options="--max-model-len 512")
+    [server] = study.remote_engine().servers
+    server.stop()
+    arguments = server.log.read_text().splitlines()[0]
+    assert "--dtype float32 --no-enable-chunked-prefill --max-model-len 512 --host" in arguments
 
 
 def test_a_with_block_stops_the_server_when_it_is_interrupted(own, tmp_path):

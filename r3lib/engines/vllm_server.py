@@ -18,7 +18,14 @@ from .vllm import Lost, Refused, ask
 from .watch import GRACE
 
 WATCH = Path(__file__).with_name("watch.py")
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}  # GiB; the environment's own values win
+SETTINGS = {  # the environment's own values win
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # compute on every core: vLLM would keep one for its scheduler
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on a CPU: compute in the scheduler's process, which else waits busily
+}
+# on a CPU vLLM 0.32 dies ("CPU Generator does not use offset") of a seeded sample whose prompt it reads in two steps
+ON_CPU = ("--no-enable-chunked-prefill",)
 
 
 class Server:

@@ -1,0 +1,116 @@
+"""Tokens a second: the vLLM engine and our own beside `model.generate`, in one run, on SmolLM2-135M-Instruct.
+
+    R3_VLLM_PYTHON=.venv-vllm/bin/python .venv/bin/python benchmarks/vllm.py [--dtype bfloat16] [--prompts 8]
+        [--group 8] [--tokens 128] [--repeats 3] [--adapter] [--options "..."]
+
+All three sample a group of reflections for each of the same failed attempts, with the same weights, precision, limit
+and temperature, as a training step does; with --adapter through a LoRA adapter of rank 16 on all linear layers. They
+take turns, so that a noisy machine slows all; the ratios are the result. A sample counts up to its end token, with it:
+what `model.generate` pads a finished row with does not.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers.utils import logging
+
+from r3lib.chat import Chat
+from r3lib.engines import Sampling
+from r3lib.engines.transformers import TransformersEngine
+from r3lib.engines.vllm import VLLMEngine
+from r3lib.engines.vllm_server import ON_CPU, Server
+from r3lib.episodes import Limits, Runner, failures_of
+from r3lib.study import Study
+
+
+def main() -> None:
+    """Measure and print one line a repeat, then the median ratios."""
+    options = arguments()
+    logging.set_verbosity_error()
+    study = Study("smol", "countdown")
+    model = study.model().to(getattr(torch, options.dtype)).eval()
+    with tempfile.TemporaryDirectory() as folder, serve(study, folder, options) as server:
+        vllm, own = VLLMEngine([server], study.tokenizer), TransformersEngine(model, study.tokenizer)
+        prompts = failed_prompts(study, vllm, options.prompts)
+        if options.adapter:
+            own.model = model = get_peft_model(model, study.lora()).eval()
+            model.save_pretrained(folder)
+            vllm.sync(Path(folder))
+        print(f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens", flush=True)
+        by_engine(vllm, prompts, options, 0)  # a server's first batch is slower
+        sample = {
+            "vllm": lambda seed: by_engine(vllm, prompts, options, seed),
+            "transformers": lambda seed: by_engine(own, prompts, options, seed),
+            "generate": lambda seed: by_generate(model, study.tokenizer, prompts, options, seed),
+        }
+        report([turn(sample, repeat) for repeat in range(options.repeats)], options)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("prompts", 8), ("group", 8), ("tokens", 128), ("repeats", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--adapter", action="store_true", help="sample through a LoRA adapter")
+    parser.add_argument("--options", default="", help="further arguments of the server")
+    return parser.parse_args()
+
+
+def serve(study: Study, folder: str, options) -> Server:
+    """A server of the model in the precision that is asked for; its log lies in `folder`."""
+    further = ["--dtype", options.dtype, *ON_CPU, *options.options.split()]
+    return Server(study.model_path, os.environ["R3_VLLM_PYTHON"], study.profile.lora_rank, f"{folder}/log", further)
+
+
+def failed_prompts(study: Study, engine, count: int) -> list[list[int]]:
+    """Prompts that ask for a reflection on a failed first try; SmolLM2 fails nearly every time."""
+    runner = Runner(engine, Chat(study.tokenizer), study.task, Limits(attempt=study.profile.attempt_tokens))
+    problems = study.problems("validation", count + 8)
+    return [runner.reflection_prompt(f) for f in failures_of(problems, runner.first_tries(problems), runner)[:count]]
+
+
+def turn(sample: dict, seed: int) -> dict[str, float]:
+    """Tokens a second of each of `sample`, functions that return how many tokens they made."""
+    rates, said = {}, []
+    for name in sample:
+        started = time.perf_counter()
+        tokens = sample[name](seed)
+        rates[name] = tokens / (time.perf_counter() - started)
+        said.append(f"{name} {rates[name]:,.0f} tokens/s ({tokens:,})")
+    print("  ".join(said), flush=True)
+    return rates
+
+
+def by_engine(engine, prompts, options, seed) -> int:
+    seeds = [seed * len(prompts) + i for i in range(len(prompts))]
+    groups = engine.generate(prompts, options.group, Sampling(options.tokens, 1.0), seeds)
+    return sum(len(completion.ids) for group in groups for completion in group)
+
+
+def by_generate(model, tokenizer, prompts, options, seed) -> int:
+    torch.manual_seed(seed)
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    sampled = model.generate(
+        **batch, max_new_tokens=options.tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        num_return_sequences=options.group,
+    )  # fmt: skip
+    ended = sampled[:, batch["input_ids"].shape[1] :] == tokenizer.eos_token_id
+    return int((ended.cumsum(1) - ended.int() == 0).sum())  # end tokens before: none
+
+
+def report(turns: list[dict], options) -> None:
+    for name in ("vllm", "transformers"):
+        ratios = [rates[name] / rates["generate"] for rates in turns]
+        print(f"{name}: {statistics.median(ratios):.2f} times generate ({min(ratios):.2f} to {max(ratios):.2f})")
+    rows, policy = options.prompts * options.group, "LoRA" if options.adapter else "base"
+    print(f"{policy}, {options.dtype}, {rows} rows of up to {options.tokens} tokens, {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
