@@ -1,44 +1,51 @@
 """Peak memory: what `r3lib.plan` expects beside what a process really takes, in RAM, on a CPU.
 
-    python benchmarks/memory.py [smoke] [nano] [smol] [--set KEY=VALUE ...]
+    python benchmarks/memory.py [smoke] [nano] [smol] [--set KEY=VALUE ...] [--glibc]
 
 A process for each profile samples one full batch of retries, learns from as many rows as one learning pass has (after
 one such pass of the warm start, if the profile has that), and reports its peak resident set. Every turn is as long as
 its limit, on function calling, whose prompts are the longer ones. How many rows and steps follow changes no peak.
+Memory comes from tcmalloc where it is installed, as in `r3 reproduce`, unless --glibc is given.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
 from r3lib.config import load_profile
-from r3lib.plan import GIB, plan_of
+from r3lib.doctor import GIB, TCMALLOC
+from r3lib.plan import LOOSE, device_of, plan_of
 
-ROOT = Path(__file__).resolve().parents[1]
 TASK = "function_calling"
 
 
 def main() -> None:
-    """Print a line for each profile: planned and measured peak, their ratio, and the peak after sampling alone."""
+    """Print a line for each profile: planned and measured peak, and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("profiles", nargs="*", default=["smoke", "nano", "smol"])
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--glibc", action="store_true", help="measure without tcmalloc")
     options = parser.parse_args()
     overrides = dict(pair.split("=", 1) for pair in options.set)
+    preload = "" if options.glibc else TCMALLOC
     for name in options.profiles:
         plan = plan_of(load_profile(name, **overrides))
-        planned = {phase: plan.need(phase) / GIB for phase in plan.memory()}
+        plan = replace(plan, device=replace(device_of(), loose=1.0 if preload else LOOSE))
         command = [sys.executable, __file__, "--measure", name, json.dumps(overrides)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        environment = os.environ | {"LD_PRELOAD": preload}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         measured = json.loads(done.stdout.splitlines()[-1])
-        peak, most = max(planned.values()), max(measured.values())
-        print(f"{name}: planned {peak:.2f} GiB, measured {most:.2f} GiB, ratio {peak / most:.2f}; {planned} {measured}")
+        planned, most = max(map(plan.need, plan.memory())) / GIB, max(measured.values())
+        after = ", ".join(f"{phase} {size:.2f}" for phase, size in measured.items())
+        print(f"{name}: planned {planned:.2f} GiB, measured {most:.2f} (after {after}), ratio {planned / most:.2f}")
 
 
 def measure(name: str, overrides: dict) -> None:

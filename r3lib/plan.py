@@ -20,7 +20,7 @@ import psutil
 from . import weights
 from .chat import Chat
 from .config import Profile, load_profile
-from .doctor import GIB, TCMALLOC
+from .doctor import GIB, TCMALLOC, reaches_hub
 from .episodes import SECOND_TRIES
 from .tasks import TASKS, load_task
 
@@ -231,8 +231,10 @@ def shape_of(model: str) -> Shape | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    folder = folder_of(model)
     try:
-        config = AutoConfig.from_pretrained(folder_of(model))
+        local = Path(folder).is_dir() or not reaches_hub()  # asking on would take half a minute
+        config = AutoConfig.from_pretrained(folder, local_files_only=local)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config)
     except Exception:  # whatever stands in the way, there is nothing to plan with

@@ -63,8 +63,19 @@ def test_interrupt_exits_130_and_says_that_a_rerun_resumes(monkeypatch, capsys):
 
 
 def test_doctor_gives_its_exit_code(monkeypatch):
-    monkeypatch.setattr(doctor, "report", lambda profile: {"smoke": 1, "nano": 0}[profile])
+    monkeypatch.setattr(doctor, "report", lambda profile, **_: {"smoke": 1, "nano": 0}[profile])
     assert cli.main(["doctor"]) == 0 and cli.main(["doctor", "--profile", "smoke"]) == 1
+
+
+def test_doctor_plans_with_overrides_and_for_another_gpu(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(doctor, "report", lambda *given, **named: asked.append((given, named)) or 0)
+    cli.main(["doctor", "--profile", "colab", "--set", "micro_batch=8", "--gpu-memory", "15"])
+    assert asked == [(("colab",), {"gpu_memory": 15.0, "overrides": {"micro_batch": "8"}})]
+    for size in ("0", "much"):
+        with pytest.raises(SystemExit):
+            cli.main(["doctor", "--gpu-memory", size])
+    assert "write GiB above 0" in capsys.readouterr().err
 
 
 def test_report_of_a_run_that_never_was_is_one_line(tmp_path, capsys):

@@ -1,10 +1,12 @@
 """The doctor: what it finds, how it says it, and when it fails."""
 
+import shutil
 import types
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import BASE_MODEL
 
 from r3lib import doctor, weights
 from r3lib.config import load_profile
@@ -26,6 +28,8 @@ def offline(monkeypatch):
 def healthy(tmp_path, monkeypatch):
     (tmp_path / "data" / "base_model").mkdir(parents=True)
     (tmp_path / "data" / "base_model" / "model.safetensors").touch()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(BASE_MODEL / name, tmp_path / "data" / "base_model")
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nrequires-python = ">=3.11"\ndependencies = ["torch==2.13.0", "Trl==1.16.0"]\n'
         '[project.optional-dependencies]\ngpu = ["bitsandbytes==0.50.2"]\nvllm = ["vllm==0.32.0"]\n'
@@ -85,11 +89,11 @@ def test_missing_package_fails_and_another_version_warns(healthy, monkeypatch):
 
 def test_old_python_small_memory_and_full_disk_fail(healthy, monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
-    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: types.SimpleNamespace(total=2 * 2**30))
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: types.SimpleNamespace(total=1.5 * 2**30))
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
     findings = found()
-    assert [findings[name].state for name in ("python", "memory", "disk")] == ["fail"] * 3
-    assert all(findings[name].mend for name in ("python", "memory", "disk"))
+    assert [findings[name].state for name in ("python", "memory", "learning", "disk")] == ["fail"] * 4
+    assert all(findings[name].mend for name in ("python", "memory", "learning", "disk"))
 
 
 @pytest.mark.parametrize("capability, state", [((7, 5), "warn"), ((8, 0), "ok")])
@@ -97,7 +101,9 @@ def test_gpu_is_judged_by_its_bf16(healthy, monkeypatch, capability, state):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=15 * 2**30))
     gpu = found()["gpu"]
+    assert found()["learning"].value.endswith("of 15.0 GiB GPU")
     assert gpu.state == state and gpu.value.startswith("Some GPU") and ("bf16" in gpu.mend) == (state == "warn")
 
 
@@ -136,6 +142,34 @@ def test_bfcl_is_looked_for_only_if_the_profile_takes_it(healthy, monkeypatch):
     monkeypatch.setattr(doctor, "INSTALLED", {"bfcl-eval": "2026.3.23"})
     finding = function_calling("bfcl")["bfcl-eval"]
     assert (finding.state, finding.value) == ("ok", "2026.3.23")
+
+
+def test_the_plan_shows_parts_and_tokens_and_a_failure_names_the_setting(healthy):
+    findings = found()
+    assert findings["plan"].value == "1,437,312 parameters" and "(measured)" in findings["plan"].mend
+    assert "activations" in findings["learning"].mend and "KV cache" in findings["sampling"].mend
+    assert "M sampled" in findings["tokens"].value and "evaluation" in findings["tokens"].mend
+    said = []
+    assert doctor.report("nano", said.append, 0.25, {"micro_batch": "256", "failures_per_step": "64"}) == 1
+    [learning] = [line for line in said if line.startswith("fail  learning")]
+    assert "of 0.2 GiB GPU" in learning and "GPU of 1 GiB" in learning  # whose context alone takes more
+
+
+def test_a_plan_without_a_config_warns_and_says_how_to_go_on(healthy):
+    finding = found(model="some/model")["plan"]
+    assert finding.state == "warn" and "go online, or name a local folder" in finding.mend
+    assert not {"learning", "sampling", "tokens"} & found(model="some/model").keys()
+
+
+def test_what_colab_keeps_or_lacks_is_no_failure_there(healthy, monkeypatch):
+    text = (healthy / "pyproject.toml").read_text().replace('"Trl', '"jupyterlab==4.6.6", "Trl')
+    (healthy / "pyproject.toml").write_text(text)
+    monkeypatch.setattr(doctor, "INSTALLED", {"torch": "2.12.0", "trl": "1.16.0"})
+    assert [found()[name].state for name in ("torch", "jupyterlab")] == ["warn", "fail"]
+    monkeypatch.setattr(doctor, "on_colab", lambda: True)
+    findings = found()
+    assert [findings[name].state for name in ("torch", "jupyterlab")] == ["ok", "ok"]
+    assert findings["torch"].value == "2.12.0" and findings["jupyterlab"].mend == "Colab's own"
 
 
 def test_machine_has_what_a_manifest_needs():

@@ -172,6 +172,16 @@ def test_bad_arguments_stop_everything_before_it_starts(checkout, arguments, wor
     assert ran(checkout) == []
 
 
+@pytest.mark.slow
+def test_a_run_that_no_machine_can_hold_stops_before_it_starts(checkout, monkeypatch):
+    write(checkout / "notebooks", "00_fine")
+    monkeypatch.undo()  # of the fixture's leave to skip this check
+    monkeypatch.setattr(pipeline, "NOTEBOOKS", checkout / "notebooks")
+    with pytest.raises(R3Error, match="sampling needs .* of .* GiB .*: set sample_batch="):
+        pipeline.reproduce("smoke", overrides={"sample_batch": "10000000", "test_problems": "10000000"})
+    assert ran(checkout) == []
+
+
 def test_one_fresh_run_has_one_id_in_all_its_notebooks(checkout):
     cell = 'import os; open("fresh.txt", "a").write(os.environ.get("R3_FRESH", "") + "|")'
     for name in ("00_a", "01_b"):
