@@ -154,7 +154,7 @@ class Study:
         for row in pd.read_parquet(self.mine()).itertuples():
             problem = problems[row.problem_id]
             prompt = chat.start(self.task, problem)
-            failures.append(Failure(problem, prompt, list(row.attempt_ids), row.attempt, row.reason, row.count))
+            failures.append(Failure(problem, prompt, row.attempt_ids.tolist(), row.attempt, row.reason, row.count))
         return failures
 
     def train(self, seed: int, on_step: Callable[[pd.DataFrame], None] | None = None) -> Path:

@@ -1,5 +1,6 @@
 """What a study costs before anything is computed: its imports."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 import r3lib.episodes
 import r3lib.study
-from r3lib.study import Study
+from r3lib.study import FAILURE, Study
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"torch", "transformers", "peft", "trl", "datasets"}  # ten seconds in every notebook's kernel
@@ -49,6 +50,16 @@ def test_shares_of_a_stage_are_joined_to_what_one_process_makes(tmp_path, monkey
     made = pd.read_parquet(whole.mine())
     pd.testing.assert_frame_equal(joined, made)
     assert len(made) > 5
+
+
+def test_failures_hold_plain_numbers_that_an_engine_in_another_process_can_be_sent(tmp_path, monkeypatch):
+    """A table gives token ids back as numpy's numbers, which JSON does not know."""
+    study, path = Study("smoke", "countdown", tmp_path), tmp_path / "mined.parquet"
+    [problem] = study.problems("train", 1)
+    pd.DataFrame([[problem.id, "1", "missed_target", 1, [5, 1]]], columns=FAILURE).to_parquet(path)
+    monkeypatch.setattr(Study, "mine", lambda self: path)
+    [failure] = study.failures()
+    assert json.dumps(failure.attempt_ids) == "[5, 1]"
 
 
 def test_a_changed_source_makes_results_anew(tmp_path):
