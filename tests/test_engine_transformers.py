@@ -1,5 +1,6 @@
 """The sampling engine against transformers itself: same tokens and log-probabilities in any batch."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,20 @@ def test_a_long_prefill_is_cut_into_several_forwards(llama, tokenizer, monkeypat
     whole = sampler.generate(prompts, 2, Sampling(8))
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 45)
     assert_same(whole, sampler.generate(prompts, 2, Sampling(8)))
+
+
+def test_a_batch_is_gone_before_the_next_takes_memory(llama, tokenizer, monkeypatch):
+    alive = []
+
+    class Watched(engine.Tree):
+        def __init__(self, *given):
+            assert not any(tree() for tree in alive)
+            alive.append(weakref.ref(self))
+            super().__init__(*given)
+
+    monkeypatch.setattr(engine, "Tree", Watched)
+    TransformersEngine(llama, tokenizer, batch_size=2).generate(random_prompts([5, 9, 14, 3, 7]), 1, Sampling(4))
+    assert len(alive) == 3
 
 
 def test_runs_of_kin_share_the_longest_prefix_that_leaves_each_a_token():

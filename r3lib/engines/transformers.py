@@ -40,8 +40,8 @@ class TransformersEngine:
             with tqdm(total=n * len(prompts), unit="row", disable=not self.progress) as bar:
                 for rows in batches(prompts, n, self.batch_size):
                     draw = [np.random.default_rng([seeds[i], k]).random(most, np.float32) for i, k, _ in rows]
-                    tree = Tree(self.model, [text for _, _, text in rows], most)
-                    sampled = self._decode(tree, torch.from_numpy(np.stack(draw)), sampling, bar.update)
+                    draw, texts = torch.from_numpy(np.stack(draw)), [text for _, _, text in rows]
+                    sampled = self._decode(Tree(self.model, texts, most), draw, sampling, bar.update)
                     for (i, k, _), ids, logprobs in zip(rows, *(tensor.tolist() for tensor in sampled)):
                         stop = next((at for at, token in enumerate(ids, 1) if token in self.end_ids), None)
                         results[i][k] = Completion(ids[:stop], logprobs[:stop], finished=stop is not None)
