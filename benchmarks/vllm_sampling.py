@@ -1,6 +1,6 @@
 """Tokens a second: the vLLM engine and our own beside `model.generate`, in one run, on SmolLM2-135M-Instruct.
 
-    R3_VLLM_PYTHON=.venv-vllm/bin/python .venv/bin/python benchmarks/vllm.py [--dtype bfloat16] [--prompts 8]
+    R3_VLLM_PYTHON=.venv-vllm/bin/python .venv/bin/python benchmarks/vllm_sampling.py [--dtype bfloat16] [--prompts 8]
         [--group 8] [--tokens 128] [--repeats 3] [--adapter] [--options "..."]
 
 All three sample a group of reflections for each of the same failed attempts, with the same weights, precision, limit
