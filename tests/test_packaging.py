@@ -139,3 +139,9 @@ def test_a_notebook_kernel_runs_under_the_offline_rule():
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
     NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
     assert notebook.cells[0].outputs[0]["text"] == "42\n"
+
+
+def test_no_benchmark_passes_for_a_package():
+    """A script's folder comes first where imports are looked for: a benchmarks/vllm.py would be taken for vLLM."""
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert names and not names & {"vllm", *packages_distributions()}
