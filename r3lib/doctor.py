@@ -111,7 +111,7 @@ def _plan(profile: Profile, gpu_memory: float | None) -> list[Finding]:
     free, need, parts, findings = shutil.disk_usage(ROOT).free / GIB, 2.0, "", []
     if plan := plan_of(profile, gpu_memory):
         how = "measured" if plan.lengths.measured else "assumed"
-        prompts = f"prompts of {plan.lengths.prompt} tokens ({how}), no turn shorter than its limit"
+        prompts = f"prompts of {plan.lengths.prompt} tokens ({how})"
         findings.append(Finding("plan", "ok", f"{plan.shape.parameters:,} parameters", prompts))
         for phase, needed in plan.memory().items():
             state, parts = plan.state(phase), _words(needed, GIB)
