@@ -236,7 +236,7 @@ sys.exit(cli.main(["reproduce", "--profile", "smoke", "--results", {str(checkout
     wait(lambda: (checkout / "pid").exists() and (checkout / "pid").read_text())
     kernel = int((checkout / "pid").read_text())
     run.send_signal(signal.SIGINT)
-    _, stderr = run.communicate(timeout=30)
+    _, stderr = run.communicate(timeout=90)
     assert run.returncode == 130 and stderr.strip().splitlines()[-1].startswith("r3: interrupted")
     assert (checkout / "results" / "smoke" / "executed" / "00_long.ipynb").exists()
     wait(lambda: not alive(kernel))
