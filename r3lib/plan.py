@@ -162,7 +162,10 @@ class Plan:
     def mend(self, phase: str) -> str:
         """The least change that makes `phase` fit: a smaller share for vLLM, fewer rows, and only then NF4."""
         p, key = self.profile, {"learning": "micro_batch", "sampling": "sample_batch"}[phase]
-        counts = [n for n in range(getattr(p, key), 0, -1) if phase == "sampling" or self._step_rows % n == 0]
+        now = getattr(p, key)
+        counts = [now >> halved for halved in range(now.bit_length())]
+        if phase == "learning":  # micro_batch divides the rows of a step
+            counts = [n for n in range(now, 0, -1) if self._step_rows % n == 0]
         for changes in product(dict.fromkeys([p.quantization, "nf4"]), counts, self._server_options()):
             changes = dict(zip(("quantization", key, "vllm_options"), changes))
             other = replace(self, profile=replace(p, **changes))

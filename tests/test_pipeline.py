@@ -178,7 +178,8 @@ def test_a_run_that_no_machine_can_hold_stops_before_it_starts(checkout, monkeyp
     monkeypatch.undo()  # of the fixture's leave to skip this check
     monkeypatch.setattr(pipeline, "NOTEBOOKS", checkout / "notebooks")
     with pytest.raises(R3Error, match="sampling needs .* of .* GiB .*: set sample_batch="):
-        pipeline.reproduce("smoke", overrides={"sample_batch": "10000000", "test_problems": "10000000"})
+        settings = {"model": "data/base_model", "sample_batch": "10000000", "test_problems": "10000000"}
+        pipeline.reproduce("smoke", overrides=settings)
     assert ran(checkout) == []
 
 
