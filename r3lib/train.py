@@ -17,9 +17,11 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate import PartialState
 
     from .plan import refusal
+    from .weights import device
 
     try:
-        state, study = PartialState(timeout=timedelta(days=2)), study_of(options)
+        state = PartialState(cpu=device() == "cpu", timeout=timedelta(days=2))
+        study = study_of(options)
         if why := refusal(study.profile):
             raise R3Error(why)
         study.warm_start()
