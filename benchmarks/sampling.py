@@ -32,7 +32,7 @@ def main() -> None:
     runner.engine.batch_size = options.prompts * options.group
     ratios = []
     for repeat in range(options.repeats):
-        ours = timed(by_engine, runner, prompts, options, repeat)
+        ours = timed(by_engine, runner.engine, prompts, options, repeat)
         theirs = timed(by_generate, model, study.tokenizer, prompts, options, repeat)
         ratios.append(ours / theirs)
         print(f"engine {ours:,.0f}  generate {theirs:,.0f} tokens/s  ratio {ratios[-1]:.1f}")
@@ -55,9 +55,9 @@ def timed(sample, *arguments) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def by_engine(runner, prompts, options, seed) -> int:
+def by_engine(engine, prompts, options, seed) -> int:
     seeds = [seed * len(prompts) + i for i in range(len(prompts))]
-    groups = runner.engine.generate(prompts, options.group, Sampling(options.tokens, 1.0), seeds)
+    groups = engine.generate(prompts, options.group, Sampling(options.tokens, 1.0), seeds)
     return sum(len(completion.ids) for group in groups for completion in group)
 
 
@@ -68,8 +68,8 @@ def by_generate(model, tokenizer, prompts, options, seed) -> int:
         **batch, max_new_tokens=options.tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         num_return_sequences=options.group,
     )  # fmt: skip
-    new = sampled[:, batch["input_ids"].shape[1] :]
-    return int((new != tokenizer.pad_token_id).sum())
+    ended = sampled[:, batch["input_ids"].shape[1] :] == tokenizer.eos_token_id
+    return int((ended.cumsum(1) - ended.int() == 0).sum())  # no end token before
 
 
 if __name__ == "__main__":

@@ -13,19 +13,18 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from sampling import by_engine, by_generate, failed_prompts, timed
 from transformers.utils import logging
 
 from r3lib.chat import Chat
-from r3lib.engines import Sampling
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
-from r3lib.engines.vllm_server import ON_CPU, Server
-from r3lib.episodes import Limits, Runner, failures_of
+from r3lib.engines.vllm_server import Server
+from r3lib.episodes import Limits, Runner
 from r3lib.study import Study
 
 
@@ -37,7 +36,8 @@ def main() -> None:
     model = study.model().to(getattr(torch, options.dtype)).eval()
     with tempfile.TemporaryDirectory() as folder, serve(study, folder, options) as server:
         vllm, own = VLLMEngine([server], study.tokenizer), TransformersEngine(model, study.tokenizer)
-        prompts = failed_prompts(study, vllm, options.prompts)
+        runner = Runner(vllm, Chat(study.tokenizer), study.task, Limits(attempt=study.profile.attempt_tokens))
+        prompts = failed_prompts(study, runner, options.prompts)
         if options.adapter:
             own.model = model = get_peft_model(model, study.lora()).eval()
             model.save_pretrained(folder)
@@ -64,44 +64,15 @@ def arguments() -> argparse.Namespace:
 
 def serve(study: Study, folder: str, options) -> Server:
     """A server of the model in the precision that is asked for; its log lies in `folder`."""
-    further = ["--dtype", options.dtype, *ON_CPU, *options.options.split()]
+    further = ["--dtype", options.dtype, *options.options.split()]
     return Server(study.model_path, os.environ["R3_VLLM_PYTHON"], study.profile.lora_rank, f"{folder}/log", further)
 
 
-def failed_prompts(study: Study, engine, count: int) -> list[list[int]]:
-    """Prompts that ask for a reflection on a failed first try; SmolLM2 fails nearly every time."""
-    runner = Runner(engine, Chat(study.tokenizer), study.task, Limits(attempt=study.profile.attempt_tokens))
-    problems = study.problems("validation", count + 8)
-    return [runner.reflection_prompt(f) for f in failures_of(problems, runner.first_tries(problems), runner)[:count]]
-
-
 def turn(sample: dict, seed: int) -> dict[str, float]:
-    """Tokens a second of each of `sample`, functions that return how many tokens they made."""
-    rates, said = {}, []
-    for name in sample:
-        started = time.perf_counter()
-        tokens = sample[name](seed)
-        rates[name] = tokens / (time.perf_counter() - started)
-        said.append(f"{name} {rates[name]:,.0f} tokens/s ({tokens:,})")
-    print("  ".join(said), flush=True)
+    """Tokens a second of each of `sample`, functions of a seed."""
+    rates = {name: timed(function, seed) for name, function in sample.items()}
+    print("  ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items()), flush=True)
     return rates
-
-
-def by_engine(engine, prompts, options, seed) -> int:
-    seeds = [seed * len(prompts) + i for i in range(len(prompts))]
-    groups = engine.generate(prompts, options.group, Sampling(options.tokens, 1.0), seeds)
-    return sum(len(completion.ids) for group in groups for completion in group)
-
-
-def by_generate(model, tokenizer, prompts, options, seed) -> int:
-    torch.manual_seed(seed)
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    sampled = model.generate(
-        **batch, max_new_tokens=options.tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        num_return_sequences=options.group,
-    )  # fmt: skip
-    ended = sampled[:, batch["input_ids"].shape[1] :] == tokenizer.eos_token_id
-    return int((ended.cumsum(1) - ended.int() == 0).sum())  # end tokens before: none
 
 
 def report(turns: list[dict], options) -> None:

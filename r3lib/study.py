@@ -20,7 +20,7 @@ from .episodes import Condition, Failure, Limits, Policy, Runner, in_shards, min
 from .errors import R3Error
 from .store import folder_hash, key_of, stage
 from .tasks import TASKS, load_task
-from .weights import compute_dtype, device, load, locate
+from .weights import compute_dtype, load, locate
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -293,12 +293,12 @@ def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path):
     from transformers import AutoTokenizer
 
     from .engines.vllm import VLLMEngine
-    from .engines.vllm_server import ON_CPU, Server
+    from .engines.vllm_server import Server
 
     python = os.environ.get("R3_VLLM_PYTHON", str(HERE.parent / ".venv-vllm" / "bin" / "python"))
     if not servers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise R3Error("several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS")
-    ours = ["--dtype", str(compute_dtype()).removeprefix("torch."), *(ON_CPU if device() == "cpu" else [])]
+    ours = ["--dtype", str(compute_dtype()).removeprefix("torch.")]
     own = [] if servers else [Server(model, python, rank, log, [*ours, *options.split()])]
     return VLLMEngine(servers.replace(",", " ").split() or own, AutoTokenizer.from_pretrained(model))
 

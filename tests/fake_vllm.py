@@ -151,6 +151,7 @@ def main():
             print(os.getpid(), child.pid, file=file)
     print("arguments", *sys.argv[1:], flush=True)
     print("runtime updating", os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"), flush=True)
+    print("multiprocessing", os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING"), flush=True)
     if not options.silent:
         faults = []
         if options.fault_file and options.fault_file.exists():

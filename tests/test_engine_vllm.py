@@ -349,14 +349,24 @@ def test_a_server_starts_on_first_use_and_leaves_nothing_behind(own, tokenizer, 
     assert setting.endswith("True")
 
 
-def test_the_server_of_a_study_computes_in_the_trainers_precision_and_splits_no_prompt(command, tmp_path, monkeypatch):
-    """On a CPU; what the profile adds comes last, and so wins."""
+@pytest.mark.parametrize("place, multiprocessing, splits_prompts", [("cpu", "0", False), ("cuda:0", None, True)])
+def test_what_only_a_cpu_needs_is_set_on_a_cpu(own, monkeypatch, place, multiprocessing, splits_prompts):
+    monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: place)
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    with own() as server:
+        arguments, _, setting, *_ = server.log.read_text().splitlines()
+    assert ("--no-enable-chunked-prefill" not in arguments) == splits_prompts
+    assert setting == f"multiprocessing {multiprocessing}"
+
+
+def test_the_server_of_a_study_computes_in_the_trainers_precision(command, tmp_path, monkeypatch):
+    """What the profile adds comes last, and so wins."""
     monkeypatch.setenv("R3_VLLM_PYTHON", str(command))
     study = Study("smoke", "countdown", tmp_path, engine="vllm", vllm_options="--max-model-len 512")
     [server] = study.remote_engine().servers
     server.stop()
     arguments = server.log.read_text().splitlines()[0]
-    assert "--dtype float32 --no-enable-chunked-prefill --max-model-len 512 --host" in arguments
+    assert "--dtype float32 --max-model-len 512 --host" in arguments
 
 
 def test_a_with_block_stops_the_server_when_it_is_interrupted(own, tmp_path):

@@ -22,7 +22,7 @@ from r3lib.chat import Chat
 from r3lib.engines import Sampling
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
-from r3lib.engines.vllm_server import ON_CPU, Server
+from r3lib.engines.vllm_server import Server
 from r3lib.errors import R3Error
 from r3lib.study import Study
 from r3lib.tasks import CountdownTask
@@ -31,7 +31,7 @@ from r3lib.weights import locate, missing
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = os.environ.get("R3_VLLM_PYTHON")
-OPTIONS = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", *ON_CPU]
+OPTIONS = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64"]
 TIE = 1e-3  # logits as close as this may change places by rounding
 GREEDY = ["first_try", "retry", "generic_reflection"]  # conditions without any sampled turn
 pytestmark = [

@@ -14,18 +14,18 @@ from pathlib import Path
 from threading import Lock
 
 from ..errors import R3Error
+from ..weights import device
 from .vllm import Lost, Refused, ask
 from .watch import GRACE
 
 WATCH = Path(__file__).with_name("watch.py")
-SETTINGS = {  # the environment's own values win
-    "VLLM_NO_USAGE_STATS": "1",
+ON_CPU = {  # the environment's own values win
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # compute on every core: vLLM would keep one for its scheduler
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # on a CPU: compute in the scheduler's process, which else waits busily
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # compute in the scheduler's process, which else waits busily
 }
 # on a CPU vLLM 0.32 dies ("CPU Generator does not use offset") of a seeded sample whose prompt it reads in two steps
-ON_CPU = ("--no-enable-chunked-prefill",)
+CPU_OPTIONS = ("--no-enable-chunked-prefill",)
 
 
 class Server:
@@ -41,7 +41,8 @@ class Server:
             raise R3Error(f"no Python interpreter at {python}: name one whose environment has vLLM")
         self.command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         self.command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
-        self.command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm", *options]
+        self.command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+        self.command += [*(CPU_OPTIONS if device() == "cpu" else ()), *options]
         self.log, self.timeout, self.restarts = Path(log), timeout, restarts
         self.url, self.process, self.starts, self._lock = "", None, 0, Lock()
         atexit.register(self.stop)
@@ -79,7 +80,8 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, str(WATCH), *self.command, "--host", "127.0.0.1", "--port", str(port)]
-        environment = {**SETTINGS, **os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        environment = {"VLLM_NO_USAGE_STATS": "1"} | (ON_CPU if device() == "cpu" else {}) | os.environ
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
