@@ -1,9 +1,11 @@
 """Shared by the tests: the embedded model, tiny random ones, a task with coin-toss verdicts, a scripted engine."""
 
+import time
 import zlib
 from pathlib import Path
 from random import Random
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig
@@ -130,3 +132,19 @@ def small_config(folder, **changes):
 
 def small_lora(**changes):
     return LoraConfig(**(dict(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM") | changes))
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def gone(found, seconds=30):
+    """Whether all of `found` end within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while any(map(alive, found)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(alive, found))

@@ -12,10 +12,9 @@ from math import log
 from pathlib import Path
 from random import Random
 
-import psutil
 import pytest
 import torch
-from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, small_lora
+from conftest import CoinTask, ScriptedEngine, alive, coin_failures, gone, small_config, small_lora
 from fake_vllm import EOS, FakeServer, sample
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -318,21 +317,6 @@ def own(command, tmp_path):
 def pids(folder):
     """(server, child of the server) of each start."""
     return [tuple(map(int, line.split())) for line in (folder / "pids").read_text().splitlines()]
-
-
-def alive(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def gone(found, seconds=30):
-    """Whether all of `found` end within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while any(map(alive, found)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not any(map(alive, found))
 
 
 def test_a_server_starts_on_first_use_and_leaves_nothing_behind(own, tokenizer, tmp_path):

@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import BASE_MODEL, CoinTask, base_model, coin_failures, small_config, small_lora
+from conftest import BASE_MODEL, CoinTask, base_model, coin_failures, gone, small_config, small_lora
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -209,7 +209,7 @@ def test_a_study_runs_through_a_server_of_its_own_that_ends_with_it(tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     left = json.loads(done.stdout.splitlines()[-1])
-    assert left["starts"] == 1 and len(left["pids"]) > 2 and not any(psutil.pid_exists(pid) for pid in left["pids"])
+    assert left["starts"] == 1 and len(left["pids"]) > 2 and gone(left["pids"])
 
     study = Study("smoke", "countdown", tmp_path / "transformers", **settings)
     pd.testing.assert_frame_equal(pd.read_parquet(left["mine"]), pd.read_parquet(study.mine()))
@@ -261,6 +261,6 @@ def test_a_server_killed_in_mid_batch_loses_no_sample(server, engine, tokenizer,
     monkeypatch.setattr(engine, "_sample", sample_and_kill)
     engine.workers = 4
     got = engine.generate(prompts * 2, 1, Sampling(24, 0.0))
-    assert server.starts == 2 and not any(psutil.pid_exists(pid) for pid in first)
+    assert server.starts == 2 and gone(first)
     assert len(answered) == len(prompts) * 2
     assert_equal(got, TransformersEngine(adapted, tokenizer).generate(prompts * 2, 1, Sampling(24, 0.0)))

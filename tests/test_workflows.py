@@ -158,7 +158,9 @@ def clone(tmp_path):
     (tmp_path / "no_root" / "apt-get").write_text("#!/bin/sh\nexit 1\n")
     for script in (scripts / "r3", tmp_path / "no_root" / "apt-get"):
         script.chmod(0o755)
-    (folder / ".venv" / ".installed").touch()
+    (folder / ".venv-vllm").mkdir()
+    for environment in (".venv", ".venv-vllm"):
+        (folder / environment / ".installed").touch()
     return folder
 
 
@@ -166,8 +168,8 @@ def clone(tmp_path):
 def test_the_steps_of_test_yml_run_in_a_fresh_clone(clone):
     """What is committed suffices for every step: lint is clean, the tests can be collected, the smoke run ends.
 
-    Three things are not as on GitHub: nothing is installed (`make install` finds a linked environment and does
-    nothing), the tests are collected but not run (they would run this one again), and apt-get is refused.
+    Three things are not as on GitHub: nothing is installed (`make` finds a linked environment and an empty one, and
+    does nothing), the tests are collected but not run (they would run this one again), and apt-get is refused.
     """
     env = {"PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}", "PYTEST_ADDOPTS": "--collect-only -q"}
     env |= {"PATH": f"{clone.parent}/no_root:{os.environ['PATH']}"}
