@@ -1,5 +1,6 @@
 """The sampling engine against transformers itself: same tokens and log-probabilities in any batch."""
 
+import math
 import weakref
 from pathlib import Path
 
@@ -326,6 +327,21 @@ def test_a_bfloat16_model_is_sampled_in_its_own_precision(llama, tokenizer):
     for completion in flat(TransformersEngine(model, tokenizer).generate([prompt], 4, Sampling(10, 2.0))):
         expected = teacher_forced(model, prompt, completion.ids, 2.0)
         assert completion.logprobs == pytest.approx(expected, abs=0.15)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_scores_that_16_bits_cannot_hold_are_computed_in_32(llama, tokenizer, trained):
+    """In a model that is fp16 itself, and in one that its trainer runs under autocast."""
+    for layer in llama.model.layers:
+        layer.self_attn.q_proj.weight.data *= 4000
+        layer.self_attn.k_proj.weight.data *= 4000  # products pass 65504, the largest number in fp16
+    model, prompts = llama if trained else llama.half(), random_prompts([20, 30])
+    with torch.autocast("cpu", torch.float16, enabled=trained):
+        groups = TransformersEngine(model, tokenizer).generate(prompts, 4, Sampling(10))
+        assert all(map(math.isfinite, (logprob for one in flat(groups) for logprob in one.logprobs)))
+        for prompt, group in zip(prompts, groups if not trained else []):  # autocast rounds what the learner attends to
+            for completion in group:
+                assert completion.logprobs == pytest.approx(teacher_forced(model, prompt, completion.ids), abs=0.05)
 
 
 def test_transformers_hands_our_attention_what_it_relies_on(model, tokenizer, monkeypatch):

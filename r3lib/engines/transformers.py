@@ -137,13 +137,12 @@ class Level:
         keys, values = (slab[self.rows, :, : self.bias.shape[-1]] for slab in self.slabs[layer])
         (rows, kv), (_, heads, size) = keys.shape[:2], query.shape
         query = query.new_zeros(rows * self.slots, heads, size).index_copy_(0, self.slot, query)
-        if keys.dtype == torch.float16:  # whose products may overflow
-            query, keys = query.float(), keys.float()
+        query, keys, values = query.float(), keys.float(), values.float()  # 16 bits round scores, or overflow
         scores = torch.einsum("nskgd,nktd->nskgt", query.view(rows, self.slots, kv, -1, size), keys)
-        scores = torch.add(self.bias, scores.float(), alpha=scaling * float(np.log2(np.e)))
+        scores = torch.add(self.bias, scores, alpha=scaling * float(np.log2(np.e)))
         top = scores.amax(-1, keepdim=True)
         weights = scores.sub_(top).exp2_()  # on CPU several times faster than exp
-        mixed = torch.einsum("nskgt,nktd->nskgd", weights.to(values.dtype), values)
+        mixed = torch.einsum("nskgt,nktd->nskgd", weights, values)
         packed = torch.cat([mixed, top, weights.sum(-1, keepdim=True)], -1)
         return packed.reshape(rows * self.slots, heads, -1)[self.slot]
 
@@ -205,7 +204,8 @@ def attend(module, query, key, value, _, scaling, tree, sliding_window=None, sof
         level.slabs[layer] = [x.new_zeros(level.size, len(x[0]), level.width, x.shape[2]) for x in pair]
     for slab, x in zip(level.slabs[layer], pair):
         slab[tree.where[0], :, tree.where[1]] = x
-    parts = torch.stack([level.attend(layer, query, scaling) for level in tree.levels])
+    with torch.autocast(query.device.type, enabled=False):  # a trainer's model would go back to 16 bits
+        parts = torch.stack([level.attend(layer, query, scaling) for level in tree.levels])
     mixed, top, weight = parts[..., :-2], parts[..., -2:-1], parts[..., -1:]
     share = (top - top.amax(0)).exp2()
     return ((mixed * share).sum(0) / (weight * share).sum(0)).to(query.dtype)[None], None
