@@ -110,7 +110,7 @@ class Study:
             from .warm_start import config, warm_start
 
             args = config(work, p.warm_start_steps, p.warm_start_rate, p.micro_batch)
-            trainer = warm_start(self.model(), self.tokenizer, self.task, self.lora(), args)
+            trainer = warm_start(self.model(trainable=True), self.tokenizer, self.task, self.lora(), args)
             trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
             trainer.save_model(str(work / f"{self.task_name}-warm_start"))
 

@@ -96,6 +96,7 @@ class R3Config(GRPOConfig):
         self.gradient_accumulation_steps = rows // local
         asked = self.steps_per_generation, self.generation_batch_size
         super().__post_init__()
+        self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees
         self._refuse_what_the_rollout_ignores(asked)
 
     def _refuse_what_the_rollout_ignores(self, generation) -> None:
@@ -131,6 +132,8 @@ class R3Trainer(GRPOTrainer):
             raise R3Error("no failures to train on: mine more problems, or a harder task")
         self.task, self.failures, self._engine = task, list(failures), engine
         order = training_order(len(self.failures), args.max_steps * args.failures_per_step, args.seed)
+        start = dict(model.named_parameters()) if isinstance(model, PeftModel) else {}
+        start = {name: value.detach().clone() for name, value in start.items() if value.requires_grad}
         super().__init__(
             model=model,
             args=args,
@@ -143,9 +146,9 @@ class R3Trainer(GRPOTrainer):
         )
         if engine is None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise R3Error("weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml")
-        for parameter in self.model.parameters():  # TRL casts QLoRA adapters to bf16, where small updates vanish
+        for name, parameter in self.model.named_parameters():  # TRL casts QLoRA adapters to bf16: small updates vanish
             if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which gathers one dtype only
-                parameter.data = parameter.data.float()
+                parameter.data = start.get(name, parameter.data).float()
         self.r3_metrics: dict[str, float] = {}
         if isinstance(engine, RemoteEngine):
             self._train_for_a_remote_engine()

@@ -44,9 +44,11 @@ def warm_start(model, tokenizer, task: Task, peft_config, args: SFTConfig) -> SF
 
 def config(folder: Path, steps: int, learning_rate: float, micro_batch: int, **options) -> SFTConfig:
     """Settings of a warm start: 32 conversations a step, `micro_batch` of them in a forward, a cosine to zero."""
-    return SFTConfig(
+    args = SFTConfig(
         output_dir=str(folder), max_steps=steps, learning_rate=learning_rate, lr_scheduler_type="cosine",
         warmup_steps=0.05, per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=max(1, BATCH // micro_batch), max_length=None, logging_steps=1, save_steps=50,
         report_to="none", disable_tqdm=True, **(training_options() | options),
     )  # fmt: skip
+    args._n_gpu = min(1, args.n_gpu)  # a process trains on one GPU, however many it sees
+    return args

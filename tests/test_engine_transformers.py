@@ -339,7 +339,7 @@ def test_scores_that_16_bits_cannot_hold_are_computed_in_32(llama, tokenizer, tr
     with torch.autocast("cpu", torch.float16, enabled=trained):
         groups = TransformersEngine(model, tokenizer).generate(prompts, 4, Sampling(10))
         assert all(map(math.isfinite, (logprob for one in flat(groups) for logprob in one.logprobs)))
-        for prompt, group in zip(prompts, groups if not trained else []):  # autocast rounds what the learner attends to
+        for prompt, group in zip(prompts, [] if trained else groups):  # autocast rounds the learner's queries
             for completion in group:
                 assert completion.logprobs == pytest.approx(teacher_forced(model, prompt, completion.ids), abs=0.05)
 

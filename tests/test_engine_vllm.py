@@ -126,6 +126,13 @@ def test_at_most_so_many_requests_at_once(serve, connect):
     assert server.busiest == 3
 
 
+def test_at_most_so_many_samples_at_once(serve, connect, monkeypatch):
+    monkeypatch.setattr("r3lib.engines.vllm.IN_FLIGHT", 8)
+    server = serve(delay=0.02)
+    connect(server, workers=8).generate(PROMPTS, 4, Sampling(4))
+    assert server.busiest == 2
+
+
 def test_no_prompts_give_no_completions(serve, connect):
     assert connect(serve()).generate([], 2, Sampling(4)) == []
 

@@ -5,6 +5,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, small_lora
+from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from r3lib import weights
@@ -49,6 +51,20 @@ def test_two_steps_in_nf4_move_fp32_adapters_which_reload_to_the_same_log_probs(
     again.eval()
     assert torch.equal(logprobs(again, tokenizer), logprobs(trainer.model, tokenizer))
     assert not torch.equal(logprobs(weights.load(path, "nf4"), tokenizer), logprobs(again, tokenizer))
+
+
+@needs_both
+@pytest.mark.slow
+def test_training_in_nf4_starts_from_the_very_adapter_that_was_saved(path, tmp_path):
+    """TRL rounds it to bf16 on the way."""
+    tokenizer, task = AutoTokenizer.from_pretrained(path), CoinTask(count=3, largest=20)
+    get_peft_model(weights.load(path), small_lora(init_lora_weights=False)).save_pretrained(tmp_path / "start")
+    model = weights.load(path, "nf4", tmp_path / "start", trainable=True)
+    config, failures = small_config(tmp_path, max_steps=1), coin_failures(tokenizer, 2, task)
+    trainer = R3Trainer(model, config, task, failures, None, tokenizer, engine=ScriptedEngine(tokenizer))
+    saved = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    got = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert got.keys() == saved.keys() and all(torch.equal(got[name], value) for name, value in saved.items())
 
 
 def test_nf4_without_bitsandbytes_is_refused_with_the_mend(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from functools import cached_property
 from random import Random
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from conftest import (
     small_config,
     small_lora,
 )
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
 from r3lib.chat import Chat
@@ -236,6 +237,34 @@ def test_sampled_log_probs_are_those_of_the_learning_forward(model, tokenizer, t
     for inputs, logps in trainer.seen:
         kept = inputs["completion_mask"].bool()
         torch.testing.assert_close(inputs["sampling_per_token_logps"][kept], logps[kept], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_under_autocast_with_checkpointing_fp32_adapters_learn_what_was_sampled(
+    model, tokenizer, tmp_path, precision
+):
+    trainer = make(model, tokenizer, tmp_path, lora=small_lora(), gradient_checkpointing=True, **{precision: True})
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    trainer.train()
+    assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    for inputs, logps in trainer.seen:
+        kept = inputs["completion_mask"].bool()
+        torch.testing.assert_close(inputs["sampling_per_token_logps"][kept], logps[kept], atol=0.1, rtol=0.1)
+
+
+def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path, monkeypatch):
+    setup = TrainingArguments._setup_devices.func
+
+    def four(self):
+        place = setup(self)
+        self._n_gpu = 4
+        return place
+
+    seen = cached_property(four)
+    seen.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", seen)
+    assert TrainingArguments(str(tmp_path), use_cpu=True).n_gpu == 4 and small_config(tmp_path).n_gpu == 1
 
 
 def test_one_seed_gives_one_trajectory(model, tokenizer, tmp_path):

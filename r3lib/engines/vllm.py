@@ -22,6 +22,8 @@ WHOLE = {  # sample from the whole distribution, whatever the model's generation
     "frequency_penalty": 0.0, "logprobs": 0, "return_token_ids": True, "ignore_eos": True,
 }  # fmt: skip
 
+IN_FLIGHT = 512  # samples at a server at once: it computes 256 by default, and what waits counts as silent
+
 
 class AnyStatus(HTTPErrorProcessor):
     """Lets `ask` judge every status itself."""
@@ -61,11 +63,11 @@ class Address:
 class VLLMEngine:
     """Engine over vLLM servers of one model, each an address ("http://host:8000") or a `Server` of ours.
 
-    Runs `workers` requests at once (a request is one prompt with its n samples), each sent up to `attempts` times
-    with pauses of `pause` x 1, 2, 4 ... seconds after a lost connection, `timeout` seconds of silence or a 5xx; what
-    one server loses goes to the others. A server that is not ours must run with `--logprobs-mode processed_logprobs`
-    (otherwise log-probs are those at temperature 1), for `sync` also with `--enable-lora`,
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and the disk that adapters are saved to.
+    Runs `workers` requests at once (a request is one prompt with its n samples; fewer where n is large), each sent up
+    to `attempts` times with pauses of `pause` x 1, 2, 4 ... seconds after a lost connection, `timeout` seconds of
+    silence or a 5xx; what one server loses goes to the others. A server that is not ours must run with
+    `--logprobs-mode processed_logprobs` (otherwise log-probs are those at temperature 1), for `sync` also with
+    `--enable-lora`, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and the disk that adapters are saved to.
     """
 
     def __init__(self, servers: Sequence, tokenizer, workers=64, attempts=6, timeout=600.0, pause=0.5):
@@ -95,7 +97,7 @@ class VLLMEngine:
             found = self._retry(place, failures, over, lambda server: self._sample(server, own))
             return found * (n // len(found))
 
-        pool = ThreadPoolExecutor(self.workers)
+        pool = ThreadPoolExecutor(min(self.workers, max(1, IN_FLIGHT * len(self.servers) // body["n"])))
         try:
             jobs = [pool.submit(one, place) for place in range(len(prompts))]
             for job in as_completed(jobs):
