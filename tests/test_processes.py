@@ -11,6 +11,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from r3lib.study import Study
+from r3lib.train import main
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parent
@@ -85,6 +86,13 @@ def test_the_command_trains_in_two_processes_what_a_study_then_finds(tmp_path, c
     assert said.splitlines().count(str(path)) == 1 and (path / "adapter_model.safetensors").is_file()
     assert capsys.readouterr().out.splitlines()[-1] == "cached  countdown-r3-0"
     assert len((tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("setting", ["ACCELERATE_USE_FSDP=true", "ACCELERATE_DEEPSPEED_ZERO_STAGE=3"])
+def test_weights_that_are_spread_are_refused_before_anything_is_sampled(tmp_path, monkeypatch, capsys, setting):
+    monkeypatch.setenv(*setting.split("="))
+    assert main(["--profile", "smoke", "--task", "countdown", "--results", str(tmp_path)]) == 2
+    assert "use engine=vllm, or configs/ddp.yaml" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
