@@ -16,14 +16,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     from accelerate import PartialState
 
-    from .plan import refusal
+    from .plan import doubts, heed
     from .weights import device
 
     try:
         state = PartialState(cpu=device() == "cpu", timeout=timedelta(days=2))
         study = study_of(options)
-        if why := refusal(study.profile):
-            raise R3Error(why)
+        heed(doubts(study.profile), quiet=not state.is_main_process)
         study.warm_start()
         with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
             study.mine()
