@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 from .colab import KEPT, on_colab
 from .config import ROOT, Profile, load_profile
+from .errors import R3Error
 from .tasks.function_calling_records import BFCL_INSTALL, GATED_MEND
 from .tasks.function_calling_records import HUB_DATASET as GATED
 from .weights import missing
@@ -25,6 +26,7 @@ from .weights import missing
 PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
 TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")  # 10 to 20% faster when preloaded
 GIB = 2**30
+HAS_VLLM = "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))"
 INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 
 
@@ -60,6 +62,7 @@ def examine(profile: Profile, gpu_memory: float | None = None) -> list[Finding]:
         *_plan(profile, gpu_memory),
         *_hub(),
         *_function_calling(profile),
+        *_vllm(profile),
         _finding("tcmalloc", TCMALLOC or "none", TCMALLOC, "10 to 20% slower: install libtcmalloc-minimal4", "warn"),
     ]
 
@@ -146,6 +149,33 @@ def _hub() -> list[Finding]:
     if not reaches_hub():
         return [Finding("hub", "warn", "not reachable", "nano and smoke work offline; else name local folders")]
     return [Finding("hub", "ok", "reachable")]
+
+
+def _vllm(profile: Profile) -> list[Finding]:
+    """Whether the profile's vLLM servers answer; without any, whether one of our own could be started."""
+    if profile.engine != "vllm":
+        return []
+    from .engines.vllm_server import install, interpreter
+
+    if not profile.own_server:
+        return [_server(address) for address in profile.servers.replace(",", " ").split()]
+    python, found = interpreter(), False
+    with suppress(OSError, subprocess.TimeoutExpired):
+        found = subprocess.run([python, "-c", HAS_VLLM], capture_output=True, timeout=60).returncode == 0
+    return [_finding("vllm server", python, found, f"no Python that has vLLM: {install()}")]
+
+
+def _server(address: str) -> Finding:
+    """Whether a vLLM server answers within three seconds."""
+    from .engines.vllm import Lost, Refused, ask, web_address
+
+    try:
+        ask(f"{web_address(address)}/health", None, 3.0)
+    except (Lost, Refused) as error:
+        return Finding("vllm server", "fail", address, f"{error}: start it, or give another address in servers=")
+    except R3Error as error:
+        return Finding("vllm server", "fail", address, str(error))
+    return Finding("vllm server", "ok", address)
 
 
 def _function_calling(profile: Profile) -> list[Finding]:
