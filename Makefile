@@ -12,7 +12,7 @@ R3 := $(VENV)/bin/r3
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce smoke test test-fast test-vllm lab lint base-model clean
+.PHONY: help install reproduce smoke doctor test test-fast test-vllm lab lint base-model clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ reproduce: $(STAMP) ## Run every notebook; tables, figures and report go to resu
 
 smoke: $(STAMP) ## The same with a handful of problems and steps
 	@$(R3) reproduce --profile smoke --task $(TASK) $(addprefix --set ,$(SET))
+
+doctor: $(STAMP) ## Say what the run needs, whether this machine has it, and what to mend
+	@$(R3) doctor --profile $(PROFILE) --task $(TASK) $(addprefix --set ,$(SET))
 
 test: $(STAMP) ## Every test, the slow ones too
 	@$(VENV)/bin/python -m pytest

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("doctor", doctor, "Say what a profile needs, whether this machine has it, and what to mend.")
     one.add_argument("--profile", default="nano")
+    one.add_argument("--task", default="all", help="all (default) or one task, whose data alone are then asked for")
     one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
     one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="plan for a GPU of so many GiB")
 
@@ -94,7 +95,9 @@ def merge(options) -> int:
 def doctor(options) -> int:
     from . import doctor
 
-    return doctor.report(options.profile, gpu_memory=options.gpu_memory, overrides=_overrides(options.set))
+    return doctor.report(
+        options.profile, gpu_memory=options.gpu_memory, overrides=_overrides(options.set), task=options.task
+    )
 
 
 def report(options) -> int:

@@ -55,7 +55,21 @@ class Profile:
     vllm_options: str  # further arguments of a server of our own
     threads: int
 
+    @property
+    def own_server(self) -> bool:
+        """Whether a vLLM server is started for the run."""
+        return self.engine == "vllm" and not self.servers
 
+    def vllm_option(self, *names: str) -> str | None:
+        """What `vllm_options` gives for an option, under any of its `names`; None where it does not name it."""
+        words = self.vllm_options.replace("=", " ").split()
+        words = [word.replace("_", "-") if word.startswith("--") else word for word in words]  # vLLM takes both
+        given = dict(zip(words, [*words[1:], ""]))
+        return next((given[name] for name in names if name in given), None)
+
+
+# vLLM has its NF4, which is double quantised as ours, from that package since version 0.28
+VLLM_NF4 = 'vllm_options="--quantization bitsandbytes" with vllm-bnb-plugin installed beside vLLM'
 KINDS = {field.name: field.type for field in fields(Profile)}
 READERS = {kind: kind for kind in (int, float, str)} | {dict: yaml.safe_load}
 READERS[int | float] = lambda text: int(text) if text.isdigit() else float(text)
@@ -92,13 +106,21 @@ def load_profile(name: str, /, **overrides) -> Profile:
         raise R3Error(f"unknown profile key {unknown[0]!r}: {nearest(unknown[0], KINDS)}")
     if absent := [key for key in KINDS if key not in values]:
         raise R3Error(f"{path} lacks {', '.join(absent)}: copy the missing lines from profiles/nano.yaml")
-    return Profile(**{key: _checked(key, _typed(key, values[key])) for key in KINDS})
+    return _agreeing(Profile(**{key: _checked(key, _typed(key, values[key])) for key in KINDS}))
 
 
 def nearest(word: str, known) -> str:
     """A hint for an unknown `word`: the known one that looks most like it, or all of them."""
     near = difflib.get_close_matches(str(word), known := sorted(known), 1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _agreeing(profile: Profile) -> Profile:
+    """`profile`, unless what samples and what learns would be different models."""
+    if profile.own_server and profile.quantization == "nf4" and profile.vllm_option("--quantization", "-q") is None:
+        why = "engine=vllm would sample from unquantised weights while quantization=nf4 trains on 4 bits"
+        raise R3Error(f"{why}: set quantization=none, or {VLLM_NF4}")
+    return profile
 
 
 def _checked(key: str, value):

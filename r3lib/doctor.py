@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 from .colab import KEPT, on_colab
 from .config import ROOT, Profile, load_profile
+from .errors import R3Error
 from .tasks.function_calling_records import BFCL_INSTALL, GATED_MEND
 from .tasks.function_calling_records import HUB_DATASET as GATED
 from .weights import missing
@@ -25,6 +26,7 @@ from .weights import missing
 PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
 TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")  # 10 to 20% faster when preloaded
 GIB = 2**30
+HAS_VLLM = "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))"
 INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 
 
@@ -48,8 +50,8 @@ def machine() -> dict:
     return {"commit": commit, "dirty": bool(changes), "packages": versions, "hardware": hardware}
 
 
-def examine(profile: Profile, gpu_memory: float | None = None) -> list[Finding]:
-    """All findings about this machine for `profile`; with `gpu_memory` its plan is for a GPU of so many GiB."""
+def examine(profile: Profile, gpu_memory: float | None = None, task: str = "all") -> list[Finding]:
+    """All findings about this machine for `profile` and `task`; with `gpu_memory` the plan is for a GPU of so many GiB."""
     lacking, memory = missing(profile.model), psutil.virtual_memory().total / GIB
     return [
         *_versions(),
@@ -59,14 +61,15 @@ def examine(profile: Profile, gpu_memory: float | None = None) -> list[Finding]:
         _finding("model", profile.model, not lacking, lacking),
         *_plan(profile, gpu_memory),
         *_hub(),
-        *_function_calling(profile),
+        *(_function_calling(profile) if task in ("all", "function_calling") else []),
+        *_vllm(profile),
         _finding("tcmalloc", TCMALLOC or "none", TCMALLOC, "10 to 20% slower: install libtcmalloc-minimal4", "warn"),
     ]
 
 
-def report(profile: str = "nano", say=print, gpu_memory: float | None = None, overrides: dict | None = None) -> int:
+def report(profile="nano", say=print, gpu_memory=None, overrides: dict | None = None, task: str = "all") -> int:
     """Print the findings as a table; return 1 if something that `profile` needs fails, else 0."""
-    findings = examine(load_profile(profile, **(overrides or {})), gpu_memory)
+    findings = examine(load_profile(profile, **(overrides or {})), gpu_memory, task)
     wide = [max(len(getattr(f, part)) for f in findings) for part in ("name", "value")]
     for f in findings:
         say(f"{f.state:4}  {f.name:{wide[0]}}  {f.value:{wide[1]}}  {f.mend}".rstrip())
@@ -146,6 +149,33 @@ def _hub() -> list[Finding]:
     if not reaches_hub():
         return [Finding("hub", "warn", "not reachable", "nano and smoke work offline; else name local folders")]
     return [Finding("hub", "ok", "reachable")]
+
+
+def _vllm(profile: Profile) -> list[Finding]:
+    """Whether the profile's vLLM servers answer; without any, whether one of our own could be started."""
+    if profile.engine != "vllm":
+        return []
+    from .engines.vllm_server import install, interpreter
+
+    if not profile.own_server:
+        return [_server(address) for address in profile.servers.replace(",", " ").split()]
+    python, found = interpreter(), False
+    with suppress(OSError, subprocess.TimeoutExpired):
+        found = subprocess.run([python, "-c", HAS_VLLM], capture_output=True, timeout=60).returncode == 0
+    return [_finding("vllm server", python, found, f"no Python that has vLLM: {install()}")]
+
+
+def _server(address: str) -> Finding:
+    """Whether a vLLM server answers within three seconds."""
+    from .engines.vllm import Lost, Refused, ask, web_address
+
+    try:
+        ask(f"{web_address(address)}/health", None, 3.0)
+    except (Lost, Refused) as error:
+        return Finding("vllm server", "fail", address, f"{error}: start it, or give another address in servers=")
+    except R3Error as error:
+        return Finding("vllm server", "fail", address, str(error))
+    return Finding("vllm server", "ok", address)
 
 
 def _function_calling(profile: Profile) -> list[Finding]:

@@ -21,6 +21,7 @@ from papermill.exceptions import PapermillExecutionError
 from .config import ROOT, Profile, load_profile, nearest
 from .doctor import TCMALLOC
 from .errors import R3Error
+from .plan import heed
 from .store import room_for
 from .tasks import TASKS
 
@@ -91,10 +92,12 @@ def check_parameters(notebook: Path, given: dict) -> None:
 
 
 def check_memory(profile: str, overrides: dict) -> None:
-    """Raise R3Error if the plan surely does not fit; a process of its own takes torch, which it needs, away again."""
+    """Raise R3Error if the plan surely does not fit, warn on stderr if it may not.
+
+    A process of its own takes torch, which a plan needs, away again.
+    """
     command = [sys.executable, "-m", "r3lib.plan", profile, json.dumps(overrides)]
-    if why := subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip():
-        raise R3Error(why)
+    heed(json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout or "[]"))
 
 
 def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:

@@ -6,12 +6,13 @@ take turns in one process, whose peak is the larger of the two. `benchmarks/memo
 
 import json
 import os
+import re
 import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product
-from math import ceil
+from itertools import count, product
+from math import ceil, floor
 from pathlib import Path
 from random import Random
 
@@ -22,6 +23,7 @@ from .chat import Chat
 from .config import Profile, load_profile
 from .doctor import GIB, TCMALLOC, reaches_hub
 from .episodes import SECOND_TRIES
+from .errors import R3Error
 from .tasks import TASKS, load_task
 
 TOLERANCE = 1.25  # a run is refused when it needs this many times the memory: the plan itself may be off by as much
@@ -32,7 +34,10 @@ TILE = 4096, 32768  # most tokens and vocabulary that TRL's fused head projects 
 TILE_COPIES = 8.25  # fp32 tensors of a tile's size in its backward on a CPU; on a GPU a Triton kernel needs one
 CHOICE_COPIES = 5  # fp32 tensors of [rows, vocabulary] while our engine draws a token
 PREFILL = 2048  # tokens of one prefill forward of our engine
-SHARE, SERVER_CACHE = 0.92, 2 * GIB  # vLLM's own share of a GPU; its KV cache on a CPU, as we start it
+SHARE, SERVER_CACHE = 0.92, 2 * GIB  # most of a GPU for vLLM, its own default; its KV cache on a CPU, as we start it
+SERVER_WORK = 1 * GIB  # of a GPU, besides weights and KV cache: vLLM's activations and CUDA graphs (an estimate)
+UTILIZATION = "--gpu-memory-utilization"
+SHARE_OPTION = re.compile(r"--gpu[-_]memory[-_]utilization([ =]\S+)? ?")
 PROMPT, TURN = 400, 40  # tokens of a first prompt and of a later request, where they cannot be measured
 SAMPLE = 64  # problems and conversations whose lengths are measured
 LOOSE = 1.5  # RAM for a byte of activations without tcmalloc: glibc leaves holes between them (1.3 to 1.6 measured)
@@ -87,19 +92,18 @@ class Plan:
 
     def memory(self) -> dict[str, dict[str, float]]:
         """Bytes by phase and part; the phases are "learning" and, unless vLLM does it elsewhere, "sampling"."""
-        p, s, size = self.profile, self.shape, 2 if self.device.name == "GPU" else 4
-        linear = s.linear * NF4 + s.largest * size if p.quantization == "nf4" else s.linear * size
-        own = {"libraries": LIBRARIES[self.device.name], "weights": linear + (s.parameters - s.linear) * size}
-        own["adapters"] = p.lora_rank * s.ports * ADAPTER
-        passes = [self._pass(self.learned, p.micro_batch, ceil(p.micro_batch / 4), size)]
-        if p.warm_start_steps:
-            passes.append(self._pass(self.lengths.conversation or self.sampled, p.micro_batch, p.micro_batch, size))
-        phases = {"learning": own | max(passes, key=lambda parts: sum(parts.values()))}
-        if p.engine == "transformers":
-            return phases | {"sampling": own | self._sampling(size)}
-        if not p.servers:
+        own = self._own()
+        phases = {"learning": own | self._learning()}
+        if self.profile.engine == "transformers":
+            return phases | {"sampling": own | self._sampling()}
+        if self.profile.own_server:
             phases["learning"]["vLLM server"] = self._server()
         return phases
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number of the trainer."""
+        return 2 if self.device.name == "GPU" else 4
 
     @property
     def learned(self) -> int:
@@ -113,34 +117,75 @@ class Plan:
         p, n = self.profile, self.lengths
         return n.prompt + p.attempt_tokens + n.reflect + p.reflection_tokens + n.retry + p.retry_tokens
 
-    def _pass(self, length: int, rows: int, together: int, size: int) -> dict[str, float]:
+    def _own(self) -> dict[str, float]:
+        """What our process holds in every phase."""
+        p, s, size = self.profile, self.shape, self.size
+        linear = s.linear * NF4 + s.largest * size if p.quantization == "nf4" else s.linear * size
+        own = {"libraries": LIBRARIES[self.device.name], "weights": linear + (s.parameters - s.linear) * size}
+        return own | {"adapters": p.lora_rank * s.ports * ADAPTER}
+
+    def _learning(self) -> dict[str, float]:
+        """The larger of a training step's forward and backward and the warm start's."""
+        p = self.profile
+        passes = [self._pass(self.learned, p.micro_batch, ceil(p.micro_batch / 4))]
+        if p.warm_start_steps:
+            passes.append(self._pass(self.lengths.conversation or self.sampled, p.micro_batch, p.micro_batch))
+        return max(passes, key=lambda parts: sum(parts.values()))
+
+    def _pass(self, length: int, rows: int, together: int) -> dict[str, float]:
         """Forward and backward over `rows`; `together` go through the model at once, the graphs of all are kept.
 
         A block keeps for the backward, for each token: what its two norms take and give (4 hidden), the heads'
         queries, keys, values and outputs (4 query), the MLP's two branches, activation and product (4 inner), LoRA's
         inner activations (rank a module), a row of the attention mask (length). Gradient checkpointing keeps its input.
         """
-        s, gpu, tokens = self.shape, self.device.name == "GPU", rows * length
+        s, gpu, size, tokens = self.shape, self.device.name == "GPU", self.size, rows * length
         block = 4 * (s.hidden + s.query + s.inner) + self.profile.lora_rank * s.modules + length
         kept = tokens * s.layers * (s.hidden if gpu else block)
         tile = min(together * length, TILE[0]) * min(s.vocabulary, TILE[1]) * (size if gpu else 4 * TILE_COPIES)
         return {"activations": (kept + together * length * block) * size * self.device.loose, "logits": tile}
 
-    def _sampling(self, size: int) -> dict[str, float]:
+    def _sampling(self) -> dict[str, float]:
         """A full batch at its last token, two copies of a layer's keys, and the larger of two transients."""
         p, s = self.profile, self.shape
         rows = min(p.sample_batch, max(p.test_problems, p.train_problems * p.mine_samples, self._step_rows))
-        cache = rows * self.sampled * 2 * s.kv * (s.layers + 1) * size
+        cache = rows * self.sampled * 2 * s.kv * (s.layers + 1) * self.size
         prefill = PREFILL * s.heads * (self.sampled - p.retry_tokens) * 4 * 2
         return {"KV cache": cache, "logits": max(rows * s.vocabulary * 4 * CHOICE_COPIES, prefill)}
 
     def _server(self) -> float:
-        """What a vLLM server of our own takes beside us."""
-        words = self.profile.vllm_options.replace("=", " ").split()
+        """What a vLLM server of our own takes beside us. Its share of a GPU does not count its CUDA context."""
         if self.device.name == "RAM":
-            return LIBRARIES["RAM"] + 2 * self.shape.parameters + SERVER_CACHE
-        given = dict(zip(words, words[1:])).get("--gpu-memory-utilization", SHARE)
-        return float(given) * self.device.memory
+            return LIBRARIES["RAM"] + self.size * self.shape.parameters + SERVER_CACHE
+        return LIBRARIES["GPU"] + self.server_share * self.device.memory
+
+    @property
+    def server_share(self) -> float:
+        """The share of the GPU for a vLLM server of our own: the profile's, or else what the trainer leaves.
+
+        The trainer keeps TOLERANCE times what it needs, unless the server then had less than `server_least`.
+        """
+        if (given := self.profile.vllm_option(UTILIZATION)) is not None:
+            return _share(given)
+        memory, trainer = self.device.memory, sum((self._own() | self._learning()).values())
+        left = memory - LIBRARIES["GPU"] - TOLERANCE * trainer
+        return min(SHARE, max(floor(100 * left / memory), ceil(100 * self.server_least / memory)) / 100)
+
+    @property
+    def server_least(self) -> float:
+        """The least that such a server needs of a GPU: its weights, and KV cache for a group of the longest rows."""
+        p, s = self.profile, self.shape
+        packed = p.vllm_option("--quantization", "-q") is not None
+        weights = 2 * (s.parameters - s.linear) + s.linear * (NF4 if packed else 2)
+        return weights + SERVER_WORK + p.group_size * self.sampled * 2 * s.kv * s.layers * 2
+
+    def _strain(self, phase: str) -> float:
+        """What a phase needs by what it may have. A server's share of a GPU is taken whole, and it has no more."""
+        if self.device.name != "GPU" or not self.profile.own_server:
+            return self.need(phase) / self.device.memory
+        server, share = self._server(), self.server_share * self.device.memory
+        room = max(self.device.memory - server, 1)
+        return max((self.need(phase) - server) / room, self.server_least / share)
 
     @property
     def _step_rows(self) -> int:
@@ -152,36 +197,37 @@ class Plan:
 
     def share(self, phase: str) -> str:
         """What a phase needs of what is there, in words."""
-        return f"{self.need(phase) / GIB:.1f} of {self.device.memory / GIB:.1f} GiB {self.device.name}"
+        there = f"{self.device.memory / GIB:.1f} GiB {self.device.name}"
+        if self.device.name == "GPU" and self.profile.own_server:
+            share = self.server_share
+            if self.server_least > share * self.device.memory:
+                return f"{self.server_least / GIB:.1f} GiB for vLLM, whose share is {share:g} of {there}"
+        return f"{self.need(phase) / GIB:.1f} of {there}"
 
     def state(self, phase: str) -> str:
         """ "ok", "warn" where the phase may not fit, "fail" where it surely does not."""
-        need = self.need(phase) / self.device.memory
-        return "ok" if need <= 1 else "warn" if need <= TOLERANCE else "fail"
+        strain = self._strain(phase)
+        return "ok" if strain <= 1 else "warn" if strain <= TOLERANCE else "fail"
 
     def mend(self, phase: str) -> str:
-        """The least change that makes `phase` fit: a smaller share for vLLM, fewer rows, and only then NF4."""
+        """The least change that makes `phase` fit: our share for vLLM, fewer rows, and only then NF4."""
         p, key = self.profile, {"learning": "micro_batch", "sampling": "sample_batch"}[phase]
         now = getattr(p, key)
         counts = [now >> halved for halved in range(now.bit_length())]
         if phase == "learning":  # micro_batch divides the rows of a step
             counts = [n for n in range(now, 0, -1) if self._step_rows % n == 0]
-        for changes in product(dict.fromkeys([p.quantization, "nf4"]), counts, self._server_options()):
+        packed = [p.quantization] if p.own_server else [p.quantization, "nf4"]  # which a server would have to be, too
+        options = dict.fromkeys([p.vllm_options, SHARE_OPTION.sub("", p.vllm_options).strip()])
+        for changes in product(dict.fromkeys(packed), counts, options):
             changes = dict(zip(("quantization", key, "vllm_options"), changes))
             other = replace(self, profile=replace(p, **changes))
-            if other.need(phase) <= self.device.memory:
+            if other._strain(phase) <= 1:
                 changed = [f"{k}={v}" for k, v in changes.items() if v != getattr(p, k)]
                 return f"set {shlex.join(changed)}"
-        return f"use a smaller model, or {self.device.name} of {ceil(other.need(phase) / GIB)} GiB"
-
-    def _server_options(self) -> list[str]:
-        """The profile's options for vLLM, and those that leave us more of the GPU, and it its weights."""
-        p = self.profile
-        if p.engine != "vllm" or p.servers or self.device.name != "GPU":
-            return [p.vllm_options]
-        least = 1.2 * 2 * self.shape.parameters / self.device.memory
-        shares = [share / 100 for share in range(90, 0, -10) if share / 100 > least]
-        return [p.vllm_options, *(f"{p.vllm_options} --gpu-memory-utilization {share}".strip() for share in shares)]
+        sizes = (replace(self.device, memory=gib * GIB) for gib in count(1))
+        enough = next(device for device in sizes if replace(other, device=device)._strain(phase) <= 1)
+        elsewhere = ", or start vLLM on another machine and set servers=" if p.own_server else ""
+        return f"use a smaller model, or {self.device.name} of {enough.memory // GIB} GiB{elsewhere}"
 
     def disk(self) -> dict[str, float]:
         """Bytes by part: what is downloaded or made of the model, the adapters, two checkpoints, the episodes."""
@@ -289,18 +335,47 @@ def _longest(chat: Chat, task, warm: bool) -> tuple[int, int, int, int]:
     return max(map(len, prompts)), *requests, max(map(len, whole), default=0)
 
 
-def refusal(profile: Profile) -> str:
-    """Why this machine surely cannot train `profile`, and what to change.
+def _share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (share := float(text)) <= 1:
+            return share
+    raise R3Error(f"vllm_options: {UTILIZATION} {text!r}: write a share of the GPU, for example 0.4")
 
-    "" where it may, where no config can be had, and where FSDP or DeepSpeed spread the model over several GPUs.
+
+def server_options(profile: Profile) -> str:
+    """Arguments for a vLLM server of our own: the profile's, and on a GPU what else lets it live beside the trainer.
+
+    That is its share of the GPU, and a context no longer than its KV cache: vLLM would not start with less cache than
+    one row of the model's whole context takes. R3Error where the weights and a small KV cache do not fit the share.
+    """
+    if weights.device() == "cpu" or not (plan := plan_of(profile)):
+        return profile.vllm_options
+    if plan.server_least > TOLERANCE * plan.server_share * plan.device.memory:
+        raise R3Error(f"engine=vllm needs {plan.share('learning')}: {plan.mend('learning')}")
+    ours = {UTILIZATION: f"{plan.server_share:g}", "--max-model-len": "auto"}
+    lacking = [f"{name} {value}" for name, value in ours.items() if profile.vllm_option(name) is None]
+    return " ".join([*lacking, profile.vllm_options]).strip()
+
+
+def doubts(profile: Profile) -> list[list[str]]:
+    """["warn" or "fail", why and what to change] for each phase of `profile` that may not fit this machine, or cannot.
+
+    Empty also where no config can be had, and where FSDP or DeepSpeed spread the model over several GPUs.
     """
     spread = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)
     plan = None if spread else plan_of(profile)
-    for phase in plan.memory() if plan else ():
-        if plan.state(phase) == "fail":
-            return f"{phase} needs {plan.share(phase)}: {plan.mend(phase)}"
-    return ""
+    states = [(plan.state(phase), phase) for phase in plan.memory()] if plan else []
+    return [[s, f"{phase} needs {plan.share(phase)}: {plan.mend(phase)}"] for s, phase in states if s != "ok"]
+
+
+def heed(found: list[list[str]], quiet: bool = False) -> None:
+    """Print the warnings among `doubts` to stderr unless `quiet`. Raises R3Error for a failure."""
+    for state, why in found:
+        if state == "fail":
+            raise R3Error(why)
+        if not quiet:
+            print(f"r3: warning: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":  # `pipeline.reproduce` asks in a process of its own, which takes torch away with it
-    print(refusal(load_profile(sys.argv[1], **json.loads(sys.argv[2]))))
+    print(json.dumps(doubts(load_profile(sys.argv[1], **json.loads(sys.argv[2])))))

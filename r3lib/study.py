@@ -93,7 +93,14 @@ class Study:
         p = self.profile
         if p.engine == "transformers":
             return None
-        return vllm_engine(self.model_path, p.servers, p.vllm_options, p.lora_rank, self.results / "vllm.log")
+        return vllm_engine(self.model_path, p.servers, self.server_options, p.lora_rank, self.results / "vllm.log")
+
+    @cached_property
+    def server_options(self) -> str:
+        """Arguments for a vLLM server of our own, see `plan.server_options`."""
+        from .plan import server_options
+
+        return server_options(self.profile) if self.profile.own_server else ""
 
     def problems(self, split: str, n: int) -> list:
         """The study's problems of a split: the same for every policy and seed."""
@@ -288,18 +295,18 @@ class Study:
 def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path):
     """An engine over `servers`, or over one of our own for `model`, which ends with this process.
 
-    Ours computes in the trainer's precision: vLLM's own choice for weights in fp32 would be a lower one.
+    Ours computes in the precision in which the trainer computes: vLLM's own choice for weights in fp32 would be lower.
+    It holds the weights in it too, where `options` name no quantization: see `config.VLLM_NF4`.
     """
     from transformers import AutoTokenizer
 
     from .engines.vllm import VLLMEngine
-    from .engines.vllm_server import Server
+    from .engines.vllm_server import Server, interpreter
 
-    python = os.environ.get("R3_VLLM_PYTHON", str(HERE.parent / ".venv-vllm" / "bin" / "python"))
     if not servers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise R3Error("several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS")
     ours = ["--dtype", str(compute_dtype()).removeprefix("torch.")]
-    own = [] if servers else [Server(model, python, rank, log, [*ours, *options.split()])]
+    own = [] if servers else [Server(model, interpreter(), rank, log, [*ours, *options.split()])]
     return VLLMEngine(servers.replace(",", " ").split() or own, AutoTokenizer.from_pretrained(model))
 
 

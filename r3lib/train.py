@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     from accelerate import PartialState
 
-    from .plan import refusal
+    from .plan import doubts, heed
     from .weights import NO_SAMPLING, device, spreads_weights
 
     try:
@@ -24,8 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         study = study_of(options)
         if study.profile.engine == "transformers" and spreads_weights():
             raise R3Error(NO_SAMPLING)
-        if why := refusal(study.profile):
-            raise R3Error(why)
+        heed(doubts(study.profile), quiet=not state.is_main_process)
         study.warm_start()
         with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
             study.mine()

@@ -70,8 +70,8 @@ def test_doctor_gives_its_exit_code(monkeypatch):
 def test_doctor_plans_with_overrides_and_for_another_gpu(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(doctor, "report", lambda *given, **named: asked.append((given, named)) or 0)
-    cli.main(["doctor", "--profile", "colab", "--set", "micro_batch=8", "--gpu-memory", "15"])
-    assert asked == [(("colab",), {"gpu_memory": 15.0, "overrides": {"micro_batch": "8"}})]
+    cli.main(["doctor", "--profile", "colab", "--task", "countdown", "--set", "micro_batch=8", "--gpu-memory", "15"])
+    assert asked == [(("colab",), {"gpu_memory": 15.0, "overrides": {"micro_batch": "8"}, "task": "countdown"})]
     for size in ("0", "much"):
         with pytest.raises(SystemExit):
             cli.main(["doctor", "--gpu-memory", size])

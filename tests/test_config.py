@@ -78,6 +78,28 @@ def test_bad_value_is_one_line_with_key_value_and_mend(key, value, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+def test_a_server_of_our_own_has_the_trainers_weights():
+    with pytest.raises(R3Error, match="engine=vllm .* quantization=nf4 .*: set quantization=none, or vllm_options="):
+        load_profile("colab", engine="vllm")
+    for fine in ({"quantization": "none"}, {"servers": "http://h:1"}, {"vllm_options": "--quantization bitsandbytes"}):
+        assert load_profile("colab", engine="vllm", **fine).own_server == ("servers" not in fine)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("", None),
+        ("--max-model-len 512 --seed 1", "512"),
+        ("--seed 1 --max_model_len=512", "512"),
+        ("--max-model-len 512 --max-model-len 1k", "1k"),
+        ("--seed 1 --max-model-len", ""),
+        ("--max-model-length 512", None),
+    ],
+)
+def test_an_option_of_vllm_is_found_as_vllm_would(text, value):
+    assert load_profile("nano", vllm_options=text).vllm_option("--max-model-len", "-m") == value
+
+
 def test_unknown_profile_names_the_nearest():
     with pytest.raises(R3Error, match="unknown profile 'nanno': did you mean 'nano'"):
         load_profile("nanno")

@@ -1,15 +1,18 @@
 """The doctor: what it finds, how it says it, and when it fails."""
 
 import shutil
+import socket
 import types
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import BASE_MODEL
+from fake_vllm import FakeServer
 
 from r3lib import doctor, weights
 from r3lib.config import load_profile
+from r3lib.engines.vllm_server import INSTALL
 from r3lib.errors import R3Error
 
 
@@ -123,6 +126,7 @@ def test_gated_data_are_looked_for_only_with_a_token_and_only_if_the_profile_tak
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     monkeypatch.setattr(huggingface_hub, "auth_check", lambda *a, **k: asked.append(a))
     assert "gated data" not in found() | function_calling("generator") | function_calling("bfcl")
+    assert "gated data" not in {f.name for f in doctor.examine(load_profile("paper"), task="countdown")}
     finding = function_calling("hub")["gated data"]
     assert finding.state == "fail" and doctor.GATED in finding.mend and "hf auth login" in finding.mend and not asked
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
@@ -159,6 +163,35 @@ def test_a_plan_without_a_config_warns_and_says_how_to_go_on(healthy):
     finding = found(model="some/model")["plan"]
     assert finding.state == "warn" and "go online, or name a local folder" in finding.mend
     assert not {"learning", "sampling", "tokens"} & found(model="some/model").keys()
+
+
+def fake_python(folder, status):
+    (path := folder / f"python{status}").write_text(f"#!/bin/sh\nexit {status}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_vllm_server_of_our_own_needs_an_interpreter_that_has_vllm(healthy, monkeypatch):
+    assert "vllm server" not in found()
+    for python, state in ((fake_python(healthy, 0), "ok"), (fake_python(healthy, 1), "fail"), ("nowhere", "fail")):
+        monkeypatch.setenv("R3_VLLM_PYTHON", python)
+        finding = found(engine="vllm")["vllm server"]
+        assert (finding.state, finding.value) == (state, python)
+    assert "`make .venv-vllm/.installed`" in finding.mend and "R3_VLLM_PYTHON" in finding.mend
+    monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: "cuda:0")
+    assert f"`{INSTALL}`" in found(engine="vllm")["vllm server"].mend
+
+
+def test_vllm_servers_of_others_are_asked(healthy, request):
+    server = FakeServer()
+    request.addfinalizer(server.close)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        silent = f"http://127.0.0.1:{free.getsockname()[1]}"
+    findings = doctor.examine(load_profile("nano", engine="vllm", servers=f"{server.url},{silent} elsewhere"))
+    states = [(f.state, f.value) for f in findings if f.name == "vllm server"]
+    assert states == [("ok", server.url), ("fail", silent), ("fail", "elsewhere")]
+    mends = [f.mend for f in findings if f.name == "vllm server"]
+    assert "does not answer" in mends[1] and "give another address" in mends[1] and "http://host:port" in mends[2]
 
 
 def test_what_colab_keeps_or_lacks_is_no_failure_there(healthy, monkeypatch):

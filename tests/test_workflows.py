@@ -17,6 +17,7 @@ import yaml
 
 from r3lib.cli import parser
 from r3lib.config import load_profile
+from r3lib.engines.vllm_server import INSTALL
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
@@ -67,7 +68,8 @@ def test_every_command_of_a_script_exists(script):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for arguments in re.findall(r"\.venv/bin/r3 ([^|;\n]+)", script):
         parser().parse_args(shlex.split(arguments))
-    for first in (line.split()[0] for line in script.splitlines()):
+    assigned = re.compile(r"\w+\+?=")
+    for first in (line.split()[0] for line in script.splitlines() if not assigned.match(line)):
         installed = first.startswith(".venv/bin/") and (Path(sys.executable).parent / Path(first).name).exists()
         assert installed or first in BUILTIN or shutil.which(first), first
     assert all((ROOT / path).is_file() for path in re.findall(r"\bbash (\S+)", script))
@@ -86,8 +88,32 @@ def test_the_inputs_of_a_gpu_run_reach_r3():
     assert asked == "reproduce --profile smoke --task countdown --set seeds=3 --set steps=4 --set beta=0.1"
     asked = bash(script, ROOT, **env, SEEDS="", SETTINGS="").splitlines()[-1]
     assert asked.split() == [".venv/bin/r3", "reproduce", "--profile", "smoke", "--task", "countdown"]
+    asked = bash(gpu_step("The machine can run the profile")["run"], ROOT, **env, SEEDS="3", SETTINGS="steps=4")
+    assert asked.splitlines()[-1].endswith("r3 doctor --profile smoke --task countdown --set seeds=3 --set steps=4")
     names = set(WORKFLOWS["reproduce-gpu"][True]["workflow_dispatch"]["inputs"])  # yaml reads `on` as True
     assert names == set(re.findall(r"inputs\.(\w+)", f"{GPU['env']} {GPU['runs-on']}"))
+
+
+@pytest.mark.parametrize(
+    "profile, settings, wanted",
+    [
+        ("colab", "", False),
+        ("colab", "engine=vllm quantization=none", True),
+        ("paper", "", True),
+        ("paper", " seeds=3 servers=http://host:8000?a=b ", False),
+        ("paper", "engine=transformers", False),
+    ],
+)
+def test_a_gpu_runner_gets_vllm_only_for_a_server_of_our_own(tmp_path, profile, settings, wanted):
+    script = gpu_step("vLLM, where the profile samples from a server of our own")["run"]
+    assert INSTALL in script
+    (tmp_path / "python3").write_text(f'#!/bin/sh\nmkdir -p "$3/bin"; ln -s {shutil.which("echo")} "$3/bin/pip"\n')
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\ncd {ROOT} && exec {sys.executable} "$@"\n')
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    said = bash(script, tmp_path, PROFILE=profile, SETTINGS=settings, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert said == ("install vllm==0.32.0\n" if wanted else "")
 
 
 def test_the_profile_of_each_night_exists():

@@ -10,14 +10,18 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
+from ..config import ROOT
 from ..errors import R3Error
 from ..weights import device
 from .vllm import Lost, Refused, ask
 from .watch import GRACE
 
+INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # for GPUs
+INSTALL_CPU = "make .venv-vllm/.installed"
 WATCH = Path(__file__).with_name("watch.py")
 ON_CPU = {  # the environment's own values win
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
@@ -26,6 +30,18 @@ ON_CPU = {  # the environment's own values win
 }
 # on a CPU vLLM 0.32 dies ("CPU Generator does not use offset") of a seeded sample whose prompt it reads in two steps
 CPU_OPTIONS = ("--no-enable-chunked-prefill",)
+
+
+def interpreter() -> str:
+    """The Python that runs a server of ours: $R3_VLLM_PYTHON, else this one if it has vLLM, else that of .venv-vllm."""
+    ours = sys.executable if find_spec("vllm") else str(ROOT / ".venv-vllm" / "bin" / "python")
+    return os.environ.get("R3_VLLM_PYTHON") or ours
+
+
+def install() -> str:
+    """How this machine gets an interpreter that has vLLM."""
+    command = INSTALL_CPU if device() == "cpu" else INSTALL
+    return f"run `{command}` in {ROOT}, or name another Python that has vLLM in R3_VLLM_PYTHON"
 
 
 class Server:
@@ -38,7 +54,7 @@ class Server:
 
     def __init__(self, model, python, rank=64, log="vllm.log", options: Sequence[str] = (), timeout=900.0, restarts=2):
         if not shutil.which(python):
-            raise R3Error(f"no Python interpreter at {python}: name one whose environment has vLLM")
+            raise R3Error(f"no Python interpreter at {python}: {install()}")
         self.command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         self.command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
         self.command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
