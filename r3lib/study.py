@@ -50,6 +50,7 @@ class Study:
         self.task = load_task(task, **self.profile.task_options.get(task, {}))
         self.results = (DATA.parent / results) / self.profile.name
         self.made: set[Path] = set()
+        self.drawn: dict[tuple[str, int], list] = {}
 
     @property
     def model_path(self) -> str:
@@ -96,8 +97,10 @@ class Study:
         return vllm_engine(self.model_path, p.servers, p.vllm_options, p.lora_rank, self.results / "vllm.log")
 
     def problems(self, split: str, n: int) -> list:
-        """The study's problems of a split: the same for every policy and seed."""
-        return self.task.problems(split, n, seed=0)
+        """The study's problems of a split: the same for every policy and seed, read once a study."""
+        if (split, n) not in self.drawn:
+            self.drawn[split, n] = self.task.problems(split, n, seed=0)
+        return self.drawn[split, n]
 
     def warm_start(self) -> Path | None:
         """The adapter that R3 starts from, made by supervised training; None where the profile has no warm start."""
@@ -131,10 +134,9 @@ class Study:
     def mine(self, part: Part = None) -> Path:
         """The failures of what R3 starts from on training problems: the data set of the training."""
         p, start = self.profile, self.warm_start()
-        problems = self.problems("train", p.train_problems)
 
         def sample(out: Path, part: tuple[int, int]) -> None:
-            runner = self.runner(start)
+            problems, runner = self.problems("train", p.train_problems), self.runner(start)
 
             def mined(some: list) -> pd.DataFrame:
                 failures = mine_failures(runner, some, p.mine_samples, p.mine_temperature)

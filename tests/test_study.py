@@ -71,3 +71,16 @@ def test_a_changed_source_makes_results_anew(tmp_path):
         study = Study("nano", "countdown", tmp_path, task_options={"countdown": {"source": source}})
         keys.append(study._config()["data"])
     assert keys[0] == "" and len(set(keys)) == 3
+
+
+def test_problems_are_read_once_a_study_and_not_at_all_for_a_cached_stage(tmp_path, monkeypatch):
+    study, made, asked = Study("smoke", "countdown", tmp_path), tmp_path / "made", []
+    draw = study.task.problems
+    monkeypatch.setattr(study.task, "problems", lambda *given, seed: asked.append(given) or draw(*given, seed))
+    monkeypatch.setattr(r3lib.study, "stage", lambda *_: made)  # as if cached
+    study.mine()
+    study.baseline()
+    assert asked == []
+    for split, n in [("train", 5), ("test", 5), ("train", 5), ("train", 6)]:
+        assert study.problems(split, n) == draw(split, n, 0)
+    assert asked == [("train", 5), ("test", 5), ("train", 6)]
