@@ -21,7 +21,6 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from .chat import Chat
@@ -275,13 +274,15 @@ def completions_under(mask: str, rows, retry_prompts, retries) -> dict:
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint that was written to its end; unfinished ones are removed."""
-    while Path(folder).is_dir() and (path := get_last_checkpoint(folder)):
+    """The newest checkpoint that was written to its end; unfinished ones after it are removed, by the main process."""
+    found = {int(p.name[11:]): p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit()}
+    for _, path in sorted(found.items(), reverse=True):
         try:
-            json.loads((Path(path) / "trainer_state.json").read_text())
-            return path
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(path)
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (FileNotFoundError, ValueError):  # unfinished, or being removed
+            if os.environ.get("RANK", "0") == "0":
+                shutil.rmtree(path)
     return None
 
 

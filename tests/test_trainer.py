@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import warnings
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -281,6 +283,32 @@ def test_an_unfinished_checkpoint_is_removed_and_the_one_before_it_used(tmp_path
     os.remove(state) if damage == "missing" else state.write_text('{"global_')
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_of_several_processes_the_main_one_removes_what_all_skip(tmp_path, monkeypatch):
+    for step in (2, 9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    for rank, left in (("1", 3), ("0", 1), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+        assert len(list(tmp_path.iterdir())) == left
+
+
+def test_a_process_goes_on_while_the_main_one_removes_a_checkpoint_under_its_eyes(tmp_path, monkeypatch):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}" if step == 2 else "{")
+    read = Path.read_text
+
+    def late(path):
+        if "checkpoint-10" in str(path):
+            shutil.rmtree(path.parent)
+        return read(path)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Path, "read_text", late)
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
 
 
 def test_without_any_checkpoint_there_is_nothing_to_resume(tmp_path):
