@@ -16,7 +16,18 @@ import pandas as pd
 
 from .chat import Chat
 from .config import Profile, load_profile
-from .episodes import Condition, Failure, Limits, Policy, Runner, in_shards, mine_failures, read_episodes, run_episodes
+from .episodes import (
+    FAILURE,
+    Condition,
+    Limits,
+    MinedFailures,
+    Policy,
+    Runner,
+    in_shards,
+    mine_failures,
+    read_episodes,
+    run_episodes,
+)
 from .errors import R3Error
 from .store import folder_hash, key_of, stage
 from .tasks import TASKS, load_task
@@ -32,7 +43,6 @@ DATA = HERE.parent / "data"
 SOURCES = "study.py weights.py warm_start.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* "
 SOURCES += "verifiers/verdict.py verifiers/{0}*"
 Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
-FAILURE = ["problem_id", "attempt", "reason", "count", "attempt_ids"]
 WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
@@ -149,15 +159,10 @@ class Study:
         config = self._config("train_problems", "mine_samples", "mine_temperature", "attempt_tokens", "shard_size")
         return self._sampled(target, config, [start] if start else [], sample, part)
 
-    def failures(self) -> list[Failure]:
+    def failures(self) -> MinedFailures:
         """The mined failures, as training takes them."""
-        problems = {q.id: q for q in self.problems("train", self.profile.train_problems)}
-        chat, failures = Chat(self.tokenizer), []
-        for row in pd.read_parquet(self.mine()).itertuples():
-            problem = problems[row.problem_id]
-            prompt = chat.start(self.task, problem)
-            failures.append(Failure(problem, prompt, row.attempt_ids.tolist(), row.attempt, row.reason, row.count))
-        return failures
+        problems = self.problems("train", self.profile.train_problems)
+        return MinedFailures(self.mine(), problems, Chat(self.tokenizer), self.task)
 
     def train(self, seed: int, on_step: Callable[[pd.DataFrame], None] | None = None) -> Path:
         """Train an adapter with R3 on the mined failures; a killed run resumes from its last checkpoint.

@@ -15,6 +15,7 @@ from random import Random
 from types import SimpleNamespace
 
 import pandas as pd
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -115,10 +116,10 @@ class R3Config(GRPOConfig):
 class R3Trainer(GRPOTrainer):
     """GRPO on reflections (paper, section on the method; its equation is GRPO's with a token mask).
 
-    `failures` are failed attempts (see `mine_failures`). For each, G reflections are sampled, each is
-    followed by a retry in the same conversation, and the reward of a reflection is the retry's verdict, 0 or
-    1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a causal
-    mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
+    `failures` are failed attempts (see `mine_failures`), each read when its turn comes. For each, G reflections are
+    sampled, each is followed by a retry in the same conversation, and the reward of a reflection is the retry's
+    verdict, 0 or 1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a
+    causal mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
 
     A `RemoteEngine` gets the adapter before each rollout, and each token's loss is multiplied by its probability
     under the trained model over that under the sampler, cut at `vllm_importance_sampling_clip_max`.
@@ -128,7 +129,7 @@ class R3Trainer(GRPOTrainer):
                  processing_class=None, engine=None, callbacks=None):  # fmt: skip
         if not failures:
             raise R3Error("no failures to train on: mine more problems, or a harder task")
-        self.task, self.failures, self._engine = task, list(failures), engine
+        self.task, self.failures, self._engine = task, failures, engine
         order = training_order(len(self.failures), args.max_steps * args.failures_per_step, args.seed)
         super().__init__(
             model=model,
@@ -153,16 +154,16 @@ class R3Trainer(GRPOTrainer):
             raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
 
     def _dataset(self, order: list[int]) -> Dataset:
-        """One row a group: the conversation up to the reflection; its place in the order is inside the message."""
-        self.order, rows = order, []
-        for place, failure in enumerate(self.failures[index] for index in order):
-            talk = [
-                *self.task.messages(failure.problem),
-                {"role": "assistant", "content": failure.attempt},
-                {"role": "user", "content": self.task.reflection_prompt},
-            ]
-            rows.append({"prompt": [{**message, "place": place} for message in talk]})
-        return Dataset.from_list(rows)
+        """One row a group: its place in the order, inside a message that names the failure where TRL logs it.
+
+        The text of half a million conversations would take gigabytes; `rollout` takes the failure instead.
+        """
+        self.order, size = order, len(order)
+        texts = pa.array(f"failure {index}" for index in order)
+        messages = [pa.repeat("user", size), texts, pa.array(range(size))]
+        messages = pa.StructArray.from_arrays(messages, ["role", "content", "place"])
+        prompts = pa.ListArray.from_arrays(pa.array(range(size + 1), pa.int32()), messages)
+        return Dataset(pa.table({"prompt": prompts}))
 
     def runner(self) -> Runner:
         """Samples from the policy as it stands."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import (
@@ -99,6 +100,17 @@ def test_a_group_is_g_reflections_on_one_failure_with_one_retry_each(tiny, token
     chat, request = Chat(tokenizer), trainer.task.retry_prompt
     flat = [(p, c) for p, group in zip(asked, groups) for c in group]
     assert retried == [chat.follow(p, c.ids, request) for p, c in flat]
+
+
+def test_a_row_of_the_data_set_is_a_place_and_a_name_and_trl_logs_the_name(tiny, tokenizer, tmp_path):
+    trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), max_steps=50)
+    assert trainer.train_dataset.data.nbytes < 40 * 100
+    for place, (row, index) in enumerate(zip(trainer.train_dataset, training_order(4, 100, trainer.args.seed))):
+        assert row == {"prompt": [{"role": "user", "content": f"failure {index}", "place": place}]}
+    trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), max_steps=1, log_completions=True)
+    trainer.train()
+    [logged] = (tmp_path / "completions").glob("*.parquet")
+    assert [p[0]["content"] for p in pd.read_parquet(logged).prompt[::4]] == [f"failure {i}" for i in trainer.order]
 
 
 # rewards and advantages
