@@ -31,7 +31,7 @@ from .episodes import (
 from .errors import R3Error
 from .store import folder_hash, key_of, stage
 from .tasks import TASKS, load_task
-from .weights import compute_dtype, load, locate
+from .weights import commit, compute_dtype, load, locate
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -69,8 +69,10 @@ class Study:
 
     @cached_property
     def model_hash(self) -> str:
-        """Hash of a local model's files; for a hub id the id."""
-        return folder_hash(Path(self.model_path)) or self.model_path
+        """Hash of a local model's files; for a hub id "id@commit", or the id alone where no commit is known."""
+        if found := folder_hash(Path(self.model_path)):
+            return found
+        return f"{self.model_path}@{known}" if (known := commit(self.model_path)) else self.model_path
 
     @cached_property
     def tokenizer(self):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pandas as pd
 import pytest
 from conftest import CoinTask, ScriptedEngine, small_config, small_lora
@@ -129,3 +130,20 @@ def test_problems_are_read_once_a_study_and_not_at_all_for_a_cached_stage(tmp_pa
     for split, n in [("train", 5), ("test", 5), ("train", 5), ("train", 6)]:
         assert study.problems(split, n) == draw(split, n, 0)
     assert asked == [("train", 5), ("test", 5), ("train", 6)]
+
+
+def test_a_hub_model_is_known_by_its_commit_in_the_cache_while_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached, hashes = tmp_path / "models--some--model", []
+    (cached / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "snapshots" / commit / "config.json").write_text("{}")
+        (cached / "refs" / "main").write_text(commit)
+        study = Study("smoke", "countdown", tmp_path, model="some/model")
+        hashes.append(study._config()["model"])
+    assert hashes == [f"some/model@{'a' * 40}", f"some/model@{'b' * 40}"]
+    for absent in ("other/model", "no/such/folder"):
+        assert Study("smoke", "countdown", tmp_path, model=absent).model_hash == absent
+    assert "@" not in Study("smoke", "countdown", tmp_path).model_hash
