@@ -10,6 +10,8 @@ from pathlib import Path
 from random import Random
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .chat import Chat
 from .engines.base import Completion, Engine, Sampling
@@ -92,6 +94,12 @@ class Failure:
     attempt: str
     reason: str
     count: int = 1
+
+
+FAILURE = ["problem_id", "attempt", "reason", "count", "attempt_ids"]  # columns of a table of mined failures
+NAME = pa.dictionary(pa.int32(), pa.string())
+KEPT = {"problem_id": NAME, "attempt_ids": pa.list_(pa.int32()), "reason": NAME, "count": pa.int32()}
+KEPT = pa.schema(KEPT)  # of them in memory
 
 
 @dataclass(frozen=True)
@@ -189,6 +197,30 @@ def mine_failures(runner: Runner, problems: Sequence, k: int = 64, temperature: 
     `k=1, temperature=0` mines greedily: the problems that the model gets wrong with its best answer.
     """
     return failures_of(problems, runner.first_tries(problems, k, temperature, seed), runner)
+
+
+class MinedFailures(Sequence):
+    """The failures in a table with the columns FAILURE, each made when it is asked for, from its problem and tokens.
+
+    What is kept is four bytes a token and a few a row: as a list of `Failure`, a million takes tens of gigabytes.
+    """
+
+    def __init__(self, path: Path, problems: Sequence, chat: Chat, task):
+        self._problems, self._chat, self._task = {p.id: p for p in problems}, chat, task
+        file = pq.ParquetFile(path, read_dictionary=["problem_id", "reason"])
+        batches = file.iter_batches(4096, columns=KEPT.names)  # whose 64-bit tokens are never in memory at once
+        small = [pa.record_batch([b[f.name].cast(f.type) for f in KEPT], schema=KEPT) for b in batches]
+        self._rows = pa.Table.from_batches(small, KEPT)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        name, ids, reason, count = (column[index].as_py() for column in self._rows.columns)
+        problem = self._problems[name]
+        return Failure(problem, self._chat.start(self._task, problem), ids, self._chat.text(ids), reason, count)
 
 
 def run_episodes(

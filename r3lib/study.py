@@ -16,11 +16,22 @@ import pandas as pd
 
 from .chat import Chat
 from .config import Profile, load_profile
-from .episodes import Condition, Failure, Limits, Policy, Runner, in_shards, mine_failures, read_episodes, run_episodes
+from .episodes import (
+    FAILURE,
+    Condition,
+    Limits,
+    MinedFailures,
+    Policy,
+    Runner,
+    in_shards,
+    mine_failures,
+    read_episodes,
+    run_episodes,
+)
 from .errors import R3Error
 from .store import folder_hash, key_of, stage
 from .tasks import TASKS, load_task
-from .weights import compute_dtype, load, locate
+from .weights import commit, compute_dtype, load, locate
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -32,7 +43,6 @@ DATA = HERE.parent / "data"
 SOURCES = "study.py weights.py warm_start.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* "
 SOURCES += "verifiers/verdict.py verifiers/{0}*"
 Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
-FAILURE = ["problem_id", "attempt", "reason", "count", "attempt_ids"]
 WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
 TRAINING = (
@@ -50,6 +60,7 @@ class Study:
         self.task = load_task(task, **self.profile.task_options.get(task, {}))
         self.results = (DATA.parent / results) / self.profile.name
         self.made: set[Path] = set()
+        self.drawn: dict[tuple[str, int], list] = {}
 
     @property
     def model_path(self) -> str:
@@ -58,8 +69,10 @@ class Study:
 
     @cached_property
     def model_hash(self) -> str:
-        """Hash of a local model's files; for a hub id the id."""
-        return folder_hash(Path(self.model_path)) or self.model_path
+        """Hash of a local model's files; for a hub id "id@commit", or the id alone where no commit is known."""
+        if found := folder_hash(Path(self.model_path)):
+            return found
+        return f"{self.model_path}@{known}" if (known := commit(self.model_path)) else self.model_path
 
     @cached_property
     def tokenizer(self):
@@ -103,8 +116,10 @@ class Study:
         return server_options(self.profile) if self.profile.own_server else ""
 
     def problems(self, split: str, n: int) -> list:
-        """The study's problems of a split: the same for every policy and seed."""
-        return self.task.problems(split, n, seed=0)
+        """The study's problems of a split: the same for every policy and seed, read once a study."""
+        if (split, n) not in self.drawn:
+            self.drawn[split, n] = self.task.problems(split, n, seed=0)
+        return self.drawn[split, n]
 
     def warm_start(self) -> Path | None:
         """The adapter that R3 starts from, made by supervised training; None where the profile has no warm start."""
@@ -138,10 +153,9 @@ class Study:
     def mine(self, part: Part = None) -> Path:
         """The failures of what R3 starts from on training problems: the data set of the training."""
         p, start = self.profile, self.warm_start()
-        problems = self.problems("train", p.train_problems)
 
         def sample(out: Path, part: tuple[int, int]) -> None:
-            runner = self.runner(start)
+            problems, runner = self.problems("train", p.train_problems), self.runner(start)
 
             def mined(some: list) -> pd.DataFrame:
                 failures = mine_failures(runner, some, p.mine_samples, p.mine_temperature)
@@ -154,15 +168,10 @@ class Study:
         config = self._config("train_problems", "mine_samples", "mine_temperature", "attempt_tokens", "shard_size")
         return self._sampled(target, config, [start] if start else [], sample, part)
 
-    def failures(self) -> list[Failure]:
+    def failures(self) -> MinedFailures:
         """The mined failures, as training takes them."""
-        problems = {q.id: q for q in self.problems("train", self.profile.train_problems)}
-        chat, failures = Chat(self.tokenizer), []
-        for row in pd.read_parquet(self.mine()).itertuples():
-            problem = problems[row.problem_id]
-            prompt = chat.start(self.task, problem)
-            failures.append(Failure(problem, prompt, row.attempt_ids.tolist(), row.attempt, row.reason, row.count))
-        return failures
+        problems = self.problems("train", self.profile.train_problems)
+        return MinedFailures(self.mine(), problems, Chat(self.tokenizer), self.task)
 
     def train(self, seed: int, on_step: Callable[[pd.DataFrame], None] | None = None) -> Path:
         """Train an adapter with R3 on the mined failures; a killed run resumes from its last checkpoint.

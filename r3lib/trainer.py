@@ -15,13 +15,13 @@ from random import Random
 from types import SimpleNamespace
 
 import pandas as pd
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from .chat import Chat
@@ -117,10 +117,10 @@ class R3Config(GRPOConfig):
 class R3Trainer(GRPOTrainer):
     """GRPO on reflections (paper, section on the method; its equation is GRPO's with a token mask).
 
-    `failures` are failed attempts (see `mine_failures`). For each, G reflections are sampled, each is
-    followed by a retry in the same conversation, and the reward of a reflection is the retry's verdict, 0 or
-    1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a causal
-    mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
+    `failures` are failed attempts (see `mine_failures`), each read when its turn comes. For each, G reflections are
+    sampled, each is followed by a retry in the same conversation, and the reward of a reflection is the retry's
+    verdict, 0 or 1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a
+    causal mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
 
     A `RemoteEngine` gets the adapter before each rollout, and each token's loss is multiplied by its probability
     under the trained model over that under the sampler, cut at `vllm_importance_sampling_clip_max`.
@@ -130,7 +130,7 @@ class R3Trainer(GRPOTrainer):
                  processing_class=None, engine=None, callbacks=None):  # fmt: skip
         if not failures:
             raise R3Error("no failures to train on: mine more problems, or a harder task")
-        self.task, self.failures, self._engine = task, list(failures), engine
+        self.task, self.failures, self._engine = task, failures, engine
         order = training_order(len(self.failures), args.max_steps * args.failures_per_step, args.seed)
         start = dict(model.named_parameters()) if isinstance(model, PeftModel) else {}
         start = {name: value.detach().clone() for name, value in start.items() if value.requires_grad}
@@ -157,16 +157,16 @@ class R3Trainer(GRPOTrainer):
             raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
 
     def _dataset(self, order: list[int]) -> Dataset:
-        """One row a group: the conversation up to the reflection; its place in the order is inside the message."""
-        self.order, rows = order, []
-        for place, failure in enumerate(self.failures[index] for index in order):
-            talk = [
-                *self.task.messages(failure.problem),
-                {"role": "assistant", "content": failure.attempt},
-                {"role": "user", "content": self.task.reflection_prompt},
-            ]
-            rows.append({"prompt": [{**message, "place": place} for message in talk]})
-        return Dataset.from_list(rows)
+        """One row a group: its place in the order, inside a message that names the failure where TRL logs it.
+
+        The text of half a million conversations would take gigabytes; `rollout` takes the failure instead.
+        """
+        self.order, size = order, len(order)
+        texts = pa.array(f"failure {index}" for index in order)
+        messages = [pa.repeat("user", size), texts, pa.array(range(size))]
+        messages = pa.StructArray.from_arrays(messages, ["role", "content", "place"])
+        prompts = pa.ListArray.from_arrays(pa.array(range(size + 1), pa.int32()), messages)
+        return Dataset(pa.table({"prompt": prompts}))
 
     def runner(self) -> Runner:
         """Samples from the policy as it stands."""
@@ -278,13 +278,15 @@ def completions_under(mask: str, rows, retry_prompts, retries) -> dict:
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint that was written to its end; unfinished ones are removed."""
-    while Path(folder).is_dir() and (path := get_last_checkpoint(folder)):
+    """The newest checkpoint that was written to its end; unfinished ones after it are removed, by the main process."""
+    found = {int(p.name[11:]): p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit()}
+    for _, path in sorted(found.items(), reverse=True):
         try:
-            json.loads((Path(path) / "trainer_state.json").read_text())
-            return path
-        except (FileNotFoundError, ValueError):
-            shutil.rmtree(path)
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (FileNotFoundError, ValueError):  # unfinished, or being removed
+            if os.environ.get("RANK", "0") == "0":
+                shutil.rmtree(path)
     return None
 
 

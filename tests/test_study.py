@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pandas as pd
 import pytest
+from conftest import CoinTask, ScriptedEngine, small_config, small_lora
 
-import r3lib.episodes
 import r3lib.study
-from r3lib.study import FAILURE, Study
+from r3lib.chat import Chat
+from r3lib.episodes import FAILURE, MinedFailures, Runner, mine_failures
+from r3lib.study import Study
+from r3lib.trainer import R3Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"torch", "transformers", "peft", "trl", "datasets"}  # ten seconds in every notebook's kernel
@@ -62,6 +66,48 @@ def test_failures_hold_plain_numbers_that_an_engine_in_another_process_can_be_se
     assert json.dumps(failure.attempt_ids) == "[5, 1]"
 
 
+def mined(study, path, count=12):
+    """Failures at random attempts, and the same as `study` reads them from a table at `path`."""
+    runner = Runner(ScriptedEngine(study.tokenizer), Chat(study.tokenizer), study.task)
+    found = mine_failures(runner, study.problems("train", study.profile.train_problems)[:count], k=3)
+    rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in found]
+    pd.DataFrame(rows, columns=FAILURE).to_parquet(path)
+    return found, MinedFailures(path, study.problems("train", study.profile.train_problems), runner.chat, study.task)
+
+
+def test_failures_are_made_anew_at_each_access_as_they_were_mined(tmp_path):
+    found, read = mined(Study("smoke", "countdown", tmp_path), tmp_path / "mined.parquet")
+    assert len(read) == len(found) > 30 and list(read) == found
+    assert (read[-1], read[2:5], read[:0]) == (found[-1], found[2:5], [])
+    assert read[0] is not read[0] and read[0].problem is found[0].problem
+    with pytest.raises(IndexError):
+        read[len(read)]
+
+
+def test_what_is_kept_of_failures_is_four_bytes_a_token(tmp_path):
+    found, read = mined(Study("smoke", "countdown", tmp_path), tmp_path / "mined.parquet", count=192)
+    tokens = sum(len(f.attempt_ids) for f in found)
+    assert read._rows.nbytes < 4 * tokens + 16 * len(found) + 4096  # and the dictionaries of names
+
+
+def test_a_table_without_failures_is_an_empty_sequence(tmp_path):
+    pd.DataFrame([], columns=FAILURE).to_parquet(tmp_path / "mined.parquet")
+    assert list(MinedFailures(tmp_path / "mined.parquet", [], None, None)) == []
+
+
+def test_training_on_failures_of_a_table_is_training_on_a_list_of_them(tiny, tmp_path):
+    study, steps = Study("smoke", "countdown", tmp_path), []
+    for name, failures in zip("ab", mined(study, tmp_path / "mined.parquet")):
+        engine, config = ScriptedEngine(study.tokenizer), small_config(tmp_path / name, max_steps=3)
+        trainer = R3Trainer(tiny(), config, CoinTask(), failures, small_lora(), study.tokenizer, engine)
+        trainer.train()
+        assert trainer.failures is failures
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows = [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in lines]
+        steps.append((engine.calls, rows, [p.tolist() for p in trainer.model.parameters() if p.requires_grad]))
+    assert steps[0] == steps[1] and len(steps[0][1]) == 3
+
+
 def test_a_changed_source_makes_results_anew(tmp_path):
     """A local file of problems is part of what every stage is made from."""
     for name in ("a", "b"):
@@ -71,3 +117,33 @@ def test_a_changed_source_makes_results_anew(tmp_path):
         study = Study("nano", "countdown", tmp_path, task_options={"countdown": {"source": source}})
         keys.append(study._config()["data"])
     assert keys[0] == "" and len(set(keys)) == 3
+
+
+def test_problems_are_read_once_a_study_and_not_at_all_for_a_cached_stage(tmp_path, monkeypatch):
+    study, made, asked = Study("smoke", "countdown", tmp_path), tmp_path / "made", []
+    draw = study.task.problems
+    monkeypatch.setattr(study.task, "problems", lambda *given, seed: asked.append(given) or draw(*given, seed))
+    monkeypatch.setattr(r3lib.study, "stage", lambda *_: made)  # as if cached
+    study.mine()
+    study.baseline()
+    assert asked == []
+    for split, n in [("train", 5), ("test", 5), ("train", 5), ("train", 6)]:
+        assert study.problems(split, n) == draw(split, n, 0)
+    assert asked == [("train", 5), ("test", 5), ("train", 6)]
+
+
+def test_a_hub_model_is_known_by_its_commit_in_the_cache_while_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cached, hashes = tmp_path / "models--some--model", []
+    (cached / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        (cached / "snapshots" / commit / "config.json").write_text("{}")
+        (cached / "refs" / "main").write_text(commit)
+        study = Study("smoke", "countdown", tmp_path, model="some/model")
+        hashes.append(study._config()["model"])
+    assert hashes == [f"some/model@{'a' * 40}", f"some/model@{'b' * 40}"]
+    for absent in ("other/model", "no/such/folder"):
+        assert Study("smoke", "countdown", tmp_path, model=absent).model_hash == absent
+    assert "@" not in Study("smoke", "countdown", tmp_path).model_hash

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from r3lib.errors import R3Error
-from r3lib.tasks import CountdownProblem, CountdownTask, Task, load_task
-from r3lib.tasks.countdown import SPLITS, reachable, split_of
+from r3lib.tasks import CountdownProblem, CountdownTask, Task, countdown, load_task
+from r3lib.tasks.countdown import HUB_DATASET, SPLITS, reachable, split_of
 
 SMALL = dict(count=3, largest=12, largest_target=40)
 ROWS = [((4, 6, 9), 19), ((2, 3, 7), 42), ((1, 5, 8), 12), ((4, 6, 9), 33), ((3, 3, 8, 8), 24)]
@@ -199,17 +199,49 @@ def test_a_data_set_with_a_wrong_column_is_told_what_is_needed(write):
         CountdownTask(source=source).problems("train", 1, 0)
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A data set of 600 rows in place of the hub's: all of (a, b, c) with a + b - c, a third with 5,000 too much."""
+    rows = [((a, b, c), a + b - c) for a in range(20, 30) for b in range(1, 7) for c in range(7, 17)]
+    rows = [{"nums": list(nums), "target": target + 5000 * (i % 3 == 0)} for i, (nums, target) in enumerate(rows)]
+    named = {HUB_DATASET: datasets.Dataset.from_list(rows)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: named[name])
+    return CountdownTask(source="hub")
+
+
+def test_problems_of_the_hub_are_solvable_distinct_a_function_of_the_seed_and_in_one_split(hub):
+    found = {split: hub.problems(split, n, 0) for split, n in {"train": 200, "validation": 8, "test": 30}.items()}
+    for split, problems in found.items():
+        assert problems == hub.problems(split, len(problems), 0) != hub.problems(split, len(problems), 1)
+        assert problems[:5] == hub.problems(split, 5, 0)
+        assert all(p.target in reachable(tuple(sorted(p.nums))) and p.target < 5000 for p in problems)
+    ids = [p.id for problems in found.values() for p in problems]
+    assert len(set(ids)) == len(ids) == 238
+
+
+def test_of_the_hub_only_rows_that_are_drawn_are_solved(hub, monkeypatch):
+    solved = []
+    monkeypatch.setattr(countdown, "reachable", lambda nums: solved.append(nums) or reachable(nums))
+    taken = hub.problems("test", 10, 0)
+    assert 10 <= len(solved) < 30 and {tuple(sorted(p.nums)) for p in taken} <= set(solved)
+
+
 @pytest.mark.parametrize("row", [((1, 1, 1), 50), ((), 5)])
-def test_an_unsolvable_row_is_named(write, row):
-    source = write([*ROWS[:3], row], kind="json")
-    with pytest.raises(R3Error, match=r"row 3: nums=\[.*target=\d+ is no solvable problem"):
-        CountdownTask(source=source).problems("train", 1, 0)
+def test_an_unsolvable_row_is_skipped_and_named_in_one_logged_line(write, caplog, row):
+    source = write([*ROWS[:3], row, *ROWS[3:]], kind="json")
+    available = [CountdownProblem(nums, target) for nums, target in ROWS]
+    available = {p.id for p in available if split_of(p) in ("train", "pretrain")}
+    with pytest.raises(R3Error, match=f"has {len(available)} train problems, 9 were asked for"):
+        CountdownTask(source=source).problems("train", 9, 0)
+    [line] = [r.getMessage() for r in caplog.records if r.name == countdown.__name__]
+    assert f"skipped 1 rows with no solvable problem of whole numbers, e.g. row 3: nums={list(row[0])}" in line
 
 
-def test_targets_that_are_no_whole_numbers_are_refused(write):
+def test_targets_that_are_no_whole_numbers_are_no_problems(write, caplog):
     source = write([((4, 6, 9), 19.5)])
-    with pytest.raises(R3Error, match="row 0: .*target=19.5 is no solvable problem of whole numbers"):
+    with pytest.raises(R3Error, match="has 0 train problems, 1 were asked for"):
         CountdownTask(source=source).problems("train", 1, 0)
+    assert "row 0: nums=[4, 6, 9], target=19.5" in caplog.text
 
 
 def test_a_missing_path_is_one_line(tmp_path, cache):

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import warnings
 from functools import cached_property
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import (
@@ -98,6 +101,17 @@ def test_a_group_is_g_reflections_on_one_failure_with_one_retry_each(tiny, token
     chat, request = Chat(tokenizer), trainer.task.retry_prompt
     flat = [(p, c) for p, group in zip(asked, groups) for c in group]
     assert retried == [chat.follow(p, c.ids, request) for p, c in flat]
+
+
+def test_a_row_of_the_data_set_is_a_place_and_a_name_and_trl_logs_the_name(tiny, tokenizer, tmp_path):
+    trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), max_steps=50)
+    assert trainer.train_dataset.data.nbytes < 40 * 100
+    for place, (row, index) in enumerate(zip(trainer.train_dataset, training_order(4, 100, trainer.args.seed))):
+        assert row == {"prompt": [{"role": "user", "content": f"failure {index}", "place": place}]}
+    trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), max_steps=1, log_completions=True)
+    trainer.train()
+    [logged] = (tmp_path / "completions").glob("*.parquet")
+    assert [p[0]["content"] for p in pd.read_parquet(logged).prompt[::4]] == [f"failure {i}" for i in trainer.order]
 
 
 # rewards and advantages
@@ -310,6 +324,32 @@ def test_an_unfinished_checkpoint_is_removed_and_the_one_before_it_used(tmp_path
     os.remove(state) if damage == "missing" else state.write_text('{"global_')
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
     assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_of_several_processes_the_main_one_removes_what_all_skip(tmp_path, monkeypatch):
+    for step in (2, 9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    for rank, left in (("1", 3), ("0", 1), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+        assert len(list(tmp_path.iterdir())) == left
+
+
+def test_a_process_goes_on_while_the_main_one_removes_a_checkpoint_under_its_eyes(tmp_path, monkeypatch):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}" if step == 2 else "{")
+    read = Path.read_text
+
+    def late(path):
+        if "checkpoint-10" in str(path):
+            shutil.rmtree(path.parent)
+        return read(path)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Path, "read_text", late)
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
 
 
 def test_without_any_checkpoint_there_is_nothing_to_resume(tmp_path):

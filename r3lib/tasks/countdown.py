@@ -1,6 +1,7 @@
 """The Countdown task: reach a target from given numbers, each used exactly once."""
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from .base import Task
 
 SPLITS = {"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}  # share of the problems
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
+BATCH = 1000  # rows of it that are read at once
 
 
 @dataclass(frozen=True)
@@ -126,15 +128,28 @@ class CountdownTask(Task):
 
     def _read(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
         parts = {split} | ({"pretrain"} if split == "train" else set())  # no corpus was made from this source
-        rows = [p for p in read_rows(self.source) if split_of(p) in parts]
-        distinct = list({p.id: p for p in rows}.values())
-        if len(distinct) < n:
-            raise R3Error(f"{self.source} has {len(distinct)} {split} problems, {n} were asked for: ask for fewer")
-        return Random(f"{seed}").sample(distinct, n)
+        found: dict[str, CountdownProblem] = {}
+        skipped = []
+        for row, nums, target in read_rows(self.source, seed):
+            problem = _whole(nums, target)
+            if problem and (problem.id in found or split_of(problem) not in parts):
+                continue
+            if problem and target in reachable(tuple(sorted(nums))):  # slow, so only of rows that are taken
+                found[problem.id] = problem
+            else:
+                skipped.append(f"row {row}: nums={nums}, target={target}")
+            if len(found) == n:
+                break
+        if skipped:
+            said = "%s: skipped %d rows with no solvable problem of whole numbers, e.g. %s"
+            logging.getLogger(__name__).warning(said, self.source, len(skipped), skipped[0])
+        if len(found) < n:
+            raise R3Error(f"{self.source} has {len(found)} {split} problems, {n} were asked for: ask for fewer")
+        return list(found.values())
 
 
-def read_rows(source: str) -> Iterator[CountdownProblem]:
-    """Read the data set (`nums`, `target`) from the hub or a local path; every row must be solvable."""
+def read_rows(source: str, seed: int) -> Iterator[tuple[int, list[int], int]]:
+    """The data set's rows (number, `nums`, `target`) from the hub or a local path, in a seeded order."""
     from datasets import load_dataset
 
     path = Path(source)
@@ -152,27 +167,26 @@ def read_rows(source: str) -> Iterator[CountdownProblem]:
         raise R3Error(
             f"{source!r} has columns {data.column_names}: Countdown needs `nums` (list of int) and `target` (int)"
         )
-    for row, (nums, target) in enumerate(zip(data["nums"], data["target"])):
-        yield _checked(nums, target, source, row)
+    data, order = data.select_columns(["nums", "target"]), Random(f"{seed}").sample(range(len(data)), len(data))
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        some = data[rows]
+        yield from zip(rows, some["nums"], some["target"])
 
 
-def _checked(nums, target, source, row) -> CountdownProblem:
+def _whole(nums, target) -> CountdownProblem | None:
+    """The problem of a row of whole numbers; None of any other."""
     whole = isinstance(target, int) and bool(nums) and all(isinstance(x, int) for x in nums)
-    if not whole or target not in reachable(tuple(sorted(nums))):
-        raise R3Error(
-            f"{source!r}, row {row}: nums={nums}, target={target} is no solvable problem of whole numbers: "
-            "correct or remove it"
-        )
-    return CountdownProblem(tuple(nums), target)
+    return CountdownProblem(tuple(nums), target) if whole else None
 
 
-@lru_cache(maxsize=200_000)
+@lru_cache(maxsize=2048)  # room for all 1,540 of three numbers up to 20; one of four numbers takes some 20 kB
 def reachable(nums: tuple[int, ...]) -> tuple[int, ...]:
     """All whole numbers that sorted `nums` reach with + - * /, each number used exactly once; exact."""
     return tuple(sorted({n // d for n, d in _fractions(nums) if n % d == 0}))
 
 
-@lru_cache(maxsize=200_000)
+@lru_cache(maxsize=8192)
 def _reduced(nums: tuple[int, ...]) -> frozenset[tuple[int, int]]:
     """The values of `nums` as (numerator, denominator), each value once."""
     divisors = ((n, d, gcd(n, d) if d > 0 else -gcd(n, d)) for n, d in _fractions(nums))
