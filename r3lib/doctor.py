@@ -51,7 +51,7 @@ def machine() -> dict:
 
 
 def examine(profile: Profile, gpu_memory: float | None = None, task: str = "all") -> list[Finding]:
-    """All findings about this machine for a profile and task; with `gpu_memory` its plan is for a GPU of so many GiB."""
+    """All findings about this machine for a profile and task; with `gpu_memory` planned for a GPU of so many GiB."""
     lacking, memory = missing(profile.model), psutil.virtual_memory().total / GIB
     return [
         *_versions(),
