@@ -1,7 +1,6 @@
 """Real weights through every notebook: the short run that the profile `smol` names, and the embedded model in NF4."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,10 +13,7 @@ import pytest
 from r3lib.config import FOLDER
 from r3lib.weights import SMOLLM2_INSTALL
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("R3_SMOL"), reason="takes many minutes: set R3_SMOL=1"),
-]
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 
 
