@@ -1,9 +1,11 @@
 """Reflect, Retry, Reward: the masked GRPO trainer, the verifiers and the study around them."""
 
+import logging
 import warnings
 from importlib import import_module
 
 warnings.filterwarnings("ignore", "IProgress not found")  # plain progress bars do in notebooks
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that it would fetch from the hub
 
 PUBLIC = {
     "R3Config": "trainer",

@@ -62,7 +62,7 @@ def examine(profile: Profile, gpu_memory: float | None = None, task: str = "all"
         *_plan(profile, gpu_memory),
         *_hub(),
         *(_function_calling(profile) if task in ("all", "function_calling") else []),
-        *_vllm(profile),
+        *vllm(profile),
         _finding("tcmalloc", TCMALLOC or "none", TCMALLOC, "10 to 20% slower: install libtcmalloc-minimal4", "warn"),
     ]
 
@@ -151,7 +151,7 @@ def _hub() -> list[Finding]:
     return [Finding("hub", "ok", "reachable")]
 
 
-def _vllm(profile: Profile) -> list[Finding]:
+def vllm(profile: Profile) -> list[Finding]:
     """Whether the profile's vLLM servers answer; without any, whether one of our own could be started."""
     if profile.engine != "vllm":
         return []

@@ -280,10 +280,8 @@ def shape_of(model: str) -> Shape | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = folder_of(model)
     try:
-        local = Path(folder).is_dir() or not reaches_hub()  # asking on would take half a minute
-        config = AutoConfig.from_pretrained(folder, local_files_only=local)
+        config = AutoConfig.from_pretrained(**source_of(model))
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config)
     except Exception:  # whatever stands in the way, there is nothing to plan with
@@ -307,9 +305,13 @@ def shape_of(model: str) -> Shape | None:
     )
 
 
-def folder_of(model: str) -> str:
-    """Where a profile's `model` has its config and tokenizer: as `weights.locate`, which would make SmolLM2."""
-    return str({"base_model": weights.EMBEDDED, "smollm2": weights.SMOLLM2}.get(model, model))
+def source_of(model: str) -> dict:
+    """Arguments of `from_pretrained` for the config and tokenizer of a profile's `model`, without making SmolLM2."""
+    if model == "smollm2" and not weights.SMOLLM2.is_dir():
+        return weights.gguf()
+    folder = str({"base_model": weights.EMBEDDED, "smollm2": weights.SMOLLM2}.get(model, model))
+    local = Path(folder).is_dir() or not reaches_hub()  # asking on would take half a minute
+    return {"pretrained_model_name_or_path": folder, "local_files_only": local}
 
 
 def lengths_of(profile: Profile) -> Lengths:
@@ -319,7 +321,7 @@ def lengths_of(profile: Profile) -> Lengths:
     try:
         if '"hub"' in json.dumps(profile.task_options):
             return Lengths()
-        chat = Chat(AutoTokenizer.from_pretrained(folder_of(profile.model), local_files_only=True))
+        chat = Chat(AutoTokenizer.from_pretrained(**source_of(profile.model) | {"local_files_only": True}))
         tasks = [load_task(name, **profile.task_options.get(name, {})) for name in TASKS]
         found = [_longest(chat, task, profile.warm_start_steps > 0) for task in tasks]
     except Exception:  # no tokenizer, no data

@@ -90,6 +90,12 @@ def _made_by_main(target: Path, marker: Path, key: str) -> Path:
     return target
 
 
+def up_to_date(target: Path, config: dict, inputs, version: int = 1) -> bool:
+    """Whether `stage` would take `target` as it is."""
+    marker, run = target.with_name(f"{target.name}.stage.json"), os.environ.get("R3_FRESH", "")
+    return _why(marker, _wanted(config, inputs, target, version), run) is None
+
+
 def key_of(config: dict, inputs, target: Path, version: int = 1) -> str:
     """Hex digest of all that decides what `stage` makes of these arguments."""
     return hashlib.sha256(json.dumps(_wanted(config, inputs, target, version), sort_keys=True).encode()).hexdigest()

@@ -29,9 +29,9 @@ from .episodes import (
     run_episodes,
 )
 from .errors import R3Error
-from .store import folder_hash, key_of, stage
+from .store import folder_hash, key_of, stage, up_to_date
 from .tasks import TASKS, load_task
-from .weights import commit, compute_dtype, load, locate
+from .weights import commit, compute_dtype, load, locate, reading
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -79,7 +79,8 @@ class Study:
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model_path)
+        with reading(self.model_path):
+            return AutoTokenizer.from_pretrained(self.model_path)
 
     def model(self, adapter: Path | None = None, trainable: bool = False):
         """The model, with the adapter in `adapter` if one is named."""
@@ -259,12 +260,20 @@ class Study:
     def _sampled(self, target: Path, config: dict, inputs: list[Path], sample, part: Part) -> Path:
         """A table that is sampled in shards. With `part` (i, n) only those of process i of n, into a folder for all.
 
-        Without, the table; the shards that such processes have left are taken, and what is missing is sampled.
+        Without, the table; the shards that such processes have left are taken, and what is missing is sampled. A table
+        that is there and up to date is neither sampled nor shared out again.
         """
         shards = self.results / "parts" / f"{target.stem}-{key_of(config, inputs, target)[:12]}"
-        if part:
+        size, problems = config["shard_size"], config.get("test_problems") or config["train_problems"]
+        count, made = -(-problems // size), len(list(shards.glob("shard-*.parquet")))
+        if part and part[0] >= count:
+            print(f"share {part[0]}/{part[1]} is empty: {problems} problems make {count} shards (shard_size={size})")
+            return shards
+        if part and not up_to_date(target, config, inputs):
             sample(shards, part)
             return shards
+        if 0 < made < count:
+            print(f"{count - made} of {count} shards are missing: sampling them here")
 
         def build(work: Path) -> None:
             out = shards if shards.exists() and not os.environ.get("R3_FRESH") else work / "shards"

@@ -91,7 +91,8 @@ class R3Config(GRPOConfig):
         if rows % local or (rows // int(os.environ.get("WORLD_SIZE", 1))) % self.num_generations:
             raise R3Error(
                 f"failures_per_step x num_generations = {rows} rows do not divide into learning batches of {local}: "
-                "change failures_per_step or per_device_train_batch_size"
+                "change failures_per_step, num_generations (group_size in a profile) or "
+                "per_device_train_batch_size (micro_batch)"
             )
         self.gradient_accumulation_steps = rows // local
         asked = self.steps_per_generation, self.generation_batch_size

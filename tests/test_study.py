@@ -56,6 +56,18 @@ def test_shares_of_a_stage_are_joined_to_what_one_process_makes(tmp_path, monkey
     assert len(made) > 5
 
 
+def test_a_share_says_when_it_is_empty_made_already_or_missing(tmp_path, monkeypatch, capsys):
+    study, again = (Study("smoke", "countdown", tmp_path, train_problems=24, shard_size=8) for _ in range(2))
+    study.mine((3, 4))
+    assert capsys.readouterr().out == "share 3/4 is empty: 24 problems make 3 shards (shard_size=8)\n"
+    study.mine((0, 2))
+    capsys.readouterr()
+    path = study.mine()
+    assert "1 of 3 shards are missing: sampling them here" in capsys.readouterr().out
+    monkeypatch.setattr(r3lib.study, "mine_failures", None)
+    assert again.mine((0, 2)) == path and capsys.readouterr().out == "cached  countdown.parquet\n"
+
+
 def test_failures_hold_plain_numbers_that_an_engine_in_another_process_can_be_sent(tmp_path, monkeypatch):
     """A table gives token ids back as numpy's numbers, which JSON does not know."""
     study, path = Study("smoke", "countdown", tmp_path), tmp_path / "mined.parquet"

