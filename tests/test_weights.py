@@ -22,7 +22,7 @@ def test_a_model_that_is_nowhere_is_named(tmp_path, monkeypatch):
     with pytest.raises(R3Error, match="model 'no/such' is no folder with a model, and the hub does not give it: "):
         weights.load("no/such")
     with pytest.raises(R3Error, match="model 'no/such' is no folder"):
-        Study("smoke", "countdown", tmp_path, model="no/such").tokenizer
+        _ = Study("smoke", "countdown", tmp_path, model="no/such").tokenizer
 
 
 def test_a_folder_or_hub_id_is_taken_as_it_is():
