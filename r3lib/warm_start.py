@@ -47,8 +47,8 @@ def config(folder: Path, steps: int, learning_rate: float, micro_batch: int, **o
     args = SFTConfig(
         output_dir=str(folder), max_steps=steps, learning_rate=learning_rate, lr_scheduler_type="cosine",
         warmup_steps=0.05, per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=max(1, BATCH // micro_batch), max_length=None, logging_steps=1, save_steps=50,
-        report_to="none", disable_tqdm=True, **(training_options() | options),
+        gradient_accumulation_steps=max(1, BATCH // micro_batch), max_length=None, logging_steps=1, save_steps=10,
+        save_total_limit=1, report_to="none", disable_tqdm=True, **(training_options() | options),
     )  # fmt: skip
     args._n_gpu = min(1, args.n_gpu)  # a process trains on one GPU, however many it sees
     return args
