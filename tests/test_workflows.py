@@ -9,7 +9,6 @@ import sys
 import sysconfig
 import tomllib
 import venv
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -137,7 +136,7 @@ def test_stages_are_restored_kept_and_uploaded_but_never_over_committed_files():
     assert places == {"${{ env.STAGES }}"} and keep["if"] == "always()"
     left_out = [line[1:] for line in GPU["env"]["STAGES"].split() if line.startswith("!")]
     tracked = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert tracked and all(any(fnmatch(file, f"{place}*") for place in left_out) for file in tracked)
+    assert tracked and all(any(Path(file).is_relative_to(place) for place in left_out) for file in tracked)
     assert gpu_step("Reproduce")["timeout-minutes"] < GPU["timeout-minutes"]
 
 
