@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--from", dest="start", metavar="NN", help="first notebook to run, for example 03")
     one.add_argument("--only", metavar="NN", help="the one notebook to run")
     one.add_argument("--fresh", action="store_true", help="compute everything again")
-    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
+    add_set(one)
     one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
     one.add_argument("--verbose", action="store_true", help="show what the notebooks print")
 
@@ -56,11 +56,12 @@ def parser() -> argparse.ArgumentParser:
     one = command("doctor", doctor, "Say what a profile needs, whether this machine has it, and what to mend.")
     one.add_argument("--profile", default="nano")
     one.add_argument("--task", default="all", help="all (default) or one task, whose data alone are then asked for")
-    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
+    add_set(one)
     one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="plan for a GPU of so many GiB")
 
     one = command("report", report, "Write report.html again from the results that are there.")
     one.add_argument("--profile", default="nano")
+    add_set(one)
     one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
 
     one = command("base-model", base_model, "Pretrain the embedded model from a seed (hours; resumes after a kill).")
@@ -104,7 +105,7 @@ def report(options) -> int:
     from .config import ROOT, load_profile
     from .report import write_report
 
-    print(write_report(ROOT / options.results / load_profile(options.profile).name))
+    print(write_report(ROOT / options.results / load_profile(options.profile, **_overrides(options.set)).name))
     return 0
 
 
@@ -126,11 +127,16 @@ def badges(options) -> int:
     return 0
 
 
+def add_set(one: argparse.ArgumentParser) -> None:
+    """Add --set, which overrides keys of the profile."""
+    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
+
+
 def add_study(one: argparse.ArgumentParser) -> None:
     """Add the options that name a study of one task: --profile, --task, --set, --results."""
     one.add_argument("--profile", default="nano")
     one.add_argument("--task", required=True)
-    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
+    add_set(one)
     one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
 
 

@@ -82,6 +82,8 @@ def test_report_of_a_run_that_never_was_is_one_line(tmp_path, capsys):
     assert cli.main(["report", "--results", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("r3: error: ") and "r3 reproduce --profile nano" in error and error.count("\n") == 1
+    assert cli.main(["report", "--results", str(tmp_path), "--set", "name=variant"]) == 2
+    assert str(Path(tmp_path.name, "variant")) in capsys.readouterr().err
 
 
 def test_base_model_passes_seed_steps_and_folder(monkeypatch, tmp_path, capsys):
