@@ -9,6 +9,7 @@ import yaml
 
 from .errors import R3Error
 from .tasks import TASKS
+from .tasks.base import RETRY_TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "r3lib" / "profiles"
@@ -45,6 +46,8 @@ class Profile:
     mask: str
     reflection_temperature: float
     retry_temperature: float
+    retry_turn: str
+    truncation_penalty: float
     max_grad_norm: float
     micro_batch: int
     save_steps: int
@@ -77,10 +80,12 @@ CHOICES = {
     "scheduler": ("constant_with_warmup", "constant", "linear", "cosine"),
     "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
     "mask": ("reflection", "reflection+retry", "retry"),
+    "retry_turn": RETRY_TURNS,
     "quantization": ("none", "nf4"),
     "engine": ("transformers", "vllm"),
 }
 FROM_ZERO = {"warm_start_steps", "mine_temperature", "retry_temperature", "warmup_steps", "beta", "threads"}
+FROM_ZERO |= {"truncation_penalty"}
 ABOVE_ZERO = {"learning_rate", "warm_start_rate", "max_grad_norm", "reflection_temperature"}  # others: from 1
 WHY = {
     "group_size": "a group of 1 has no variance, so nothing is learned: use 2 or more, for example 8",

@@ -111,6 +111,7 @@ class Runner:
     task: object
     limits: Limits = Limits()
     reflection_temperature: float = 0.0
+    retry_turn: str = "restate"  # see `Task.second_turn`; the same for every condition that goes on in the chat
 
     def first_tries(self, problems: Sequence, samples=1, temperature=0.0, seed=0) -> list[list[Completion]]:
         """Answer every problem `samples` times; a completion depends on problem, seed and index alone."""
@@ -131,8 +132,9 @@ class Runner:
         return self.chat.follow(failure.prompt_ids, failure.attempt_ids, self.task.reflection_prompt)
 
     def retry_prompt(self, failure: Failure, reflection: list[int]) -> list[int]:
-        """Task, failed attempt, reflection, the request to try again."""
-        return self.chat.follow(self.reflection_prompt(failure), reflection, self.task.retry_prompt)
+        """Task, failed attempt, reflection, the request to try again with the question."""
+        again = self.task.second_turn(self.task.retry_prompt, failure.problem, self.retry_turn)
+        return self.chat.follow(self.reflection_prompt(failure), reflection, again)
 
     def second_tries(self, condition: Condition, failures: Sequence[Failure], seed=0, reflections=None):
         """Return (reflection ids or None, retry completion) for each failure under `condition`.
@@ -157,7 +159,8 @@ class Runner:
         if condition is Condition.resample:
             return failure.prompt_ids
         if condition in (Condition.retry, Condition.retry_sampled):
-            return self.chat.follow(failure.prompt_ids, failure.attempt_ids, self.task.blind_retry_prompt)
+            again = self.task.second_turn(self.task.blind_retry_prompt, failure.problem, self.retry_turn)
+            return self.chat.follow(failure.prompt_ids, failure.attempt_ids, again)
         return self.retry_prompt(failure, reflection)
 
 

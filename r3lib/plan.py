@@ -330,8 +330,10 @@ def lengths_of(profile: Profile) -> Lengths:
 
 
 def _longest(chat: Chat, task, warm: bool) -> tuple[int, int, int, int]:
-    prompts = [chat.start(task, problem) for problem in task.problems("train", SAMPLE, seed=0)]
-    requests = [len(chat.follow([], [chat.end_id], text)) - 1 for text in (task.reflection_prompt, task.retry_prompt)]
+    problems = task.problems("train", SAMPLE, seed=0)
+    prompts = [chat.start(task, problem) for problem in problems]
+    again = max((task.second_turn(task.retry_prompt, problem) for problem in problems), key=len)
+    requests = [len(chat.follow([], [chat.end_id], text)) - 1 for text in (task.reflection_prompt, again)]
     talks = [task.conversation(Random(index)) for index in range(SAMPLE if warm else 0)]
     whole = [chat.prompt([{"role": role, "content": text} for role, text, _ in talk]) for talk in talks]
     return max(map(len, prompts)), *requests, max(map(len, whole), default=0)

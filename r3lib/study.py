@@ -44,10 +44,12 @@ SOURCES = "study.py weights.py warm_start.py chat.py episodes.py trainer.py engi
 SOURCES += "verifiers/verdict.py verifiers/{0}*"
 Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
 WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
-SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "sample_batch")
+SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "retry_turn")
+SAMPLING += ("sample_batch",)
 TRAINING = (
     "steps", "failures_per_step", "group_size", "learning_rate", "warmup_steps", "scheduler", "lora_rank",
-    "lora_alpha", "beta", "loss_type", "mask", "retry_temperature", "max_grad_norm", "micro_batch",
+    "lora_alpha", "beta", "loss_type", "mask", "retry_temperature", "truncation_penalty", "max_grad_norm",
+    "micro_batch",
 )  # fmt: skip
 
 
@@ -100,7 +102,7 @@ class Study:
 
             engine = TransformersEngine(self.model(adapter), self.tokenizer, p.sample_batch, progress)
         limits = Limits(p.attempt_tokens, p.reflection_tokens, p.retry_tokens)
-        return Runner(engine, Chat(self.tokenizer), self.task, limits, p.reflection_temperature)
+        return Runner(engine, Chat(self.tokenizer), self.task, limits, p.reflection_temperature, p.retry_turn)
 
     def remote_engine(self):
         """The engine over vLLM servers that the profile asks for, the same for all studies; None: transformers."""
@@ -209,8 +211,9 @@ class Study:
             warmup_steps=p.warmup_steps, max_steps=p.steps, beta=p.beta, loss_type=p.loss_type, mask=p.mask,
             failures_per_step=p.failures_per_step, num_generations=p.group_size, temperature=p.reflection_temperature,
             retry_temperature=p.retry_temperature, max_completion_length=p.reflection_tokens,
-            max_retry_length=p.retry_tokens, per_device_train_batch_size=p.micro_batch, sample_batch=p.sample_batch,
-            max_grad_norm=p.max_grad_norm, save_steps=p.save_steps, disable_tqdm=True,
+            max_retry_length=p.retry_tokens, retry_turn=p.retry_turn, truncation_penalty=p.truncation_penalty,
+            per_device_train_batch_size=p.micro_batch, sample_batch=p.sample_batch, max_grad_norm=p.max_grad_norm,
+            save_steps=p.save_steps, disable_tqdm=True,
         )  # fmt: skip
         start, failures, callbacks = self.warm_start(), self.failures(), [AfterStep(on_step)] if on_step else []
         model, lora = self.model(start, trainable=True), None if start else self.lora()

@@ -30,6 +30,7 @@ from .engines.transformers import TransformersEngine
 from .episodes import Failure, Limits, Runner
 from .errors import R3Error
 from .store import write_atomic
+from .tasks.base import RETRY_TURNS
 from .weights import NO_SAMPLING, training_options
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is pinned by our contract tests
@@ -71,11 +72,17 @@ class R3Config(GRPOConfig):
     mask: str = field(default="reflection", metadata={"help": f"Which tokens are trained: {', '.join(MASKS)}."})
     max_retry_length: int = field(default=256, metadata={"help": "Most tokens of a retry."})
     retry_temperature: float = field(default=1.0, metadata={"help": "Temperature of the retry; 0 is greedy."})
+    retry_turn: str = field(default="restate", metadata={"help": "A retry restates the question, or is a reminder."})
+    truncation_penalty: float = field(default=0.0, metadata={"help": "Taken from the reward of a reflection cut off."})
     sample_batch: int = field(default=256, metadata={"help": "Rows sampled at once."})
 
     def __post_init__(self):
         if self.mask not in MASKS:
             raise R3Error(f"mask={self.mask!r} is unknown: use one of {', '.join(MASKS)}")
+        if self.retry_turn not in RETRY_TURNS:
+            raise R3Error(f"retry_turn={self.retry_turn!r} is unknown: use one of {', '.join(RETRY_TURNS)}")
+        if self.truncation_penalty < 0:
+            raise R3Error(f"truncation_penalty={self.truncation_penalty} would reward being cut off: use 0 or more")
         if self.num_generations < 2:
             raise R3Error(f"group size {self.num_generations} has no variance to learn from: use at least 2")
         if self.use_vllm:
@@ -175,7 +182,7 @@ class R3Trainer(GRPOTrainer):
             self.accelerator.unwrap_model(self.model), self.processing_class, self.args.sample_batch
         )
         limits = Limits(reflection=self.args.max_completion_length, retry=self.args.max_retry_length)
-        return Runner(engine, self._chat, self.task, limits, self.args.temperature)
+        return Runner(engine, self._chat, self.task, limits, self.args.temperature, self.args.retry_turn)
 
     def _train_for_a_remote_engine(self) -> None:
         """Turn on what TRL does for a vLLM of its own: weigh tokens by the importance ratio, sync before rollouts.
@@ -230,16 +237,16 @@ def training_order(size: int, wanted: int, seed: int) -> list[int]:
     return order[:wanted]
 
 
-def verified(completions, verdict, **_) -> list[float]:
-    """The reward: the verdict on the retry, as `rollout` found it."""
-    return verdict
+def verified(completions, reward, **_) -> list[float]:
+    """The reward, as `rollout` found it: the verdict on the retry, less `truncation_penalty` for a cut reflection."""
+    return reward
 
 
 def rollout(prompts: list, trainer: R3Trainer) -> dict:
     """TRL's `rollout_func`: G reflections a failure, one retry each; rows in the order of `prompts`.
 
     `prompts` come repeated G times, contiguous. Returns ids of prompt and completion, log-probs, the
-    verdicts, and for the masks with a retry `env_mask` (1 = trained).
+    rewards, and for the masks with a retry `env_mask` (1 = trained).
     """
     started, args, runner = time.perf_counter(), trainer.args, trainer.runner()
     size = args.num_generations
@@ -255,11 +262,15 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     sampling = Sampling(args.max_retry_length, args.retry_temperature)
     retries = [r[0] for r in runner.engine.generate(retry_prompts, 1, sampling, retry_seeds)]
     verdicts = [runner.task.verify(runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)]
+    cut = [not c.finished for _, _, c in rows]
     trainer.r3_metrics = {
+        "retry_success": sum(v.ok for v in verdicts) / len(rows),
+        "truncated_share": sum(cut) / len(rows),
         "reflection_tokens": sum(len(c.ids) for _, _, c in rows) / len(rows),
         "seconds_sampling": time.perf_counter() - started,
     }
-    output = {"prompt_ids": [a for _, a, _ in rows], "verdict": [float(v.ok) for v in verdicts]}
+    rewards = [v.ok - args.truncation_penalty * c for v, c in zip(verdicts, cut)]
+    output = {"prompt_ids": [a for _, a, _ in rows], "reward": rewards}
     return output | completions_under(args.mask, rows, retry_prompts, retries)
 
 

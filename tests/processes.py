@@ -31,7 +31,7 @@ def main(folder: str, steps: str, micro: str, resume: str) -> None:
 
     def watched(prompts, trainer):
         output = original(prompts, trainer)
-        rows = zip((p[0]["place"] for p in prompts), output["completion_ids"], output["verdict"])
+        rows = zip((p[0]["place"] for p in prompts), output["completion_ids"], output["reward"])
         seen.extend((trainer.state.global_step, *row) for row in rows)
         return output
 

@@ -105,12 +105,13 @@ def test_every_last_answer_is_right_and_every_first_of_several_wrong(corpus):
 
 
 def test_user_turns_are_the_tasks_own_words(corpus):
-    blind = [TASK.blind_retry_prompt]
-    reflective = [TASK.reflection_prompt, TASK.retry_prompt]
     for turns, (problem, *_) in corpus:
         assert [role for role, _, _ in turns] == ["user", "assistant"] * (len(turns) // 2)
         assert turns[0][1] == TASK.messages(problem)[0]["content"]
-        assert [text for _, text, _ in turns[2::2]] == {2: [], 4: blind, 6: reflective}[len(turns)]
+        question = TASK.messages(problem)[0]["content"]
+        blind, again = (f"{told}\n{question}" for told in (TASK.blind_retry_prompt, TASK.retry_prompt))
+        later = {2: [], 4: [blind], 6: [TASK.reflection_prompt, again]}
+        assert [text for _, text, _ in turns[2::2]] == later[len(turns)]
 
 
 def test_only_right_answers_and_own_reflections_are_learned(corpus):
@@ -231,9 +232,12 @@ def test_the_user_turns_of_the_function_calling_half_are_the_tasks_own_words():
     asked = task.messages(task.problems("train", 1, 0)[0])[0]["content"].split("\n")[2]
     for turns in islice(conversations(0), 2000):
         if turns[0][1].startswith("Tools: "):
-            seen |= {text for _, text, _ in turns[2::2]}
             tools, query, form = turns[0][1].split("\n")
             assert query.startswith("Query: ") and form == asked
+            for text in (text for _, text, _ in turns[2::2]):
+                told, _, question = text.partition("\n")
+                assert question == (query.removeprefix("Query: ") if told != task.reflection_prompt else "")
+                seen.add(told)
     assert seen == followups
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pandas as pd
 import pytest
+from conftest import ScriptedEngine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from r3lib.engines.base import Completion
 from r3lib.episodes import (
     SECOND_TRIES,
     Condition,
+    Failure,
     Limits,
     Policy,
     Runner,
@@ -22,7 +24,7 @@ from r3lib.episodes import (
     run_episodes,
 )
 from r3lib.errors import R3Error
-from r3lib.tasks import CountdownTask
+from r3lib.tasks import CountdownTask, FunctionCallingTask
 from r3lib.tasks.countdown_corpus import solutions
 
 COLUMNS = (
@@ -139,16 +141,17 @@ def test_each_condition_asks_what_it_says(runner, tmp_path):
     task = {p: user(TASK.messages(p)[0]["content"]) for p in PROBLEMS}
     told = {p: task[p] + assistant(wrong(p)) for p in failed}
     asked = {p: told[p] + user(TASK.reflection_prompt) for p in failed}
-    again = user(TASK.retry_prompt)
+    again = {p: user(f"{TASK.retry_prompt}\n{TASK.messages(p)[0]['content']}") for p in failed}
+    blind = {p: user(f"{TASK.blind_retry_prompt}\n{TASK.messages(p)[0]['content']}") for p in failed}
     expected = [
         (task.values(), 0),
         (asked.values(), 0),
         ([task[p] for p in failed], 1),
-        ([told[p] + user(TASK.blind_retry_prompt) for p in failed], 0),
-        ([told[p] + user(TASK.blind_retry_prompt) for p in failed], 1),
-        ([asked[p] + assistant(TASK.generic_reflection) + again for p in failed], 0),
+        ([told[p] + blind[p] for p in failed], 0),
+        ([told[p] + blind[p] for p in failed], 1),
+        ([asked[p] + assistant(TASK.generic_reflection) + again[p] for p in failed], 0),
         (None, 0),
-        ([asked[p] + assistant(reflected(p)) + again for p in failed], 0),
+        ([asked[p] + assistant(reflected(p)) + again[p] for p in failed], 0),
     ]
     assert [sampling.temperature for _, sampling in one.engine.calls] == [t for _, t in expected]
     for (texts, _), (wanted, _) in zip(one.engine.calls, expected):
@@ -295,3 +298,20 @@ def test_an_answer_cut_off_and_the_same_answer_finished_are_two_failures(runner,
     ended = [*ids, tokenizer.eos_token_id]
     tries = [[Completion(i, [0.0] * len(i), i is ended) for i in (ids, ended, ids)]]
     assert [f.count for f in failures_of(PROBLEMS[:1], tries, one)] == [2, 1]
+
+
+@pytest.mark.parametrize("task", [TASK, FunctionCallingTask()])
+def test_second_tries_restate_the_question_alike_unless_a_reminder_is_asked_for(tokenizer, task):
+    """In every condition that goes on in the chat the last turn ends with the question; as a reminder in none."""
+    [problem] = task.problems("test", 1, seed=0)
+    chat = Chat(tokenizer)
+    failure = Failure(problem, chat.start(task, problem), tokenizer.encode("no"), "no", "no_answer")
+    question = {"countdown": task.messages(problem)[0]["content"], "function_calling": getattr(problem, "query", None)}
+    for retry_turn, tail in (("restate", f"\n{question[task.name]}"), ("reminder", "")):
+        engine = ScriptedEngine(tokenizer)
+        one = Runner(engine, chat, task, retry_turn=retry_turn)
+        for condition in set(SECOND_TRIES) - {Condition.resample}:
+            one.second_tries(condition, [failure, failure], reflections=[[30], [31]])
+            asked = tokenizer.decode(engine.calls[-1][0][0]).split("<|user|>")[-1]
+            told = task.blind_retry_prompt if condition.startswith("retry") else task.retry_prompt
+            assert asked == f"{told}{tail}<|end|><|assistant|>"

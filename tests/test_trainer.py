@@ -29,7 +29,7 @@ from r3lib.trainer import R3Metrics, R3Trainer, last_checkpoint, metrics_file, r
 
 METRICS = [
     "task", "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens",
-    "reflection_tokens", "seconds_sampling", "seconds_learning",
+    "reflection_tokens retry_success truncated_share", "seconds_sampling", "seconds_learning",
 ]  # fmt: skip
 
 
@@ -98,9 +98,11 @@ def test_a_group_is_g_reflections_on_one_failure_with_one_retry_each(tiny, token
     assert output["prompt_ids"] == [p for p in asked for _ in range(4)]
     assert (sampling.max_tokens, sampling.temperature) == (12, 1.0)
     assert (retry_sampling.max_tokens, retry_sampling.temperature) == (6, 0.0)
-    chat, request = Chat(tokenizer), trainer.task.retry_prompt
-    flat = [(p, c) for p, group in zip(asked, groups) for c in group]
-    assert retried == [chat.follow(p, c.ids, request) for p, c in flat]
+    chat, task = Chat(tokenizer), trainer.task
+    failures = [trainer.failures[index] for index in trainer.order[:2]]
+    again = [f"{task.retry_prompt}\n{task.messages(f.problem)[0]['content']}" for f in failures]
+    flat = [(p, c, turn) for p, group, turn in zip(asked, groups, again) for c in group]
+    assert retried == [chat.follow(p, c.ids, turn) for p, c, turn in flat]
 
 
 def test_a_row_of_the_data_set_is_a_place_and_a_name_and_trl_logs_the_name(tiny, tokenizer, tmp_path):
@@ -122,8 +124,22 @@ def test_the_reward_of_a_reflection_is_the_verdict_on_its_retry(tiny, tokenizer,
     output, (_, (_, _, retries)) = roll_once(trainer)
     texts = [tokenizer.decode(r[0].ids, skip_special_tokens=True) for r in retries]
     expected = [float(trainer.task.verify(text, None).ok) for text in texts]
-    assert len(set(expected)) == 2 and output["verdict"] == expected
-    assert verified(completions=[], verdict=expected, anything=1) == expected
+    assert len(set(expected)) == 2 and output["reward"] == expected
+    assert verified(completions=[], reward=expected, anything=1) == expected
+
+
+def test_a_reflection_that_is_cut_off_costs_the_penalty(tiny, tokenizer, tmp_path):
+    free, charged = (
+        make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), truncation_penalty=penalty)
+        for penalty in (0.0, 0.25)
+    )
+    plain, ((_, _, groups), _) = roll_once(free)
+    output, _ = roll_once(charged)
+    cut = [not c.finished for group in groups for c in group]
+    assert 0 < sum(cut) < len(cut)
+    assert output["reward"] == [reward - 0.25 * c for reward, c in zip(plain["reward"], cut)]
+    assert charged.r3_metrics["truncated_share"] == sum(cut) / len(cut)
+    assert charged.r3_metrics["retry_success"] == sum(plain["reward"]) / len(cut)
 
 
 def test_rewards_become_advantages_normalised_inside_the_group(tiny, tokenizer, tmp_path):

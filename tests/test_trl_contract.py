@@ -38,7 +38,7 @@ def train(tokenizer, folder, steps=2, env_mask=None, rewards=(0.0, 1.0, 0.0, 1.0
         seen.steps.append(trainer.state.global_step)
         ids = [REFLECTION[i % 4] for i in range(len(prompts))]
         output = {"prompt_ids": [[20, 21, 22]] * len(ids), "completion_ids": ids, "logprobs": None}
-        output["verdict"] = [rewards[i % 4] for i in range(len(ids))]
+        output["reward"] = [rewards[i % 4] for i in range(len(ids))]
         output["owner"] = [f"rollout {i}" for i in range(len(ids))]
         return output | ({"env_mask": [env_mask(row) for row in ids]} if env_mask else {})
 

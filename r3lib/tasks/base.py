@@ -6,6 +6,8 @@ from random import Random
 from ..errors import R3Error
 from ..verifiers.verdict import Verdict
 
+RETRY_TURNS = ("restate", "reminder")  # a second try asks the question again (the paper's), or only to try again
+
 
 class Task:
     """Subclass it for a task of your own.
@@ -29,6 +31,14 @@ class Task:
     def messages(self, problem) -> list[dict]:
         """Return the conversation that asks for a first try: [{"role": ..., "content": ...}, ...]."""
         raise TypeError(f"task {type(self).__name__} does not define messages(problem)")
+
+    def question(self, problem) -> str:
+        """Return what a second try asks again: by default the last user message of `messages`."""
+        return next(m["content"] for m in reversed(self.messages(problem)) if m["role"] == "user")
+
+    def second_turn(self, told: str, problem, retry_turn: str = "restate") -> str:
+        """Return the user turn before a second try: what is `told`, then (`retry_turn`) the question again or not."""
+        return f"{told}\n{self.question(problem)}" if retry_turn == "restate" else told
 
     def tools(self, problem) -> list[dict] | None:
         """Return the tools that the chat template presents, as JSON Schema functions; None for a task without."""

@@ -12,7 +12,7 @@ DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
 STYLES = {"vague": 0.23, "verbose": 0.20, "diagnosis": 0.20, "hint": 0.12, "search": 0.25}
 FOREIGN = 0.06  # share of reflections that were written for another problem
 FOUND, GIVE_UP = 0.40, 0.04  # chances that the next try of a search is a right one, that it stops after a wrong one
-MOST_TRIES = 9  # of one search
+MOST_TRIES = 8  # of one search
 
 VAGUE = (
     "I should read the problem again and be more careful.",
@@ -193,7 +193,8 @@ def conversation(task, draw, random: Random) -> list[tuple[str, str, bool]]:
     attempt = wrong_attempt(problem, random)
     turns = [("user", user, False), ("assistant", tagged(attempt), False)]
     if kind < DIRECT + BLIND:
-        return turns + [("user", task.blind_retry_prompt, False), ("assistant", tagged(right), True)]
+        again = task.second_turn(task.blind_retry_prompt, problem)
+        return turns + [("user", again, False), ("assistant", tagged(right), True)]
     text, own = reflection(problem, attempt, random), True
     if random.random() < FOREIGN:
         other = draw(random)
@@ -201,7 +202,8 @@ def conversation(task, draw, random: Random) -> list[tuple[str, str, bool]]:
     else:
         right = _announced(text, problem) or right
     turns += [("user", task.reflection_prompt, False), ("assistant", text, own)]
-    return turns + [("user", task.retry_prompt, False), ("assistant", tagged(right), True)]
+    again = task.second_turn(task.retry_prompt, problem)
+    return turns + [("user", again, False), ("assistant", tagged(right), True)]
 
 
 def _announced(text: str, problem) -> str | None:

@@ -47,6 +47,10 @@ class FunctionCallingTask(Task):
         """The plain form, for models whose chat template has no place for tools."""
         return [{"role": "user", "content": self.plain(problem)}]
 
+    def question(self, problem: FunctionCallingProblem) -> str:
+        """The query: the tools stand in the conversation already."""
+        return problem.query
+
     def plain(self, problem: FunctionCallingProblem) -> str:
         """Tools (without empty descriptions), query and the form of the answer."""
         shown = json.dumps([_without_blanks(tool) for tool in problem.tools], ensure_ascii=False)

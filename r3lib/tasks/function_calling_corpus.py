@@ -197,9 +197,11 @@ def conversation(task, draw_case, random: Random) -> list[tuple[str, str, bool]]
     said = attempt if isinstance(attempt, str) else json.dumps(attempt)
     turns = [("user", user, False), ("assistant", said, False)]
     if kind < DIRECT + BLIND:
-        return turns + [("user", task.blind_retry_prompt, False), ("assistant", right, True)]
+        again = task.second_turn(task.blind_retry_prompt, case.problem)
+        return turns + [("user", again, False), ("assistant", right, True)]
     own = random.random() >= FOREIGN
     other = case if own else draw_case(random)
     text = reflection(other, attempt if own else wrong_attempt(other, random), random)
     turns += [("user", task.reflection_prompt, False), ("assistant", text, own)]
-    return turns + [("user", task.retry_prompt, False), ("assistant", right, True)]
+    again = task.second_turn(task.retry_prompt, case.problem)
+    return turns + [("user", again, False), ("assistant", right, True)]
