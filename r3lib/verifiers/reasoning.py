@@ -45,7 +45,7 @@ _ENDS = (
     r"\|(?:end|eom)\|>(?!\s*<\|(?:start\|>assistant|channel\|>))",
     r"(?:end_of_turn|turn\||\|tool_response|end_of_utterance|eos|/s|｜end▁of▁sentence｜|｜User｜)>",
     r"\|(?:user|system|observation|USER_TOKEN)\|>|INST\]",
-    r"(?:\|im_start\||\|start_header_id\||\|start\||start_of_turn|\|turn)>user\b",
+    r"(?:\|im_start\||\|start_header_id\||\|start\||start_of_turn|\|turn)>user",
 )
 
 
