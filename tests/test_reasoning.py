@@ -140,12 +140,20 @@ def test_only_what_stands_outside_the_tags_is_left(blocks, last, after):
 
 
 @settings(deadline=None)
-@given(st.text(), st.sampled_from([tag for pair in PAIRS.values() for tag in pair] + ENDS), st.text())
+@given(
+    st.text(), st.sampled_from([tag for pair in PAIRS.values() for tag in pair] + ENDS), st.text()
+)
 def test_any_text_is_split(before, tag, after):
     assert without_reasoning(before + tag + after).startswith(answer_text(before + tag + after))
 
 
-TAGS = [*"<[a é", "<think", "<|", *(tag for pair in (PAIRS | MESSAGES).values() for tag in pair), *ENDS]
+TAGS = [
+    *"<[a é",
+    "<think",
+    "<|",
+    *(tag for pair in (PAIRS | MESSAGES).values() for tag in pair),
+    *ENDS,
+]
 TAGS += ["<think></think>", "</think>a<think>", "`<think>`", "<|end|><|start|>assistant"]
 
 

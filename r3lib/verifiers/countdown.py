@@ -1,23 +1,25 @@
-"""Does a text solve a Countdown problem? A small parser reads the answer; nothing is evaluated as code.
+r"""Does a text solve a Countdown problem? A small parser reads it; nothing is evaluated as code.
 
-The rule is the paper's: an equation with every given number exactly once whose value is the target. What a
-careful reader would accept as that is accepted, in whatever notation:
+The rule is the paper's: an equation with every given number exactly once, whose value is the
+target. What a careful reader would accept as that is accepted, in whatever notation:
 
 | | accepted | rejected |
 |---|---|---|
-| place | the last `<answer>...</answer>` with a digit, after reasoning, before the end of the turn | `\\boxed{}` alone |
-| numbers | `1000`, `1,000`, fullwidth `１５` and mathematical `𝟏𝟓` digits | `007`, `1e1`, `1.5`, `½`, `1 000`, `٣` |
-| operators | `+ - * /`, `× · • x`, `÷ ➗`, `− – —`, other signs that look so; `\\*` | `**`, `^`, `²`, `//`, `%`, `!` |
-| LaTeX | `\\times`, `\\cdot`, `\\ast`, `\\div`, `\\frac{}{}`, `\\boxed{}`, `\\left(`, spaces | other macros |
-| brackets | `( )`, and `[ ]` and `{ }` as parentheses | `(3]`, `3(5)` and `(3)(5)` |
-| signs | `3-5 = -2`, `3-5 = (-2)` | `-3+5`, `3*(-5)`: no operation on two given numbers |
-| equation | `3*5`, `3*5 = 15`, `15 = 3*5`, `(5-2)*5 = 3*5 = 15` | `3*5 =`, `3*5 == 15`, two equations, prose, units |
-| results | after or before `=`: `15.`, `15.0`, `1,000`, `-2`, `**15**` | `3*5 = 99`, `15 apples` |
-| around it | `$ $`, `\\( \\)`, backticks, a fence, `** **`, `__ __`, quotes, a full stop, brackets | |
-| white space | anywhere but in numbers, line breaks too; zero-width characters count for nothing | `1 2` |
+| place | the last `<answer>...</answer>` that holds a digit | `\boxed{}` without the tag |
+| numbers | `15`, `1,000`, fullwidth and mathematical digits | `007`, `1e1`, `1.5`, `1 2`, `½` |
+| operators | `+ - * /`, `× · • x`, `÷ ➗`, `− –`, the like, `\*` | `**`, `^`, `²`, `//`, `%`, `!` |
+| LaTeX | `\times \cdot \ast \div \frac{}{} \boxed{} \left( \right)`, spaces | other macros |
+| brackets | `( )`, and `[ ]` and `{ }` in their place | `(3]`, `3(5)`, `(3)(5)` |
+| signs | in a result: `3-5 = -2`, `3-5 = (-2)` | `-3+5`, `3*(-5)` |
+| equation | `3*5`, `3*5 = 15`, `15 = 3*5`, `(5-2)*5 = 3*5 = 15` | `3*5 =`, `==`, several |
+| results | `15`, `15.`, `15.0`, `1,000` | `3*5 = 99`, units |
+| marks | `$ $`, `\( \)`, `\[ \]`, backticks, a fence, bold, quotes, a full stop | words |
+| white space | between tokens, line breaks too; zero-width characters are nothing | in a number |
 
-Of an equation every side must equal the target, and one must be made of the given numbers. An answer has at
-most `MAX_LENGTH` characters and `MAX_DEPTH` nested brackets.
+Every side of an equation must equal the target, and one must be made of the given numbers.
+Several lines of working must be one such equation. Reasoning, and what follows the end of the
+turn, is no answer (`r3lib.verifiers.reasoning`). An answer has at most `MAX_LENGTH` characters
+and `MAX_DEPTH` nested brackets.
 """
 
 import operator
@@ -36,7 +38,7 @@ _TAG = re.compile(r"<(/?)(?ai:answer)>")
 
 _SPELLINGS = {"*": "×✕✖⨯⨉·⋅∙•∗⁎✱", "/": "÷∕⁄⧸➗", "-": "−–—―‒‑‐˗⁃﹘➖", "+": "➕"}
 _INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"
-# Small forms, fullwidth forms, mathematical digits, segmented digits; no superscripts and no fractions.
+# Small forms, fullwidth forms, mathematical and segmented digits; no superscripts, no fractions.
 _LOOKALIKES = ((0xFE50, 0xFE6F), (0xFF01, 0xFF5E), (0x1D7CE, 0x1D7FF), (0x1FBF0, 0x1FBF9))
 _PLAIN = {
     code: unicodedata.normalize("NFKC", chr(code))
@@ -53,7 +55,7 @@ _MACROS |= dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg".spli
 _MACROS |= dict.fromkeys(("boxed", "fbox", "mathbf", "displaystyle"), "")
 _MACROS |= dict.fromkeys(("quad", "qquad", *",;:! "), " ") | {sign: sign for sign in "*{}"}
 
-_FENCE = re.compile(r"```(?:\w*\n)?([^`]*)```|`([^`]*)`")
+_FENCE = re.compile(r"```(?:[A-Za-z]+\n)?([^`]*)```|`([^`]*)`")
 _AROUND = re.compile(
     r"""\$\$([^$]*)\$\$ | \$([^$]*)\$                                      # mathematics
     | \\{1,2}\(((?:(?!\\\)).)*?)\\{1,2}\) | \\{1,2}\[((?:(?!\\\]).)*?)\\{1,2}\]
@@ -75,9 +77,14 @@ _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fra
 def verify(text: str | None, nums: Iterable[int], target: int) -> Verdict:
     """Judge an answer to "reach `target` with each of `nums` exactly once".
 
-    The reason is the first that applies of "no_answer" (no well-formed answer tag, or `text` is None),
-    "invalid_expression" (outside the table above, or a division by zero), "wrong_numbers" (no side of the
-    equation has exactly the given numbers, as a multiset), "missed_target" (a side has another value), or "ok".
+    The reason is the first that applies of:
+
+    - "no_answer": no well-formed answer tag outside reasoning, or `text` is None
+    - "invalid_expression": outside the table above, or a division by zero
+    - "wrong_numbers": no side of the equation has exactly the given numbers, as a multiset
+    - "missed_target": a side of the equation has another value
+    - "ok"
+
     Raises TypeError when `text` is neither a string nor None.
     """
     content = answer(text)
@@ -96,12 +103,13 @@ def verify(text: str | None, nums: Iterable[int], target: int) -> Verdict:
 
 
 def answer(text: str | None) -> str | None:
-    """Return what the last well-formed `<answer>...</answer>` of `text` holds, or None when there is none.
+    """Return what the last well-formed `<answer>...</answer>` of `text` holds; None without one.
 
-    Only the text outside reasoning and before the end of the turn counts (`r3lib.verifiers.reasoning`). Tags
-    may be in any case. The content runs from the last opening tag that a closing one follows to the first
-    closing tag after it, so neither a later unclosed tag nor a stray closing one hides it; nor does a tag
-    without a digit in it, which is only mentioned. Raises TypeError when `text` is neither a string nor None.
+    Only text outside reasoning and before the end of the turn counts. Tags may be in any case.
+    The content runs from the last opening tag that a closing one follows to the first closing
+    tag after it, so neither a later unclosed tag nor a stray closing one hides it. Nor does a
+    tag without a digit, which is only mentioned. Raises TypeError when `text` is neither a
+    string nor None.
     """
     if text is None:
         return None
@@ -115,7 +123,9 @@ def answer(text: str | None) -> str | None:
         elif start is not None:
             contents.append(text[start : tag.start()])
             start = None
-    given = [content for content in contents if len(content) > MAX_LENGTH or re.search(r"\d", content)]
+    given = [
+        content for content in contents if len(content) > MAX_LENGTH or re.search(r"\d", content)
+    ]
     return next(reversed(given or contents), None)
 
 
@@ -128,20 +138,25 @@ def read(expression: str) -> tuple[Fraction, list[int]]:
 
 
 def _tokens(text: str) -> list[str]:
-    """Return the tokens of `text` in plain notation; what marks a part of it, as `$ $` does, becomes brackets."""
+    """Return the tokens of `text` in plain notation; marks around a part become brackets."""
     if len(text) > MAX_LENGTH:
         raise ValueError(f"the answer has {len(text)} characters, more than {MAX_LENGTH}")
     text = _FULL_STOP.sub("", text.translate(_PLAIN))
     text = _FENCE.sub(_bracketed, text)
     text = _MACRO.sub(lambda macro: _MACROS.get(macro[1], macro[0]), text)
-    text = _AROUND.sub(_bracketed, text).replace("{,}", ",")
+    marked = None
+    while marked != text:  # marks may stand in one another, as in **$3*5$**
+        marked, text = text, _AROUND.sub(_bracketed, text)
+    text = text.replace("{,}", ",")
     return _TOKEN.findall(_LETTER_X.sub("*", text))
 
 
 def _bracketed(marked: re.Match) -> str:
     """Return what is marked in brackets, but a sign alone, as in `3 $\\times$ 5`, as it is."""
     inside = marked[marked.lastindex]
-    return inside if inside.strip() in (*_OPERATIONS, "=") else f"({inside})"
+    if inside.strip() in (*_OPERATIONS, "=") and not marked[0].startswith("*"):
+        return inside
+    return f"({inside})"
 
 
 def _sides(tokens: list[str]) -> list[list[str]]:
@@ -171,7 +186,7 @@ def _unwrapped(tokens: list[str]) -> list[str]:
 
 
 def _side(tokens: list[str]) -> tuple[Fraction, list[int] | None]:
-    """Return value and numbers of one side; None for a result with a sign or a point, which is no expression."""
+    """Return value and numbers of one side; None for those of a result with a sign or a point."""
     result = " ".join(_unwrapped(tokens))
     if _RESULT.fullmatch(result):
         return Fraction(result.replace(" ", "").replace(",", "")), None
@@ -188,7 +203,7 @@ def _read(tokens: list[str]) -> tuple[Fraction, list[int]]:
 
 
 def _sum(tokens: list[str], depth: int) -> Fraction | int:
-    """Read a sum off the end of `tokens`, which are in reverse order and begin with an end marker."""
+    """Read a sum off the end of `tokens`, which are reversed and begin with an end marker."""
     result = _product(tokens, depth)
     while tokens[-1] in ("+", "-"):
         result = _OPERATIONS[tokens.pop()](result, _product(tokens, depth))
