@@ -2,10 +2,11 @@
 
     python benchmarks/fuzz_countdown.py [--n 1000000] [--seed 0]
 
-What is right is known without reading the text: an expression tree is drawn, its value is computed with
-fractions, and then it is written in a random notation, dressed, placed in a text, or spoilt in a way that has one
-reason. Random plain text is judged by Python's own parser instead, and noise only has to get a verdict. Whatever
-is called right must reach its target by enumeration. Ends with an error when a verdict is wrong or takes 10 ms.
+What is right is known without reading the text: an expression tree is drawn, its value is computed
+with fractions, and then it is written in a random notation, marked, placed in a text, or spoilt in
+a way that has one reason. Random plain text is judged by Python's own parser instead, and noise has
+to get any verdict. Whatever is called right must reach its target by enumeration. Exits with 1 when
+a verdict is wrong or takes 10 ms of processor time.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Case:
     reason: str | None
 
 
-# ---------------------------------------------------------------- trees: a number, or (sign, left, right)
+# ---------------------------------------------------------------- trees: int or (sign, left, right)
 
 
 def draw_nums(rng: Random) -> tuple[int, ...]:
@@ -89,7 +90,7 @@ def truth(tree, nums, target) -> str:
 
 @lru_cache(maxsize=None)
 def reachable(nums: tuple[int, ...]) -> frozenset[Fraction]:
-    """Every value that sorted `nums` reach, each used once: two are joined at a time, in every way."""
+    """Every value that sorted `nums` reach, each used once: two are joined at a time."""
     return frozenset(_joined(tuple(map(Fraction, nums))))
 
 
@@ -109,34 +110,20 @@ def _joined(values: tuple[Fraction, ...]) -> frozenset[Fraction]:
 
 # ---------------------------------------------------------------- notations
 
-PLAIN_DIGITS, WIDE, BOLD, DOUBLE = "0123456789", 0xFF10, 0x1D7CE, 0x1D7D8
+FIRST_DIGITS = (0x30, 0x30, 0x30, 0xFF10, 0x1D7CE, 0x1D7D8)  # plain, fullwidth, bold, double-struck
 SIGNS = {
-    "+": ["+", "+", "＋", "➕", "﹢"],
-    "-": ["-", "-", "−", "–", "—", "‐", "‑", "－", "➖"],
-    "*": ["*", "*", "×", "·", "⋅", "•", "∙", "∗", "＊", "✕", "✖", "✖\ufe0f", r"\times", r"\cdot"]
-    + [r"\ast", r"\*", " x ", " X ", r"\\times", r"$\times$", r"\(\cdot\)"],
-    "/": ["/", "/", "÷", "∕", "⁄", "／", "➗", r"\div"],
-    "=": ["=", "=", " = ", " = ", "＝", "\n= "],
+    "+": "+ + + ＋ ➕ ﹢".split(),
+    "-": "- - - − – — ‐ ‑ － ➖".split(),
+    "*": r"* * × · ⋅ • ∙ ∗ ＊ ✕ ✖ \times \cdot \ast \* \\times $\times$ \(\cdot\)".split(),
+    "/": r"/ / / ÷ ∕ ⁄ ／ ➗ \div".split(),
+    "=": ["=", " = ", " = ", "＝", "\n= "],
 }
-BRACKETS = [("(", ")")] * 4 + [("[", "]"), ("{", "}"), ("（", "）"), (r"\{", r"\}")]
-BRACKETS += [(r"\left(", r"\right)"), (r"\left[", r"\right]"), (r"\bigl(", r"\bigr)")]
-SPACES = [
-    "",
-    "",
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    "\u00a0",
-    "\u2009",
-    "\u3000",
-    "\u200b",
-    "\u2060",
-    r"\,",
-    r"\ ",
-]
-MARKS = [("$", "$"), ("$$", "$$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`"), ("**", "**")]
-MARKS += [("***", "***"), ("__", "__"), ("```\n", "\n```"), ("```python\n", "```"), ("(", ")")]
+SIGNS["*"] += [" x ", " X ", "✖\ufe0f"]
+BRACKETS = [pair.split() for pair in ("( )", "( )", "( )", "[ ]", "{ }", "（ ）", r"\{ \}")]
+BRACKETS += [pair.split() for pair in (r"\left( \right)", r"\left[ \right]", r"\bigl( \bigr)")]
+SPACES = ["", "", "", " ", " ", "  ", *"\n\t\u00a0\u2009\u3000\u200b\u2060", r"\,", r"\ "]
+SIDE_MARKS = [pair.split() for pair in (r"$ $", r"$$ $$", r"\( \)", r"\[ \]", "` `", "** **", "__ __")]
+MARKS = [*SIDE_MARKS, ("***", "***"), ("```\n", "\n```"), ("```python\n", "```"), ("(", ")")]
 MARKS += [('"', '"'), ("'", "'"), ("“", "”"), (r"\boxed{", "}"), (r"$\boxed{", "}$")]
 
 
@@ -153,8 +140,8 @@ class Writer:
             return text
         if number >= 1000 and self.rng.random() < 0.5:
             text = f"{number:,}"
-        first = self.rng.choice((0x30, 0x30, 0x30, WIDE, BOLD, DOUBLE))
-        return "".join(chr(first + int(char)) if char in PLAIN_DIGITS else char for char in text)
+        first = self.rng.choice(FIRST_DIGITS)
+        return "".join(chr(first + int(char)) if char != "," else char for char in text)
 
     def sign(self, sign: str) -> str:
         """One of the spellings of an operator or of the equals sign."""
@@ -207,10 +194,10 @@ class Writer:
 
 
 def equation(tree, rng: Random, results=(), plain: bool = False) -> str:
-    """A tree in random notation, in an equation with `results`, marked as a whole or side by side."""
+    """A tree in random notation, in an equation with `results`, marked as a whole or by side."""
     writer = Writer(rng, plain)
     whole = rng.choice(MARKS) if not plain and rng.random() < 0.4 else None
-    side_marks = [] if whole or plain else MARKS[:8]
+    side_marks = [] if whole or plain else SIDE_MARKS
     sides = [writer.expression(tree)] + [writer.result(value, side_marks) for value in results]
     if results and rng.random() < 0.2:
         sides.insert(rng.randrange(len(sides)), writer.expression(tree))
@@ -231,155 +218,49 @@ def fits(text: str) -> bool:
 
 # ---------------------------------------------------------------- places
 
-ENDS = [
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "</s>",
-    "<end_of_turn>",
-]
-REASONING = [
-    ("<think>", "</think>"),
-    ("<THINK>", "</THINK>"),
-    ("[THINK]", "[/THINK]"),
-    ("", "</think>"),
-]
-REASONING += [("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>thought\n", "<channel|>")]
+ENDS = "<|im_end|> <|endoftext|> <|eot_id|> <|end_of_text|> <|end|> </s> <end_of_turn>".split()
 CHANNEL = "<|channel|>{}<|message|>".format
+REASONING = [("<think>", "</think>"), ("<THINK>", "</THINK>"), ("[THINK]", "[/THINK]")]
+REASONING += [("", "</think>"), ("<|START_THINKING|>", "<|END_THINKING|>")]
+REASONING += [("<|channel>thought\n", "<channel|>")]
 REASONING += [(CHANNEL("analysis"), f"<|end|><|start|>assistant{CHANNEL('final')}")]
+OTHERS = ("<answer>1 + 1</answer>", "<answer>", "2 * 3", "<answer> </answer>", "a < b")
+MENTIONS = ("I put it in <answer> </answer> tags.", "(see <answer>", "</answer>", "Done.", "", "\n")
 
 
 def place(answer: str, rng: Random) -> str:
     """A text whose answer is `answer`, whatever else it says."""
     opening, closing = rng.choice(REASONING)
-    other = rng.choice(
-        ("<answer>1 + 1</answer>", "<answer>", "2 * 3", "<answer> </answer>", "a < b")
-    )
-    before = rng.choice(
-        ("", "", "So: ", f"{opening}Hm, {other}.{closing}\n", "<answer>9</answer> No: ", "<answer>")
-    )
-    after = [
-        "",
-        "",
-        "\n",
-        " Done.",
-        " I put it in <answer> </answer> tags.",
-        " (see <answer>",
-        "</answer>",
-    ]
-    after += [end + other for end in ENDS] + [
-        f" <think>{other}</think>",
-        " <think>So <answer>4</answer>",
-    ]
+    other = rng.choice(OTHERS)
+    before = ["", "", "So: ", "<answer>9</answer> No: ", "<answer>"]
+    before += [f"{opening}Hm, {other}.{closing}\n"] * 2
+    after = [*MENTIONS, rng.choice(ENDS) + other, rng.choice(ENDS) + other]
+    after += [f" <think>{other}</think>", " <think>So <answer>4</answer>"]
     tag = rng.choice(("answer", "answer", "answer", "ANSWER", "Answer"))
-    return f"{before}<{tag}>{answer}</{tag}>{rng.choice(after)}"
+    return f"{rng.choice(before)}<{tag}>{answer}</{tag}>{rng.choice(after)}"
 
 
 def misplace(answer: str, rng: Random) -> str:
     """A text without an answer, although `answer` stands in it."""
     opening, closing = rng.choice(REASONING)
     tagged = f"<answer>{answer}</answer>"
-    texts = [
-        answer,
-        f"<answer>{answer}",
-        f"{answer}</answer>",
-        f"\\boxed{{{answer}}}",
-        f"<answers>{answer}</answers>",
-    ]
-    texts += [f"{opening}{tagged}{closing} so I", f"<think>x<think>y</think>{tagged}</think>"]
-    texts += [
-        f"{opening or '<think>'}{tagged} so",
-        f"I do not know.{rng.choice(ENDS)}{tagged}",
-        f"</answer>{answer}<answer>",
-    ]
+    texts = [answer, f"<answer>{answer}", f"{answer}</answer>", f"</answer>{answer}<answer>"]
+    texts += [f"\\boxed{{{answer}}}", f"<answers>{answer}</answers>"]
+    texts += [f"{opening}{tagged}{closing} so I", f"{opening or '<think>'}{tagged} so"]
+    texts += [f"<think>x<think>y</think>{tagged}</think>", f"No.{rng.choice(ENDS)}{tagged}"]
     return rng.choice(texts)
 
 
 # ---------------------------------------------------------------- faults
 
-BAD_SIGNS = [
-    "**",
-    "//",
-    "^",
-    "%",
-    " ",
-    "+*",
-    "--",
-    "*/",
-    r"\times\times",
-    "e",
-    ".",
-    ":",
-    "<",
-    "±",
-    "mod",
-    "·÷",
-    ";",
-]
-BAD_NUMBERS = [
-    "0{}",
-    "{}.0",
-    "{}.5",
-    "{}e0",
-    "{}!",
-    "{}%",
-    "{}²",
-    "{}₂",
-    "½",
-    "{}_0",
-    "٣",
-    "-{}",
-    "+{}",
-    "0x{}",
-]
-BAD_NUMBERS += [
-    "{} apples",
-    "{}cm",
-    "{}n",
-    r"\sqrt{{{}}}",
-    "five",
-    "{}j",
-    "{}^{{2}}",
-    "{}(1)",
-    "({})({})",
-    "{} {}",
-    "√{}",
-]
-BAD_EQUATIONS = [
-    "({}",
-    "{})",
-    "({}]",
-    "{} +",
-    "* {}",
-    "{} =",
-    "= {}",
-    "{} == {r}",
-    "{} = {r} =",
-    "{} = {r} apples",
-]
-BAD_EQUATIONS += [
-    "{} → {r}",
-    "{} ≈ {r}",
-    "{} or {}",
-    "{}\n{}",
-    "The answer is {}",
-    "{} ()",
-    "-({})",
-    "({}) ({})",
-]
-BAD_EQUATIONS += [
-    "{}, {r}",
-    "{} = {r} {r}",
-    "{}!",
-    "{}%",
-    "eval({})",
-    "{}; {}",
-    "{} # {r}",
-    "{} = -{r} {r}",
-    "{} & {}",
-]
+# Each is wrong wherever it stands: {} is the number or the equation, {r} any number.
+BAD_SIGNS = [*r"** // ^ % +* -- */ \times\times e . : < ± mod ·÷ ;".split(), " "]
+BAD_NUMBERS = r"0{} {}.0 {}.5 {}e0 {}! {}% {}² {}₂ ½ {}_0 ٣ -{} +{} 0x{} {}cm {}n five {}j √{}".split()
+BAD_NUMBERS += [r"\sqrt{{{}}}", "{}^{{2}}", "{}(1)", "({})({})", "{} {}", "{} apples"]
+BAD_EQUATIONS = """({}|{})|({}]|{} +|* {}|{} =|= {}|{} == {r}|{} = {r} =|{} = {r} apples|{} ≈ {r}
+{} → {r}|{} or {}|The answer is {}|{} ()|-({})|({}) ({})|{}, {r}|{} = {r} {r}|{}!|{}%|eval({})
+{}; {}|{} # {r}|{} = -{r} {r}|{} & {}""".replace("\n", "|").split("|")
+BAD_EQUATIONS += ["{}\n{}"]
 
 
 def spoil(tree, rng: Random) -> str:
@@ -434,14 +315,16 @@ def right(rng: Random) -> Case:
     target = value = compute(tree)
     if value is None:
         target = Fraction(rng.randint(0, 99))
-    results = [int(value)] * rng.choice((0, 1, 1, 2)) if whole(value) else []
-    answer = equation(tree, rng, results)
-    if not fits(answer):
-        answer = equation(tree, rng, results, plain=True)
     if rng.random() < 0.2:
         nums = rng.choice((nums[1:], (*nums, nums[0]), (*nums, 1), (nums[0] + 1, *nums[1:])))
     if rng.random() < 0.2:
         target += rng.choice((-1, 1, 10, Fraction(1, 10**9)))
+    # A result may be the only given number itself, and then it is an answer of its own.
+    most = 2 if whole(value) and len(nums) > 1 else 0
+    results = [int(value)] * rng.randint(1, most) if most and rng.random() < 0.7 else []
+    answer = equation(tree, rng, results)
+    if not fits(answer):
+        answer = equation(tree, rng, results, plain=True)
     return Case("notation", place(answer, rng), nums, target, truth(tree, nums, target))
 
 
@@ -497,7 +380,7 @@ def soup(rng: Random) -> Case:
 
 
 def parsed(text: str):
-    """The tree that Python's parser makes of `text`; None for anything but whole numbers and + - * /."""
+    """The tree that Python's parser makes of `text`; None unless of whole numbers and + - * /."""
     signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
     def tree(node):
@@ -513,42 +396,10 @@ def parsed(text: str):
         return None
 
 
-NOISE = [
-    "<answer>",
-    "</answer>",
-    "<think>",
-    "</think>",
-    "[THINK]",
-    *ENDS,
-    *"0123456789+-*/()[]{}=$`\"'\\._^!%,<>| \n",
-]
-NOISE += [
-    r"\frac{1}{",
-    r"\frac",
-    r"\boxed{",
-    r"\(",
-    r"\)",
-    r"\[",
-    r"\]",
-    "**",
-    "```",
-    "__",
-    "1/997+",
-    "9" * 40,
-    "½",
-]
-NOISE += [
-    "١",
-    "𝟏",
-    "\u200b",
-    "\ud800",
-    "\0",
-    "é",
-    "😀",
-    CHANNEL("analysis"),
-    CHANNEL("final"),
-    "<answer>1</answer>",
-]
+NOISE = [*"0123456789+-*/()[]{}=$`\"'\\._^!%,<>| \n", *ENDS, "<answer>", "</answer>", "<think>"]
+NOISE += [*r"</think> [THINK] \frac{1}{ \frac \boxed{ \( \) \[ \] ** *** ``` __ 1/997+ $$".split()]
+NOISE += [*"½١𝟏é😀\u200b\ud800\0", "9" * 40, CHANNEL("analysis"), CHANNEL("final")]
+NOISE += ["<answer>1</answer>"]
 
 
 def noise(rng: Random) -> Case:

@@ -70,12 +70,12 @@ _QUOTES = "`'\"“”‘’"
 
 
 def answer_text(text: str) -> str:
-    """Return `text` without its reasoning, up to the end of the model's turn; see the rules above."""
+    """Return `text` without its reasoning, up to the end of the model's turn."""
     return _split(text)[0]
 
 
 def without_reasoning(text: str) -> str:
-    """Return `text` without its reasoning; what follows the end of the model's turn is left as it is."""
+    """Return `text` without its reasoning; what follows the end of the turn is left as it is."""
     return "".join(_split(text))
 
 
@@ -84,7 +84,7 @@ def _split(text: str) -> tuple[str, str]:
     if len(text) > MAX_LENGTH or text.count("<") + text.count("[") > MAX_TAGS:
         return "", ""
     kept: list[str] = []
-    outermost, nested, position = 0, 0, 0
+    outermost = nested = position = 0
     while tag := _find(_ANY, text, position):
         if tag.lastgroup == "end":
             return "".join(kept) + text[position : tag.start()], text[tag.start() :]
