@@ -161,7 +161,9 @@ def _bracketed(marked: re.Match) -> str:
 
 def _sides(tokens: list[str]) -> list[list[str]]:
     """Split an equation, perhaps in brackets as a whole, at its equals signs."""
-    sides = [[]]
+    if "=" not in tokens:
+        return [tokens]
+    sides: list[list[str]] = [[]]
     for token in _unwrapped(tokens):
         if token == "=":
             sides.append([])
