@@ -1,18 +1,22 @@
 """Countdown answers: what counts as right, why the others fail, and that no text can stall the verifier."""
 
-import ast
 import random
+import runpy
 import time
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from r3lib.verifiers.countdown import MAX_DEPTH, MAX_LENGTH, answer, numbers, value, verify
+from r3lib.verifiers.countdown import MAX_DEPTH, MAX_LENGTH, answer, read, verify
 
 REASONS = {"ok", "no_answer", "invalid_expression", "wrong_numbers", "missed_target"}
 MEGA = 1_000_000
+ROOT = Path(__file__).parent.parent
+FUZZ = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "fuzz_countdown.py")))
 
 
 def reason(expression, nums=(4, 73, 4, 23), target=76):
@@ -20,6 +24,11 @@ def reason(expression, nums=(4, 73, 4, 23), target=76):
     verdict = verify(f"<answer>{expression}</answer>", nums, target)
     assert verdict.ok == (verdict.reason == "ok")
     return verdict.reason
+
+
+def value(expression):
+    """The value of `expression`."""
+    return read(expression)[0]
 
 
 # ---------------------------------------------------------------- which answer counts
@@ -38,6 +47,11 @@ def reason(expression, nums=(4, 73, 4, 23), target=76):
         ("<ANSWER>1</Answer>", "1"),
         ("İİİ <answer>×日</answer> İ", "×日"),
         ("<answer></answer>", ""),
+        ("<answer>1</answer> I put it in <answer> </answer> tags.", "1"),
+        ("<answer>1</answer>, between <answer> and </answer>.", "1"),
+        ("<answer>1</answer> (`<answer></answer>`) <answer>...</answer>", "1"),
+        ("I use <answer> </answer> tags: <answer>1</answer>", "1"),
+        ("I use <answer> </answer> or <answer> and </answer> tags.", " and "),
         ("<answer>1<answer", None),
         ("</answer>1<answer>", None),
         ("< answer>1</ answer>", None),
@@ -55,13 +69,39 @@ def test_the_last_well_formed_answer_counts(text, content):
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["<answer>", "</answer>", "<ANSWER>", "1", "é", "<", "answer>"])))
 def test_the_answer_agrees_with_a_reader_that_goes_tag_by_tag(pieces):
-    text, start, found = "".join(pieces), None, None
+    text, start, found = "".join(pieces), None, []
     for position in range(len(text)):
         if text[position : position + 8].lower() == "<answer>":
             start = position + 8
         elif text[position : position + 9].lower() == "</answer>" and start is not None:
-            found, start = text[start:position], None
-    assert answer(text) == found
+            found.append(text[start:position])
+            start = None
+    assert answer(text) == next((one for one in found[::-1] if "1" in one), found[-1] if found else None)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<think>maybe <answer>3*5</answer></think> so I", "no_answer"),
+        ("<think>maybe <answer>3*5</answer> so I", "no_answer"),
+        ("maybe <answer>3*5</answer></think> so I", "no_answer"),
+        ("<think>not <answer>3+5</answer></think><answer>3*5</answer>", "ok"),
+        ("not <answer>3+5</answer></think><answer>3*5</answer>", "ok"),
+        ("<answer>3*5</answer><think>or <answer>3+5</answer>", "ok"),
+        ("<|channel|>analysis<|message|><answer>3*5</answer><|end|>", "no_answer"),
+        ("<answer>3*5</answer><|end_of_text|>I mean <answer>3+5</answer>", "ok"),
+        ("I am done.<|im_end|><answer>3*5</answer>", "no_answer"),
+        (r"\boxed{3*5}", "no_answer"),
+        ("3*5 = 15", "no_answer"),
+    ],
+)
+def test_neither_reasoning_nor_what_follows_the_turn_is_an_answer(text, expected):
+    assert verify(text, [3, 5], 15).reason == expected
+
+
+def test_an_answer_before_another_end_token_counts():
+    text = "<answer>4*6</answer><|end_of_text|>I mean <answer>4+6</answer>"
+    assert verify(text, [4, 6], 24).reason == "ok"
 
 
 @pytest.mark.parametrize("text", [7, 1.5, b"<answer>1</answer>", ["<answer>1</answer>"]])
@@ -117,25 +157,67 @@ def test_precedence_and_left_association():
 
 
 def test_numbers_come_in_order_with_repeats():
-    assert numbers("(4 * 23) - 4/10") == [4, 23, 4, 10]
+    assert read("(4 * 23) - 4/10")[1] == [4, 23, 4, 10]
 
 
-@pytest.mark.parametrize("spelling", "×✕✖⨯·⋅∙∗*")
-def test_unicode_times(spelling):
-    assert value(f"6 {spelling} 3") == 18
+@pytest.mark.parametrize("spelling", [*"×✕✖⨯⨉·⋅∙•∗⁎✱*＊﹡xXｘ", r"\times", r"\cdot", r"\ast", r"\*"])
+def test_signs_of_multiplication(spelling):
+    assert value(f"6 {spelling} 3") == value(f"(6){spelling}(3)") == 18
 
 
-@pytest.mark.parametrize("spelling", "÷∕⁄/")
-def test_unicode_divide(spelling):
+@pytest.mark.parametrize("spelling", [*"÷∕⁄⧸➗/／", r"\div"])
+def test_signs_of_division(spelling):
     assert value(f"6{spelling}4") == Fraction(3, 2)
 
 
-@pytest.mark.parametrize("spelling", "−–‒‑‐-")
-def test_unicode_minus(spelling):
+@pytest.mark.parametrize("spelling", "−–—―‒‑‐˗⁃➖-－﹣﹘")
+def test_signs_of_subtraction(spelling):
     assert value(f"6 {spelling} 4") == 2
 
 
-# ---------------------------------------------------------------- the `= target` tail
+@pytest.mark.parametrize("spelling", "+＋﹢➕")
+def test_signs_of_addition(spelling):
+    assert value(f"6 {spelling} 4") == 10
+
+
+ACCEPTED = r"""\boxed{3*5}|\boxed{3*5 = 15}|3*5 = \boxed{15}|\[ 3 \cdot 5 = \boxed{15} \]|\(3 \times 5\)
+\(3 \times 5\) = \(15\)|$3*5$|$3*5$ = $15$|$$3 \times 5 = 15$$|3 $\times$ 5|3 \times 5|3\cdot5
+\left(3 \times 5\right)|\left[3\right] \times \bigl(5\bigr)|3\,\times\,5|3 \\times 5|3 \* 5
+３＊５|１５＝３×５|𝟑×𝟓|𝟛·𝟝|3•5|3✖️5|3 x 5|3x5|（3）＊（5）|3＊5＝15．
+`3*5`|`3*5 = 15`|`3` * `5`|```3*5```|**3*5**|**3*5 = 15**|**3*5** = **15**|***3*5***|__3*5__
+**$3*5$**|`**3*5**`|"3*5"|'3*5 = 15'|“3*5”|"$3*5$"|3*5.|$3*5$.|\boxed{3*5}.
+3*5 = 15.|3*5 = 15.0|3*5 = 15.00|15 = 3*5|15.0 = 3*5|3*5 = (15)|3*5 = +15|(3*5) = 15|(3*5 = 15)
+3*5 = 15 = 15|15 = 3*5 = 15|3*5 = 5*3 = 15|3*5 = 10 + 5|[3]*{5}|[3*5]|{3*5}|[(3)*5] = 15|((3*5 = 15))"""
+WITH_SPACES = ["3\u200b*5", "\ufeff3*5", "3\u00a0*\u20095", "3 *\n5\n= 15\n", "\n```\n3*5\n```\n"]
+WITH_SPACES += ["```python\n3*5 = 15\n```", "``` \n3\n*5\n```", "```3\n*5```", "3*5\n= 5*3\n= 15"]
+
+
+@pytest.mark.parametrize("expression", ACCEPTED.replace("\n", "|").split("|") + WITH_SPACES, ids=ascii)
+def test_a_notation_that_a_careful_reader_accepts(expression):
+    assert reason(expression, (3, 5), 15) == "ok"
+    assert reason(expression, (3, 5), 16) == "missed_target"
+    assert reason(expression, (3, 6), 15) == "wrong_numbers"
+    assert reason(expression, (3, 5, 1), 15) == "wrong_numbers"
+
+
+def test_fractions_of_latex():
+    assert reason(r"\frac{15}{1}", (15, 1), 15) == "ok"
+    assert reason(r"$\dfrac{3 \times 5}{\left(2 - 1\right)} = 15$", (3, 5, 2, 1), 15) == "ok"
+    assert reason(r"\frac{\frac{30}{2}}{1}", (30, 2, 1), 15) == "ok"
+    for wrong in (r"3\frac{5}{1}", r"\frac{3}5", r"\frac 3 5", r"\frac{3}{0}", r"\frac", r"\frac(3)(5)"):
+        assert reason(wrong, (3, 5, 1), 15) == "invalid_expression"
+
+
+def test_thousands_may_be_grouped():
+    assert reason("50*20 = 1,000", (50, 20), 1000) == "ok"
+    assert reason("1,000 * 20 = 20,000.0", (1000, 20), 20000) == "ok"
+    assert reason(r"$50 \times 20 = 1{,}000$", (50, 20), 1000) == "ok"
+    assert reason("50*20 = 1,001", (50, 20), 1000) == "missed_target"
+    for wrong in ("50*20 = 10,00", "50*20 = 1,0000", "50*20 = 1 000", "50*20 = 0,1000", "50,20"):
+        assert reason(wrong, (50, 20), 1000) == "invalid_expression"
+
+
+# ---------------------------------------------------------------- equations
 
 
 @pytest.mark.parametrize(
@@ -149,43 +231,58 @@ def test_unicode_minus(spelling):
         ("3 + 5 = 8", "missed_target"),
         ("3 - 5 = -2", "missed_target"),
         ("3 * 4 = 99", "wrong_numbers"),
+        ("3 * 5 = 14.5", "missed_target"),
+        ("3 * 5 = 99 = 15", "missed_target"),
+        ("99 = 3 * 5", "missed_target"),
+        ("3 * 5 = 3 + 5", "missed_target"),
+        ("3 * 5 * 1 = 15", "wrong_numbers"),
+        ("15 = 15", "wrong_numbers"),
+        ("15 = 15.0", "wrong_numbers"),
         ("3 * 5 =", "invalid_expression"),
-        ("3 * 5 = 15 = 15", "invalid_expression"),
         ("3 * 5 == 15", "invalid_expression"),
-        ("3 * 5 = 15.0", "invalid_expression"),
         ("3 * 5 = 015", "invalid_expression"),
-        ("3 * 5 = 10 + 5", "invalid_expression"),
         ("3 * 5 = 15!", "invalid_expression"),
         ("3 * 5 = ١٥", "invalid_expression"),
-        ("15 = 3 * 5", "invalid_expression"),
+        ("3 * 5 = 15 apples", "invalid_expression"),
+        ("3 * 5 = 1 5", "invalid_expression"),
+        ("3 * 5 = -1 5", "invalid_expression"),
+        ("3 * 5. = 15", "invalid_expression"),
+        ("3.0 * 5 = 15", "invalid_expression"),
+        ("15.0 = +15", "invalid_expression"),
+        ("3 - 5 = 5 - 3 = (-(2))", "invalid_expression"),
         ("= 15", "invalid_expression"),
+        ("(3 * 5 = 15) = 15", "invalid_expression"),
+        ("3 * 5 = 15, 5 * 3 = 15", "invalid_expression"),
+        ("5 - 3 = 2\n3 * 5 = 15", "invalid_expression"),
     ],
 )
-def test_a_tail_must_be_the_target(expression, expected):
+def test_every_side_must_be_the_target(expression, expected):
     assert reason(expression, (3, 5), 15) == expected
 
 
 def test_a_tail_may_be_negative_when_the_target_is():
-    assert reason("3 − 5 = −2", (3, 5), -2) == "ok"
+    for tail in ("−2", "-2", "- 2", "(-2)", "[-2.0]", "**-2**", r"\boxed{-2}"):
+        assert reason(f"3 − 5 = {tail}", (3, 5), -2) == "ok"
+        assert reason(f"{tail} = 3 − 5", (3, 5), -2) == "ok"
+        assert reason(tail, (2,), -2) == "invalid_expression"
 
 
 # ---------------------------------------------------------------- what is outside the grammar
 
-OUTSIDE = """-5|+5|3 - -5|3 * (-5)|-(3 - 8)|007|00|3 + 05|3 ** 5|3 ^ 5|3 // 5|3 % 5
-1_0|1.5|.5|5.|1e3|0x10|0b1|10j
-3 5|3 (5)|(3)(5)|3(|(3|3)|()|*3|3 +|)3(|3 x 5|3 times 5|[3]|{3}|3,5|(3, 5)|3;5|3 < 5|3 if 5 else 3|lambda: 3
-abs(3)|int('3')|__import__('os')|"3"|'3'|f"{3}"|True|None|x|3 + x|3 # five|3\\n
-٣|３|３ + ５|³|½|Ⅷ|৩|3\u200b|=|3 = 3
-3 ＋ 5|（3）|$3 + 5$|3 \\times 5|3 + 5\0|\0|3\ud800|\udfff|😀"""
+OUTSIDE = """-5|+5|3 - -5|3 * (-5)|-(3 - 8)|007|00|3 + 05|3 ** 5|3 ^ 5|3 // 5|3 % 5|3!|3 ***** 5
+3 * * 5|**3**5**|2**+**3|2**(3)**5|3 \\* \\* 5|3\\*\\*5|5%|3^{2}|\\sqrt{9}|\\text{3+5}|3 \\timesx 5
+1_0|1.5|.5|3 * (5.)|1e3|0x10|0b1|10j|3..|3...
+3 5|3 (5)|(3)(5)|[3][5]|3{5}|3(|(3|3)|()|*3|3 +|)3(|(3]|([3)]|3 times 5|3,5|(3, 5)|3;5|3 < 5
+3 if 5 else 3|lambda: 3|$3 + $5|$3|3$5$|\\(3 + 5|\\(3\\)\\(5\\)|`3` `5`|3 + 5 cm|3 apples + 5|Answer: 3 + 5
+abs(3)|int('3')|__import__('os')|'3' + '5'|f"{3}"|True|None|x|3 + x|3 # five|3\\n|3 + 5 = x
+٣|３ ５|³|3²|3⁺5|3₂|½|①|Ⅷ|৩|3\u206214|=|3 = |3 +\0 5|3 + 5\0|\0|3\ud800|\udfff|😀"""
 
 
 @pytest.mark.parametrize("expression", OUTSIDE.replace("\n", "|").split("|"), ids=ascii)
 def test_outside_the_grammar(expression):
     with pytest.raises(ValueError):
         value(expression)
-    with pytest.raises(ValueError):
-        numbers(expression)
-    assert "=" in expression or reason(expression, (3, 5), 8) == "invalid_expression"
+    assert reason(expression, (3, 5), 8) == "invalid_expression"
 
 
 def test_leading_zeros_are_invalid_but_zero_is_a_number():
@@ -215,10 +312,11 @@ def test_length_and_depth_have_limits():
 # ---------------------------------------------------------------- no text stalls it
 
 TAGGED = "<answer>{}</answer>".format
+LONG = 390_000  # of what is read at all
 ADVERSARIAL = {
     "power tower": (TAGGED("9**9**9**9**9"), "invalid_expression"),
     "caret tower": (TAGGED("9^9^9^9^9"), "invalid_expression"),
-    "huge integer": (TAGGED("9" * MEGA), "invalid_expression"),
+    "huge integer": (TAGGED("9" * LONG), "invalid_expression"),
     "longest integer": (TAGGED("9" * MAX_LENGTH), "wrong_numbers"),
     "huge product": (TAGGED("*".join(["99999"] * 83)), "wrong_numbers"),
     "sum of fractions": (TAGGED("+".join(f"1/{n}" for n in range(997, 833, -2))), "wrong_numbers"),
@@ -229,23 +327,38 @@ ADVERSARIAL = {
     "call": (TAGGED("__import__('time').sleep(9)"), "invalid_expression"),
     "string": (TAGGED("'9' * 999999999"), "invalid_expression"),
     "NULs": ("\0" * MEGA, "no_answer"),
-    "NULs inside": (TAGGED("\0" * MEGA), "invalid_expression"),
+    "NULs inside": (TAGGED("\0" * LONG), "invalid_expression"),
     "surrogates": ("\ud800" * MEGA, "no_answer"),
-    "surrogates inside": (TAGGED("\ud800" * MEGA), "invalid_expression"),
+    "surrogates inside": (TAGGED("\ud800" * LONG), "invalid_expression"),
     "alternating": ("a\ud800" * (MEGA // 2), "no_answer"),
     "emoji": ("😀" * MEGA, "no_answer"),
     "no tag": ("4 + 73 " * (MEGA // 7), "no_answer"),
     "opening tags": ("<answer>" * (MEGA // 8), "no_answer"),
-    "opening tags, one closing": ("<answer>" * (MEGA // 8) + "</answer>", "invalid_expression"),
+    "opening tags, one closing": ("<answer>" * (MEGA // 8) + "</answer>", "no_answer"),
     "closing tags": ("</answer>" * (MEGA // 9), "no_answer"),
-    "one opening, closing tags": ("<answer>" + "</answer>" * (MEGA // 9), "invalid_expression"),
-    "pairs": ("<answer></answer>" * (MEGA // 17), "invalid_expression"),
+    "one opening, closing tags": ("<answer>" + "</answer>" * (MEGA // 9), "no_answer"),
+    "pairs": ("<answer></answer>" * (MEGA // 17), "no_answer"),
     "half tags": ("<answer" * (MEGA // 7), "no_answer"),
     "half closing tags": ("<answer>" + "</answer" * (MEGA // 8), "no_answer"),
     "ends of tags": ("answer>" * (MEGA // 7) + "</answer>", "no_answer"),
-    "sum inside": (TAGGED("1+" * (MEGA // 2)), "invalid_expression"),
-    "blanks inside": (TAGGED(" " * MEGA), "invalid_expression"),
-    "equals inside": (TAGGED("=" * MEGA), "invalid_expression"),
+    "sum inside": (TAGGED("1+" * (LONG // 2)), "invalid_expression"),
+    "blanks inside": (TAGGED(" " * LONG), "invalid_expression"),
+    "tags": ("<answer>1</answer>" * 2000, "wrong_numbers"),
+    "mentions": ("<answer></answer>" * 2000, "invalid_expression"),
+    "letters": ("a" * LONG, "no_answer"),
+    "reasoning": ("<think>" * 1000 + "</think>" * 3000, "no_answer"),
+    "brackets": (TAGGED("(" * 249 + "1" + ")" * 249), "invalid_expression"),
+    "formulas": (TAGGED(r"\(" * 120 + "1" + r"\)" * 120), "invalid_expression"),
+    "open formulas": (TAGGED(r"\[" * 249), "invalid_expression"),
+    "bold": (TAGGED("**a" * 166), "invalid_expression"),
+    "dollars": (TAGGED("$" * 499), "invalid_expression"),
+    "fences": (TAGGED("```" * 166), "invalid_expression"),
+    "full stops": (TAGGED("." * 499), "invalid_expression"),
+    "fractions": (TAGGED(r"\frac{1}{" * 50), "invalid_expression"),
+    "thousands": (TAGGED("1" + ",000" * 124), "wrong_numbers"),
+    "chain": (TAGGED("1=" * 249 + "1"), "wrong_numbers"),
+    "chain of fractions": (TAGGED("=".join(f"1/{n}" for n in range(900, 983))), "wrong_numbers"),
+    "equals inside": (TAGGED("=" * LONG), "invalid_expression"),
 }
 
 
@@ -297,7 +410,8 @@ def pad(expression, seed):
 @example(("(3-(8/3))", [8, 3, 3], Fraction(1, 3)))
 def test_an_expression_over_the_given_numbers_is_ok_exactly_at_its_value(problem):
     expression, nums, result = problem
-    assert value(expression) == result and sorted(numbers(expression)) == sorted(nums)
+    assert value(expression) == result
+    assert sorted(read(expression)[1]) == sorted(nums)
     assert reason(expression, nums, result) == "ok"
     assert reason(expression, nums, result + 1) == "missed_target"
     assert reason(expression, [*nums, 1], result) == "wrong_numbers"
@@ -319,33 +433,43 @@ def test_the_order_of_the_given_numbers_does_not_matter(problem, off, rng):
     assert reason(expression, shuffled, result + off) == reason(expression, nums, result + off)
 
 
-def python_value(source):
-    """What Python's own parser makes of a plain expression; None when it is outside our grammar."""
-    operations = {ast.Add: "__add__", ast.Sub: "__sub__", ast.Mult: "__mul__", ast.Div: "__truediv__"}
+# The cases of the benchmark, where the truth is known without reading the text.
 
-    def walk(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in operations:
-            return getattr(walk(node.left), operations[type(node.op)])(walk(node.right))
-        raise ValueError
 
-    try:
-        return walk(ast.parse(source.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError):
-        return None
+def right_reasons(case):
+    return {case.reason} if case.reason else REASONS
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.randoms(use_true_random=False))
+def test_a_tree_in_any_notation_and_place_is_judged_as_computed(rng):
+    case = FUZZ.right(rng)
+    assert verify(case.text, case.nums, case.target).reason == case.reason
+
+
+@pytest.mark.parametrize("kind", ["false_result", "spoilt", "misplaced"])
+@settings(deadline=None, max_examples=200)
+@given(rng=st.randoms(use_true_random=False))
+def test_a_fault_has_its_reason_in_any_notation_and_place(kind, rng):
+    case = getattr(FUZZ, kind)(rng)
+    assert verify(case.text, case.nums, case.target).reason == case.reason
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
-@settings(deadline=None, max_examples=500)
-@given(st.lists(st.sampled_from([*"123405+-*/() ", " + ", "12", "(4-", "7)"]), max_size=14).map("".join))
-def test_it_reads_what_python_reads(source):
-    assume("00" not in source)  # Python reads 00 as zero; here a number has one spelling
-    try:
-        ours = value(source)
-    except ValueError:
-        ours = None
-    assert ours == python_value(source)
+@settings(deadline=None, max_examples=300)
+@given(st.randoms(use_true_random=False))
+def test_it_reads_what_python_reads(rng):
+    case = FUZZ.soup(rng)
+    assert verify(case.text, case.nums, case.target).reason in right_reasons(case)
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_a_thousand_cases_of_the_benchmark():
+    cases = [FUZZ.draw_case(random.Random(f"tests/{index}")) for index in range(1000)]
+    verdicts = [(case, verify(case.text, case.nums, case.target).reason) for case in cases]
+    assert [(case, reason) for case, reason in verdicts if not FUZZ.agrees(case, reason)] == []
+    assert {reason for _, reason in verdicts} == REASONS
+    assert {case.kind for case in cases} >= {"notation", "false result", "spoilt", "misplaced", "noise"}
 
 
 @settings(deadline=None)

@@ -1,121 +1,211 @@
-"""Does a text solve a Countdown problem? A small parser reads the answer; nothing is evaluated as code.
+r"""Does a text solve a Countdown problem? A small parser reads it; nothing is evaluated as code.
 
-The answer is what the last well-formed `<answer>...</answer>` holds, in this grammar:
+The rule is the paper's: an equation with every given number exactly once, whose value is the
+target. What a careful reader would accept as that is accepted, in whatever notation:
 
-    answer     = expression [ "=" [ "-" ] number ]
-    expression = product { ( "+" | "-" ) product }
-    product    = atom { ( "*" | "/" ) atom }
-    atom       = number | "(" expression ")"
-    number     = "0" | digit 1 to 9 { digit 0 to 9 }            ASCII digits only
+| | accepted | rejected |
+|---|---|---|
+| place | the last `<answer>...</answer>` that holds a digit | `\boxed{}` without the tag |
+| numbers | `15`, `1,000`, fullwidth and mathematical digits | `007`, `1e1`, `1.5`, `1 2`, `½` |
+| operators | `+ - * /`, `× · • x`, `÷ ➗`, `− –`, the like, `\*` | `**`, `^`, `²`, `//`, `%`, `!` |
+| LaTeX | `\times \cdot \ast \div \frac{}{} \boxed{} \left( \right)`, spaces | other macros |
+| brackets | `( )`, and `[ ]` and `{ }` in their place | `(3]`, `3(5)`, `(3)(5)` |
+| signs | in a result: `3-5 = -2`, `3-5 = (-2)` | `-3+5`, `3*(-5)` |
+| equation | `3*5`, `3*5 = 15`, `15 = 3*5`, `(5-2)*5 = 3*5 = 15` | `3*5 =`, `==`, several |
+| results | `15`, `15.`, `15.0`, `1,000` | `3*5 = 99`, units |
+| marks | `$ $`, `\( \)`, `\[ \]`, backticks, a fence, bold, quotes, a full stop | words |
+| white space | between tokens, line breaks too; zero-width characters are nothing | in a number |
 
-Unicode spellings of the four operators count as the operators, and white space may stand between tokens.
-So these are invalid: a sign before a number or a parenthesis in the expression (it is not an operation on
-two given numbers), leading zeros (`007`), decimals, powers, `//`, several equals signs, and more than
-`MAX_LENGTH` characters or `MAX_DEPTH` nested parentheses. The rule is the paper's (its Countdown task): every
-given number exactly once, and the value equals the target.
+Every side of an equation must equal the target, and one must be made of the given numbers.
+Several lines of working must be one such equation. Reasoning, and what follows the end of the
+turn, is no answer (`r3lib.verifiers.reasoning`). An answer has at most `MAX_LENGTH` characters
+and `MAX_DEPTH` nested brackets.
 """
 
 import operator
 import re
+import unicodedata
 from collections.abc import Iterable
 from fractions import Fraction
 
+from .reasoning import answer_text
 from .verdict import Verdict
 
 MAX_LENGTH = 500
 MAX_DEPTH = 50
 
-_OPEN, _CLOSE = b"<answer>", b"</answer>"
-_SPELLINGS = {"*": "×✕✖⨯·⋅∙∗", "/": "÷∕⁄", "-": "−–‒‑‐"}
-_PLAIN = str.maketrans({odd: plain for plain, spellings in _SPELLINGS.items() for odd in spellings})
-_NUMBER = r"(?:0|[1-9][0-9]*)"
-_TOKEN = re.compile(_NUMBER + r"|\S")
-_TAIL = re.compile(rf"-?{_NUMBER}")
+_TAG = re.compile(r"<(/?)(?ai:answer)>")
+
+_SPELLINGS = {"*": "×✕✖⨯⨉·⋅∙•∗⁎✱", "/": "÷∕⁄⧸➗", "-": "−–—―‒‑‐˗⁃﹘➖", "+": "➕"}
+_INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"
+# Small forms, fullwidth forms, mathematical and segmented digits; no superscripts, no fractions.
+_LOOKALIKES = ((0xFE50, 0xFE6F), (0xFF01, 0xFF5E), (0x1D7CE, 0x1D7FF), (0x1FBF0, 0x1FBF9))
+_PLAIN = {
+    code: unicodedata.normalize("NFKC", chr(code))
+    for first, last in _LOOKALIKES
+    for code in range(first, last + 1)
+}
+_PLAIN |= {ord(odd): plain for plain, spellings in _SPELLINGS.items() for odd in spellings}
+_PLAIN |= dict.fromkeys(map(ord, _INVISIBLE))
+
+_MACRO = re.compile(r"\\{1,2}([A-Za-z]+|[^A-Za-z\\])")
+_MACROS = dict.fromkeys(("times", "cdot", "ast"), "*") | {"div": "/"}
+_MACROS |= dict.fromkeys(("frac", "dfrac", "tfrac", "cfrac"), "\\frac")
+_MACROS |= dict.fromkeys("left right big Big bigl bigr Bigl Bigr bigg Bigg".split(), "")
+_MACROS |= dict.fromkeys(("boxed", "fbox", "mathbf", "displaystyle"), "")
+_MACROS |= dict.fromkeys(("quad", "qquad", *",;:! "), " ") | {sign: sign for sign in "*{}"}
+
+_FENCE = re.compile(r"```(?:[A-Za-z]+\n)?([^`]*)```|`([^`]*)`")
+_AROUND = re.compile(
+    r"""\$\$([^$]*)\$\$ | \$([^$]*)\$                                      # mathematics
+    | \\{1,2}\(((?:(?!\\\)).)*?)\\{1,2}\) | \\{1,2}\[((?:(?!\\\]).)*?)\\{1,2}\]
+    | (?P<stars>\*\*\*?)(?![\s*])((?:(?!\*\*).)*)(?<![\s*])(?P=stars)      # bold
+    | __([^_]*)__
+    | \A\s*"([^"]*)"\s*\Z | \A\s*'([^']*)'\s*\Z | \A\s*“([^”]*)”\s*\Z""",
+    re.VERBOSE | re.DOTALL,
+)
+_FULL_STOP = re.compile(r"(?<!\.)\.\s*\Z")
+_LETTER_X = re.compile(r"(?<!\b0)[xX]")  # 0x10 is not 0 times 10
+
+_NUMBER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|0|[1-9][0-9]*)"
+_TOKEN = re.compile(rf"{_NUMBER}(?:\.[0-9]*)?|\\frac(?![A-Za-z])|\S")
+_RESULT = re.compile(rf"[+-] {_NUMBER}(?:\.[0-9]*)?|{_NUMBER}\.[0-9]*")
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction}
 
 
 def verify(text: str | None, nums: Iterable[int], target: int) -> Verdict:
     """Judge an answer to "reach `target` with each of `nums` exactly once".
 
-    The reason is the first that applies of "no_answer" (no well-formed answer tag, or `text` is None),
-    "invalid_expression" (outside the grammar, or a division by zero), "wrong_numbers" (not exactly the given
-    numbers, as a multiset), "missed_target" (another value, or an `= number` tail not the target), or "ok".
+    The reason is the first that applies of:
+
+    - "no_answer": no well-formed answer tag outside reasoning, or `text` is None
+    - "invalid_expression": outside the table above, or a division by zero
+    - "wrong_numbers": no side of the equation has exactly the given numbers, as a multiset
+    - "missed_target": a side of the equation has another value
+    - "ok"
+
     Raises TypeError when `text` is neither a string nor None.
     """
     content = answer(text)
     if content is None:
         return Verdict.of("no_answer")
     try:
-        expression, claimed = _split(content)
-        result, used = _read(expression)
+        sides = [_side(tokens) for tokens in _sides(_tokens(content))]
     except ValueError:
         return Verdict.of("invalid_expression")
-    if sorted(used) != sorted(nums):
+    used = [sorted(numbers) for _, numbers in sides if numbers is not None]
+    if not used:
+        return Verdict.of("invalid_expression")
+    if sorted(nums) not in used:
         return Verdict.of("wrong_numbers")
-    return Verdict.of("ok" if result == target and claimed in (None, target) else "missed_target")
+    return Verdict.of("ok" if all(value == target for value, _ in sides) else "missed_target")
 
 
 def answer(text: str | None) -> str | None:
-    """Return what the last well-formed `<answer>...</answer>` of `text` holds, or None when there is none.
+    """Return what the last well-formed `<answer>...</answer>` of `text` holds; None without one.
 
-    Tags may be in any case. The content runs from the last opening tag that a closing one follows to the
-    first closing tag after it, so neither a later unclosed tag nor a stray closing one hides it. Raises
-    TypeError when `text` is neither a string nor None.
+    Only text outside reasoning and before the end of the turn counts. Tags may be in any case.
+    The content runs from the last opening tag that a closing one follows to the first closing
+    tag after it, so neither a later unclosed tag nor a stray closing one hides it. Nor does a
+    tag without a digit, which is only mentioned. Raises TypeError when `text` is neither a
+    string nor None.
     """
     if text is None:
         return None
     if not isinstance(text, str):
         raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
-    # One byte a character, so positions are those of `text`; str.lower would change the length of some.
-    folded = text.encode("ascii", "replace").lower()
-    start = folded.rfind(_OPEN, 0, max(folded.rfind(_CLOSE), 0))
-    if start < 0:
-        return None
-    start += len(_OPEN)
-    return text[start : folded.find(_CLOSE, start)]
+    text = answer_text(text)
+    contents, start = [], None
+    for tag in _TAG.finditer(text):
+        if not tag[1]:
+            start = tag.end()
+        elif start is not None:
+            contents.append(text[start : tag.start()])
+            start = None
+    given = [
+        content for content in contents if len(content) > MAX_LENGTH or re.search(r"\d", content)
+    ]
+    return next(reversed(given or contents), None)
 
 
-def value(expression: str) -> Fraction:
-    """Return the exact value of `expression` (without an `=` tail).
+def read(expression: str) -> tuple[Fraction, list[int]]:
+    """Return the exact value of `expression` (without `=`) and its numbers in order.
 
-    Raises ValueError for anything outside the grammar and for a division by zero.
+    Raises ValueError for anything outside the table above and for a division by zero.
     """
-    return _read(expression)[0]
+    return _read(_tokens(expression))
 
 
-def numbers(expression: str) -> list[int]:
-    """Return the numbers of `expression` (without an `=` tail) in order; raises ValueError like `value`."""
-    return _read(expression)[1]
+def _tokens(text: str) -> list[str]:
+    """Return the tokens of `text` in plain notation; marks around a part become brackets."""
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"the answer has {len(text)} characters, more than {MAX_LENGTH}")
+    text = _FULL_STOP.sub("", text.translate(_PLAIN))
+    text = _FENCE.sub(_bracketed, text)
+    text = _MACRO.sub(lambda macro: _MACROS.get(macro[1], macro[0]), text)
+    marked = None
+    while marked != text:  # marks may stand in one another, as in **$3*5$**
+        marked, text = text, _AROUND.sub(_bracketed, text)
+    text = text.replace("{,}", ",")
+    return _TOKEN.findall(_LETTER_X.sub("*", text))
 
 
-def _read(expression: str) -> tuple[Fraction, list[int]]:
-    """Parse `expression` into its value and its numbers."""
-    tokens = _TOKEN.findall(_normalise(expression))
+def _bracketed(marked: re.Match) -> str:
+    """Return what is marked in brackets, but a sign alone, as in `3 $\\times$ 5`, as it is."""
+    inside = marked[marked.lastindex]
+    if inside.strip() in (*_OPERATIONS, "=") and not marked[0].startswith("*"):
+        return inside
+    return f"({inside})"
+
+
+def _sides(tokens: list[str]) -> list[list[str]]:
+    """Split an equation, perhaps in brackets as a whole, at its equals signs."""
+    if "=" not in tokens:
+        return [tokens]
+    sides: list[list[str]] = [[]]
+    for token in _unwrapped(tokens):
+        if token == "=":
+            sides.append([])
+        else:
+            sides[-1].append(token)
+    return sides
+
+
+def _unwrapped(tokens: list[str]) -> list[str]:
+    """Return `tokens` without the brackets that enclose them all."""
+    open_at: list[int] = []
+    closed_at = {}
+    for place, token in enumerate(tokens):
+        if token in _BRACKETS:
+            open_at.append(place)
+        elif open_at and token == _BRACKETS[tokens[open_at[-1]]]:
+            closed_at[open_at.pop()] = place
+    layers = 0
+    while closed_at.get(layers) == len(tokens) - 1 - layers:
+        layers += 1
+    return tokens[layers : len(tokens) - layers]
+
+
+def _side(tokens: list[str]) -> tuple[Fraction, list[int] | None]:
+    """Return value and numbers of one side; None for those of a result with a sign or a point."""
+    result = " ".join(_unwrapped(tokens))
+    if _RESULT.fullmatch(result):
+        return Fraction(result.replace(" ", "").replace(",", "")), None
+    return _read(tokens)
+
+
+def _read(tokens: list[str]) -> tuple[Fraction, list[int]]:
+    """Parse the tokens of an expression into its value and its numbers."""
     rest = ["the end", *reversed(tokens)]
     result = _sum(rest, 0)
     if len(rest) > 1:
         raise ValueError(f"unexpected {rest[-1]!r} in the expression")
-    return Fraction(result), [int(token) for token in tokens if token.isdecimal()]
-
-
-def _split(content: str) -> tuple[str, int | None]:
-    """Split an answer into its expression and the number its `=` tail claims, None without a tail."""
-    expression, equals, tail = _normalise(content).partition("=")
-    if not equals:
-        return expression, None
-    if not _TAIL.fullmatch(tail.strip()):
-        raise ValueError("what follows the equals sign is not one whole number")
-    return expression, int(tail)
-
-
-def _normalise(text: str) -> str:
-    if len(text) > MAX_LENGTH:
-        raise ValueError(f"the expression has {len(text)} characters, more than {MAX_LENGTH}")
-    return text.translate(_PLAIN)
+    return Fraction(result), [_whole(token) for token in tokens if token[0] in "0123456789"]
 
 
 def _sum(tokens: list[str], depth: int) -> Fraction | int:
-    """Read a sum off the end of `tokens`, which are in reverse order and begin with an end marker."""
+    """Read a sum off the end of `tokens`, which are reversed and begin with an end marker."""
     result = _product(tokens, depth)
     while tokens[-1] in ("+", "-"):
         result = _OPERATIONS[tokens.pop()](result, _product(tokens, depth))
@@ -125,22 +215,44 @@ def _sum(tokens: list[str], depth: int) -> Fraction | int:
 def _product(tokens: list[str], depth: int) -> Fraction | int:
     result = _atom(tokens, depth)
     while tokens[-1] in ("*", "/"):
-        try:
-            result = _OPERATIONS[tokens.pop()](result, _atom(tokens, depth))
-        except ZeroDivisionError:
-            raise ValueError("the expression divides by zero") from None
+        result = _operation(tokens.pop(), result, _atom(tokens, depth))
     return result
+
+
+def _operation(sign: str, left: Fraction | int, right: Fraction | int) -> Fraction | int:
+    try:
+        return _OPERATIONS[sign](left, right)
+    except ZeroDivisionError:
+        raise ValueError("the expression divides by zero") from None
 
 
 def _atom(tokens: list[str], depth: int) -> Fraction | int:
     token = tokens.pop()
-    if token.isascii() and token.isdecimal():
-        return int(token)
-    if token != "(":
-        raise ValueError(f"expected a number or a parenthesis, found {token!r}")
+    if token in _BRACKETS:
+        return _group(token, tokens, depth)
+    if token == "\\frac":
+        numerator = _argument(tokens, depth)
+        return _operation("/", numerator, _argument(tokens, depth))
+    return _whole(token)
+
+
+def _argument(tokens: list[str], depth: int) -> Fraction | int:
+    if tokens[-1] != "{":
+        raise ValueError(f"expected an argument in curly brackets, found {tokens[-1]!r}")
+    return _group(tokens.pop(), tokens, depth)
+
+
+def _group(opening: str, tokens: list[str], depth: int) -> Fraction | int:
+    """Read up to the bracket that closes `opening`."""
     if depth == MAX_DEPTH:
-        raise ValueError(f"more than {MAX_DEPTH} nested parentheses")
+        raise ValueError(f"more than {MAX_DEPTH} nested brackets")
     result = _sum(tokens, depth + 1)
-    if tokens.pop() != ")":
-        raise ValueError("a parenthesis is not closed")
+    if tokens.pop() != _BRACKETS[opening]:
+        raise ValueError("a bracket is not closed")
     return result
+
+
+def _whole(token: str) -> int:
+    if not re.fullmatch(_NUMBER, token):
+        raise ValueError(f"expected a whole number or a bracket, found {token!r}")
+    return int(token.replace(",", ""))

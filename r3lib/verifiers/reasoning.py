@@ -1,0 +1,114 @@
+"""What a model answers: its text without reasoning and without what follows the end of its turn.
+
+| family | reasoning | end of turn |
+|---|---|---|
+| DeepSeek, GLM, LFM2, Nemotron, Qwen | `<think>...</think>` | below |
+| others | `<thinking>`, `<thought>`, `<reasoning>`, `<reasoning_content>` likewise | |
+| Mistral | `[THINK]...[/THINK]` | `</s>`, `[INST]` |
+| Cohere | `<|START_THINKING|>...<|END_THINKING|>` | `<|END_OF_TURN_TOKEN|>` |
+| Gemma 4 | `<|channel>...<channel|>` | `<turn|>`, `<|tool_response>` |
+| gpt-oss | messages of channel `analysis`, all before `final` | `<|return|>`, `<|call|>` |
+| Muse | messages ` to=self`, all before one ` to=user` | `<|eot|>` |
+| all | | `<|im_end|>`, `<|eot_id|>`, `<|endoftext|>`, `<|end|>` and others in `_ENDS` |
+
+The rules, for all families alike:
+
+- Reasoning runs from its opening tag to the next closing tag of the same kind, or to the end of
+  the text.
+- Everything before a closing tag that nothing opened is reasoning: its opening tag stood in the
+  prompt. Where the reasoning before it has more opening tags than closing ones, it is nested in
+  that reasoning, and what stands before that is kept.
+- The first end of turn outside reasoning ends the text. So does a header of the user's next turn.
+  `<|end|>` and `<|eom|>` do not where another message of the assistant follows, as in gpt-oss.
+- A tag between quotation marks or backticks is only mentioned and counts for nothing. Without
+  them it counts, so what follows a bare and unclosed `<think>` is no answer.
+- A text of more than `MAX_LENGTH` characters, or `MAX_TAGS` brackets that may begin a tag, is no
+  answer at all.
+"""
+
+import re
+
+MAX_LENGTH, MAX_TAGS = 400_000, 4_000
+
+# Patterns of tags without their first character, "<" or "[": a common start makes the search fast.
+_XML = ("think", "thinking", "thought", "reasoning", "reasoning_content")
+_PAIRS = {name: (f"(?i:{name})>", f"/(?i:{name})>") for name in _XML} | {
+    "mistral": (r"THINK\]", r"/THINK\]"),
+    "cohere": (r"\|START_THINKING\|>", r"\|END_THINKING\|>"),
+    "gemma": (r"\|channel>", r"channel\|>"),
+}
+# Here reasoning is a message like others: known by its header, ended by the next tag of a message.
+_MESSAGES = {
+    "gptoss": (r"\|channel\|>analysis\s*<\|message\|>", r"\|channel\|>final\b"),
+    "muse": (r"(?<= to=self<)\|message\|>", r"(?<= to=user<)\|message\|>"),
+}
+_NEXT_MESSAGE = r"\|(?:end|eom|start|channel|return|call|eot)\|>"
+_ENDS = (
+    r"\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|eot|return|call)\|>",
+    r"\|(?:END_OF_TURN_TOKEN|END_RESPONSE|user|system|observation|USER_TOKEN)\|>",
+    r"\|(?:end|eom)\|>(?!\s*<\|(?:start\|>assistant|channel\|>))",
+    r"(?:end_of_turn|turn\||\|tool_response|end_of_utterance|eos|/s)>",
+    r"(?:｜end▁of▁sentence｜|｜User｜)>|INST\]",
+    r"(?:\|im_start\||\|start_header_id\||\|start\||start_of_turn|\|turn)>user",
+)
+
+
+def _tag(pattern: str) -> re.Pattern:
+    return re.compile(rf"[<\[](?:{pattern})")
+
+
+_ROWS = (_PAIRS | _MESSAGES).items()
+_OPENING = {kind: _tag(opening) for kind, (opening, _) in _ROWS}
+_CLOSING = {kind: _tag(closing) for kind, (_, closing) in _PAIRS.items()}
+_CLOSING |= dict.fromkeys(_MESSAGES, _tag(_NEXT_MESSAGE))
+_ANY = _tag(
+    "|".join(f"(?P<{kind}>{opening})" for kind, (opening, _) in _ROWS)
+    + f"|(?P<closing>{'|'.join(closing for _, (_, closing) in _ROWS)})"
+    + f"|(?P<end>{'|'.join(_ENDS)})"
+)
+_QUOTES = "`'\"“”‘’"
+
+
+def answer_text(text: str) -> str:
+    """Return `text` without its reasoning, up to the end of the model's turn."""
+    return _split(text)[0]
+
+
+def without_reasoning(text: str) -> str:
+    """Return `text` without its reasoning; what follows the end of the turn is left as it is."""
+    return "".join(_split(text))
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Split `text` into the answer, without reasoning, and the rest from the end of turn on."""
+    if len(text) > MAX_LENGTH or text.count("<") + text.count("[") > MAX_TAGS:
+        return "", ""
+    kept: list[str] = []
+    outermost = nested = position = 0
+    while tag := _find(_ANY, text, position):
+        if tag.lastgroup == "end":
+            return "".join(kept) + text[position : tag.start()], text[tag.start() :]
+        kept.append(text[position : tag.start()])
+        if tag.lastgroup == "closing":
+            del kept[outermost if nested else 0 :]
+            nested = max(nested - 1, 0)
+            position = tag.end()
+            continue
+        if not nested:
+            outermost = len(kept)
+        closing = _find(_CLOSING[tag.lastgroup], text, tag.end())
+        if closing is None:
+            return "".join(kept), ""
+        nested += len(_OPENING[tag.lastgroup].findall(text, tag.end(), closing.start()))
+        position = closing.start() if tag.lastgroup in _MESSAGES else closing.end()
+    return "".join(kept) + text[position:], ""
+
+
+def _find(pattern: re.Pattern, text: str, start: int) -> re.Match | None:
+    """Return the first match of `pattern` from `start` on that is not between quotation marks."""
+    for found in pattern.finditer(text, start):
+        before = text[found.start() - 1 : found.start()]
+        after = text[found.end() : found.end() + 1]
+        if not (before and after and before in _QUOTES and after in _QUOTES):
+            return found
+    return None
