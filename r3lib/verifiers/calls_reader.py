@@ -67,6 +67,7 @@ _SURPLUS = re.compile(r"(?:\s*[\]}])*+")
 _UNOPENED = re.compile(
     r"""["']?name["']?\s*:\s*["'][^"'\n]{1,200}["']\s*,\s*["']?(?:arguments|parameters)["']?\s*:"""
 )
+_NAMED = re.compile(r"\s*+(?:[\w.\-]++\s*+=(?!=)|\Z)")  # what follows the parenthesis of a call
 
 
 @dataclass
@@ -202,7 +203,8 @@ class _Reader:
         try:
             calls, end = self._parsed(at)
         except ValueError:
-            if start["tag"] or is_alone and start["python"] in self.declared:
+            is_meant = start["python"] in self.declared and _NAMED.match(self.text, start.end())
+            if start["tag"] or is_alone and is_meant:
                 raise Unread("invalid_json") from None
             return None, start.end()
         is_mention = not is_alone and not calls[0]["arguments"]

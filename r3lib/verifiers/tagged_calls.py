@@ -20,7 +20,7 @@ START = "|".join((
     *_NAMES_BEFORE_JSON,
     rf"(?:<\|tool_call>|<start_function_call>)call:(?P<gemma>{WORD})(?=\{{)",
     r"""<(?:\w{1,20}:)?(?:function|invoke)(?:=|\s+name=)["']?(?P<xml>[^>"'\n]{1,200}+)["']?>""",
-    rf"<tool_call>\s*+(?P<glm>{WORD})\s*+(?=<arg_key>|</tool_call>)",
+    rf"<tool_call>\n?(?P<glm>{WORD})\s*+(?=<arg_key>|</tool_call>|\Z)",
 ))  # fmt: skip
 
 _XML = re.compile(r"""\s*+<(?P<tag>(?:\w{1,20}:)?param(?:eter)?)(?:=|\s+name=)["']?(?P<key>[^>"'\n]+)["']?>""")
