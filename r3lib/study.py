@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
 SOURCES = "study.py weights.py warm_start.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* "
-SOURCES += "verifiers/verdict.py verifiers/{0}*"
+SOURCES += "verifiers/*"
 Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
 WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "retry_turn")

@@ -1,80 +1,62 @@
-"""Are the function calls in a text the ones a problem asks for? They are read as JSON; nothing is evaluated.
+"""Are the function calls in a text the ones a problem asks for?
 
-What is read: the text from the first `<tool_call>` on, else `<|python_tag|>`, else "```json", if a `"name":`
-follows, otherwise the whole text. In it every outermost JSON object or list with the word `name` must be a call or
-a list of calls, so one broken block spoils the text and a call made twice is two calls; other blocks and the prose
-around them are passed over. A call is `{"name", "arguments"}`, or has "parameters" instead (Llama), or is the value
-of "function" (OpenAI, xlam), or has its arguments as a JSON string (OpenAI). Repeated keys, NaN, infinities, numbers
-beyond what Python reads and more than `MAX_DEPTH` nested brackets are invalid JSON. So is a text with a `"name":`
-outside its blocks, or with one and more than `MAX_LENGTH` characters or `MAX_BLOCKS` blocks left to read.
+How calls are read is in `calls_reader`, what a tool declares in `schemas`. Two rules compare the calls with gold; the
+order of calls is free, and 1, "1" and true are three values:
 
-Two rules compare the calls with gold; the order of calls is free, and 1, "1" and true are three values:
+| | strict | lenient, plain gold | lenient, BFCL's possible answers |
+|---|---|---|---|
+| accepted values | gold's (of BFCL's the first) | gold's | any that is listed |
+| integers and floats | types count, 1 is not 1.0 | an integer passes for a float | the same |
+| strings | exact | without case, spaces and `,./-_*^` | the same |
+| lists | exact | their items as above | the same |
+| objects | unordered | unordered, their values as above | the same, keys may be optional |
+| left out by the call only | missing_argument | ok if gold's value is the default | ok if "" is listed |
+| left out by gold only | unexpected_argument | ok if it is the default | unexpected_argument |
 
-- "strict": the arguments of gold and no others, with equal values. Types count, so 1 is not 1.0; strings and
-  lists are exact, objects unordered. Of BFCL's accepted values the first is gold's.
-- "lenient": BFCL's AST checker. Any accepted value will do, an argument with "" among them may be left out (with
-  a plain gold, one that the tool declares optional), integers pass for floats but not the reverse, and strings
-  are compared without case, spaces and `,./-_*^`. Unlike BFCL it pairs calls optimally instead of greedily, looks
-  into nested values, takes integers in lists of floats, and lets "" stand for a required argument, so that the
-  gold of every record is right.
+The lenient rule is BFCL's AST checker, but for this: it pairs calls optimally instead of greedily, looks into nested
+values, takes integers in lists of floats, and lets "" stand for a required argument, so that the gold of every record
+is right.
 """
 
 import json
-import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..errors import R3Error
+from .calls_reader import MAX_BLOCKS, MAX_LENGTH, calls
+from .json_calls import MAX_DEPTH, Unread, calls_in
+from .schemas import Argument, Type, declared_arguments
+from .tagged_calls import Untyped
 from .verdict import Verdict
+
+__all__ = [
+    "MAX_BLOCKS", "MAX_DEPTH", "MAX_LENGTH", "REASONS", "RULES", "Unread", "calls", "gold", "verify",
+]  # fmt: skip
 
 # Of several reasons the first is given. Those from "missing_argument" on are of the calls as paired with gold.
 REASONS = ("ok", "no_call", "invalid_json", "wrong_function", "wrong_call_count")
 REASONS += ("missing_argument", "unexpected_argument", "wrong_type", "wrong_value")
 RULES = ("strict", "lenient")
-MAX_LENGTH, MAX_DEPTH, MAX_BLOCKS = 10_000, 50, 50
-
-_MARKS, _KEY, _NAME = ("<tool_call>", "<|python_tag|>", "```json"), '"name":', re.compile(r"\bname\b")
-_START = re.compile(r"""\{\s*(?:["'{}\[]|name["']?\s*:)|\[\s*[\[\]{]""")
-_TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*+"?|[\[\]{}]')
-_CLOSING = re.compile(r"(?:\s*[\]}])*+")
-_STEP = {"{": 1, "[": 1, "}": -1, "]": -1}
-_WORDS = {str: "str string char", int: "int integer long", float: "float number double", bool: "bool boolean"}
-_WORDS |= {list: "list array tuple set", dict: "dict object", type(None): "none null"}
-_TYPES = {word: kind for kind, words in _WORDS.items() for word in words.split()}
-
-
-class Unread(ValueError):
-    """No calls can be read from a text; the message is the reason, "no_call" or "invalid_json"."""
-
-
-@dataclass
-class _Type:
-    """The types of JSON values that are allowed, and those of the items of a list (None allows any)."""
-
-    kinds: set[type] = field(default_factory=set)
-    items: "_Type | None" = None
 
 
 def verify(text: str | None, tools: list | str, answers: list | str, rule: str = "strict") -> Verdict:
-    """Judge the calls in `text` against `answers`; `tools` give the declared types and optional arguments.
+    """Judge the calls in `text` against `answers`; `tools` give the declared types and defaults.
 
-    `tools` (xlam's form or JSON schema) and `answers` (plain calls or BFCL's possible answers) are lists or their
+    `tools` (xlam's form or JSON Schema) and `answers` (plain calls or BFCL's possible answers) are lists or their
     JSON text. The reason is the first that applies of `REASONS`: "no_call" (nothing looks like a call, or None),
     "invalid_json" (it does, but cannot be read), "wrong_function" (one not in gold is called), "wrong_call_count"
     (also for `[]`). Then calls and gold are paired so that most pairs are right and the others fail as late in
     `REASONS` as they can; "wrong_type" is a type that neither the tool nor gold allows, or (strict) the only
     difference, as 1 for 1.0. Raises TypeError when `text` is neither a string nor None, and R3Error for an
-    unknown rule, `tools` that are no list of objects, or an answer in neither form.
+    unknown rule, `tools` that are no list of named objects, or an answer in neither form.
     """
     if rule not in RULES:
         raise R3Error(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
-    declared = {tool.get("name"): _arguments(tool) for tool in map(_unwrap, _loaded(tools, "tools"))}
+    declared = _declared(tools)
     expected = _expected(answers, declared, rule)
     try:
-        found = calls(text)
+        found = calls(text, declared)
     except Unread as error:
         return Verdict.of(str(error))
     if {call["name"] for call in found} - {name for name, _, _ in expected}:
@@ -90,32 +72,6 @@ def verify(text: str | None, tools: list | str, answers: list | str, rule: str =
     return Verdict.of(REASONS[min(ranks[ranks > 0], default=0)])
 
 
-def calls(text: str | None) -> list[dict]:
-    """Return the calls of `text` in order, each {"name": str, "arguments": dict}; none for the text `[]`.
-
-    Raises Unread when nothing looks like a call or one cannot be read, TypeError for no string and not None.
-    """
-    if not isinstance(text, str | None):
-        raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
-    text = text or ""
-    key = text.rfind(_KEY)
-    unread = Unread("no_call" if key < 0 else "invalid_json")
-    text = text[next((at for mark in _MARKS if (at := text.find(mark, 0, max(key, 0))) >= 0), 0) :]
-    if len(text) > MAX_LENGTH:
-        raise unread
-    found, empty, keys = [], False, text.count(_KEY)
-    for count, block in enumerate(_blocks(text)):
-        if count == MAX_BLOCKS:
-            raise unread
-        if _NAME.search(block):
-            found += map(_call, parsed if isinstance(parsed := _parse(block), list) else [parsed])
-        keys -= block.count(_KEY)
-        empty = empty or block.split() in (["[]"], ["[", "]"])
-    if keys or not found and not empty:
-        raise unread
-    return found
-
-
 def gold(answers: list | str) -> list[dict]:
     """Return `answers` as plain calls: of BFCL's accepted values the first, no argument where that is ""."""
     return [
@@ -124,68 +80,17 @@ def gold(answers: list | str) -> list[dict]:
     ]
 
 
-def render(calls: list[dict]) -> str:
-    """Return the JSON text of `calls`, a list of {"name", "arguments"}, on one line."""
-    return json.dumps(calls, ensure_ascii=False)
+def unwrapped(tool: dict) -> dict:
+    """Return the function of a tool in OpenAI's form, other tools as they are."""
+    inner = tool.get("function")
+    return inner if isinstance(inner, dict) and isinstance(inner.get("name"), str) else tool
 
 
-def _blocks(text: str) -> Iterator[str]:
-    """Yield the outermost bracketed parts of `text`, each with the surplus closing brackets after it."""
-    end = 0
-    while start := _START.search(text, end):
-        end = _end(text, start.start())
-        if end is None and _NAME.search(text, start.start()):
-            raise Unread("invalid_json")
-        if end is None:
-            return
-        end = _CLOSING.match(text, end).end()
-        yield text[start.start() : end]
-
-
-def _end(text: str, start: int) -> int | None:
-    """Return where the first bracket from `start` on is closed; None without one, unclosed or nested too deep."""
-    depth = 0
-    for token in _TOKEN.finditer(text, start):
-        depth += _STEP.get(token[0], 0)
-        if not 0 < depth <= MAX_DEPTH:
-            return None if depth else token.end()
-    return None
-
-
-def _parse(text: str):
-    try:
-        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-    except ValueError:
-        raise Unread("invalid_json") from None
-
-
-def _unique(pairs: list[tuple]) -> dict:
-    if len(made := dict(pairs)) < len(pairs):
-        raise ValueError("a key is repeated")
-    return made
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return number
-
-
-def _unwrap(item):
-    inner = item.get("function") if isinstance(item, dict) else None
-    return inner if isinstance(inner, dict) and isinstance(inner.get("name"), str) else item
-
-
-def _call(item) -> dict:
-    item = _unwrap(item)
-    if not isinstance(item, dict):
-        raise Unread("invalid_json")
-    name, arguments = item.get("name"), item.get("arguments", item.get("parameters"))
-    if isinstance(arguments, str) and _end(arguments, 0):
-        arguments = _parse(arguments)
-    if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise Unread("invalid_json")
-    return {"name": name, "arguments": arguments}
+def _declared(tools: list | str) -> dict[str, dict[str, Argument]]:
+    functions = [unwrapped(tool) for tool in _loaded(tools, "tools")]
+    if not all(isinstance(tool.get("name"), str) for tool in functions):
+        raise R3Error("one of the tools has no name")
+    return {tool["name"]: declared_arguments(tool) for tool in functions}
 
 
 def _loaded(value: list | str, what: str) -> list[dict]:
@@ -201,14 +106,20 @@ def _loaded(value: list | str, what: str) -> list[dict]:
 def _answers(answers: list | str) -> Iterator[tuple[str, dict, bool]]:
     """Yield of each answer the name, the arguments, and whether they are plain values or lists of accepted ones."""
     for answer in _loaded(answers, "answers"):
-        plain = isinstance(_unwrap(answer).get("name"), str)
         try:
-            ((name, arguments),) = [_call(answer).values()] if plain else answer.items()
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise R3Error(f"an answer is neither a call nor BFCL's possible answers: {answer}")
-        yield name, arguments, plain
+            plain = calls_in(answer) or []
+        except Unread as error:
+            raise R3Error(f"an answer cannot be read as a call: {answer}") from error
+        yield from ((call["name"], call["arguments"], True) for call in plain)
+        if not plain:
+            yield _possible_answer(answer)
+
+
+def _possible_answer(answer: dict) -> tuple[str, dict, bool]:
+    name, accepted = next(iter(answer.items()), ("", None))
+    if len(answer) != 1 or not isinstance(accepted, dict):
+        raise R3Error(f"an answer is neither a call nor BFCL's possible answers: {answer}")
+    return name, accepted, False
 
 
 def _first(value):
@@ -237,60 +148,34 @@ def _expected(answers: list | str, declared: dict, rule: str) -> list[tuple[str,
     expected = []
     for name, accepted, plain in _answers(answers):
         if plain:
-            accepted = {arg: [_possible(value)] for arg, value in accepted.items()}
-            optional = {arg for arg, (_, is_optional) in declared.get(name, {}).items() if is_optional}
+            expected.append((name, *_with_defaults(accepted, declared.get(name, {}))))
         else:
             optional = {arg for arg, options in accepted.items() if "" in options or not options}
-        expected.append((name, accepted, optional))
+            expected.append((name, accepted, optional))
     return expected
 
 
-def _arguments(tool: dict) -> dict[str, tuple[_Type, bool]]:
-    """Return the declared type of each argument of a tool, and whether it is optional."""
-    parameters = tool.get("parameters") or {}
-    if isinstance(parameters.get("type"), str):  # JSON schema; in xlam's form this is an argument named "type"
-        required = parameters.get("required", ())
-        return {arg: (_type(_words(s)), arg not in required) for arg, s in parameters.get("properties", {}).items()}
-    required = tool.get("required", [arg for arg, spec in parameters.items() if not is_optional(spec)])
-    return {arg: (_type(_words(s)), arg not in required) for arg, s in parameters.items()}
+def _with_defaults(plain: dict, declared: dict[str, Argument]) -> tuple[dict, set]:
+    """Return the accepted values of a plain gold's arguments and of defaults, and what may be left out."""
+    accepted = {arg: [_possible(value)] for arg, value in plain.items()}
+    optional = set()
+    for arg, argument in declared.items():
+        for default in argument.default:
+            options = accepted.setdefault(arg, [_possible(default)])
+            if _match(default, options[0]):
+                optional.add(arg)
+    return accepted, optional
 
 
-def is_optional(spec: dict) -> bool:
-    """Whether an argument in xlam's form may be left out: it has a default or is declared optional."""
-    return "default" in spec or "optional" in _words(spec)
-
-
-def _words(spec: dict) -> str:
-    """Return a declared type as in `list[int], optional`."""
-    words = spec.get("type", "")
-    words = " ".join(words) if isinstance(words, list) else str(words).lower()
-    return f"{words}[{_words(spec['items'])}]" if "items" in spec else words
-
-
-def _type(words: str) -> _Type:
-    stack = [_Type()]
-    for word, bracket in re.findall(r"(\w+|\])(\[?)", words):
-        if word in _TYPES:
-            stack[-1].kinds.add(_TYPES[word])
-        if bracket:
-            inner = stack[-1] if word in ("optional", "union") else _Type()
-            if _TYPES.get(word) is list:
-                stack[-1].items = inner
-            stack.append(inner)
-        elif word == "]" and len(stack) > 1:
-            stack.pop()
-    return stack[0]
-
-
-def _widened(declared: _Type, values: list) -> _Type:
+def _widened(declared: Type, values: list) -> Type:
     """Return `declared` with the types of `values` (gold's) added, which not every tool declares rightly."""
     lists, items = [value for value in values if isinstance(value, list)], declared.items
     if lists and (items or list not in declared.kinds):
-        items = _widened(items or _Type(), [item for value in lists for item in value])
-    return _Type(declared.kinds | set(map(type, values)), items)
+        items = _widened(items or Type(), [item for value in lists for item in value])
+    return Type(declared.kinds | set(map(type, values)), items)
 
 
-def _allowed(values: list, types: _Type) -> bool:
+def _allowed(values: list, types: Type) -> bool:
     """Whether all `values` are of `types`; level by level, as text may hold very many of them."""
     kinds = set(map(type, values)) - ({int} if float in types.kinds else set())
     items = [item for value in values if isinstance(value, list) for item in value] if types.items else []
@@ -306,19 +191,27 @@ def _pair(call: dict, expected: tuple[str, dict, set], declared: dict, judge) ->
         return "missing_argument"
     if any(arg not in accepted for arg in arguments):
         return "unexpected_argument"
-    unknown = (_Type(), False)
-    reasons = {judge(arguments[arg], accepted[arg], declared.get(arg, unknown)[0]) for arg in arguments}
+    types = {arg: declared[arg].type if arg in declared else Type() for arg in arguments}
+    reasons = {_best(judge, arguments[arg], accepted[arg], types[arg]) for arg in arguments}
     return min(reasons - {"ok"}, key=REASONS.index, default="ok")
 
 
-def _strict(value, accepted: list, declared: _Type) -> str:
+def _best(judge, value, accepted: list, declared: Type) -> str:
+    """Return the reason for a value; text that has no type is read as what suits best."""
+    if not isinstance(value, Untyped):
+        return judge(value, accepted, declared)
+    reasons = {judge(reading, accepted, declared) for reading in value.readings()}
+    return "ok" if "ok" in reasons else max(reasons, key=REASONS.index)
+
+
+def _strict(value, accepted: list, declared: Type) -> str:
     (wanted,) = accepted
     if _same(value, wanted):
         return "ok"
     return "wrong_value" if value != wanted and _allowed([value], _widened(declared, accepted)) else "wrong_type"
 
 
-def _lenient(value, accepted: list, declared: _Type) -> str:
+def _lenient(value, accepted: list, declared: Type) -> str:
     if not _allowed([value], _widened(declared, [option for option in accepted if option != ""] or accepted)):
         return "wrong_type"
     return "ok" if any(_match(value, option) for option in accepted) else "wrong_value"

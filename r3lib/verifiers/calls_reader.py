@@ -1,0 +1,220 @@
+r"""The function calls in a model's text, in the syntax of any family; nothing is evaluated.
+
+Reasoning, and what follows the end of the turn, is removed first (`reasoning.answer_text`). Then these are read:
+
+| syntax | families | example |
+|---|---|---|
+| JSON | most | `{"name": "f", "arguments": {"a": 1}}`, a list of these, or one after another |
+| | Llama | `{"name": "f", "parameters": {"a": 1}}` |
+| | Cohere | `[{"tool_call_id": "0", "tool_name": "f", "parameters": {"a": 1}}]` |
+| envelopes | OpenAI, xlam | `{"tool_calls": [...]}`, `{"function_call": {...}}`, `{"id", "type", "function": {...}}` |
+| name, then JSON | Llama | `<function=f>{"a": 1}</function>` |
+| | Mistral | `[TOOL_CALLS]f{"a": 1}`, `[TOOL_CALLS]f[CALL_ID]x[ARGS]{"a": 1}` |
+| | gpt-oss | `to=functions.f<\|channel\|>commentary json<\|message\|>{"a": 1}<\|call\|>`, or the channel first |
+| | DeepSeek | `<｜tool▁call▁begin｜>function<｜tool▁sep｜>f`, a line, the JSON in a fence |
+| | Kimi | `<\|tool_call_begin\|>functions.f:0<\|tool_call_argument_begin\|>{"a": 1}<\|tool_call_end\|>` |
+| | Gemma 4 | `<\|tool_call>call:f{a:1,b:<\|"\|>x<\|"\|>}<tool_call\|>` |
+| XML | Qwen3-Coder, Qwen3.5, Nemotron 3 | `<function=f><parameter=a>1</parameter></function>` |
+| | Muse, MiniMax | `<invoke name="f"><parameter name="a">1</parameter></invoke>`, also with a prefix |
+| | GLM | `<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>` |
+| Python | LFM2, Llama 3.2, Gemma 3 | `[f(a=1), g()]`, `f(a=1)` |
+
+Which of them count:
+
+| in the text | rule |
+|---|---|
+| a mark before a call: `<tool_call>`, `<\|python_tag\|>` ..., else ` ```json ` ... | what is before it is not read |
+| several calls | all count, so the same call twice is two calls |
+| Python without a mark beside calls in another syntax | a mention, not read |
+| Python without a mark, alone | `[f(...)]`, a call that begins a line, or a declared tool's call with arguments |
+| `{"name": "f"}` and no more | a call without arguments if `f` is a declared tool |
+| arguments `""` or `null`, or absent inside an envelope | no arguments, as `{}` |
+| arguments in a string | read as JSON, also if they were encoded twice |
+| a value in XML | has no type: it is text, JSON or a constant, as the tool or gold wants |
+| other JSON: without a name or arguments, or the declaration of a tool | passed over |
+| the empty list `[]` | an answer that makes no calls |
+
+What is meant as a call but cannot be read spoils the text ("invalid_json"): all that a mark announces, a broken block
+of JSON with a name and arguments or with a declared tool, one cut short in its beginning, a list of calls and other
+things, a repeated key, NaN and infinities, more than `MAX_DEPTH` nested brackets, `MAX_BLOCKS` blocks, or `MAX_LENGTH`
+characters from the first mark on. Any other text without a call is "no_call".
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from . import json_calls, python_calls, tagged_calls
+from .json_calls import MAX_DEPTH, Unread
+from .reasoning import answer_text
+
+MAX_TEXT, MAX_LENGTH, MAX_BLOCKS, MAX_BROKEN = 100_000, 10_000, 50, 3
+
+_FENCE = r"```(?:json|python|tool_code|tool_call)"
+_TAG = (
+    r"<tool_calls?>|<\|tool_call\|>|<\|python_tag\|>|<\|tool_call_start\|>|<TOOLCALL>|\[TOOL_CALLS\]"
+    r"|<\|START_ACTION\|>|<\|action_start\|>|functools(?=\[)"
+)
+_MARK = re.compile(rf"{_FENCE}|{_TAG}|<function=|<\|?tool_call|<｜tool▁call|<\w*:?invoke name=|to=functions\.")
+_START = re.compile(
+    rf"{tagged_calls.START}"
+    rf"|(?:(?P<tag>{_TAG})\s*+|(?P<fence>{_FENCE})\s*+|(?P<line>^[ \t`]*+|(?<=\)[,;])\s*+))?"
+    r"""(?:(?P<json>\{(?=\s*+(?:["'{}\[]|name["']?\s*:))|\[(?=\s*+[\[\]{]))"""
+    rf"|(?P<list>\[\s*+)?(?<![\w.\-])(?P<python>{tagged_calls.WORD})\()",
+    re.MULTILINE,
+)
+_SURPLUS = re.compile(r"(?:\s*[\]}])*+")
+_UNOPENED = re.compile(
+    r"""["']?name["']?\s*:\s*["'][^"'\n]{1,200}["']\s*,\s*["']?(?:arguments|parameters)["']?\s*:"""
+)
+_NAMED = re.compile(r"\s*+(?:[\w.\-]++\s*+=(?!=)|\Z)")  # what follows the parenthesis of a call
+
+
+@dataclass
+class _Part:
+    """A part of the text: its calls, or None if it was meant as calls but cannot be read."""
+
+    calls: list[dict] | None
+    mark: str = ""  # "tag", "fence", or none before it
+    is_python: bool = False
+
+
+def calls(text: str | None, declared: Collection[str] = ()) -> list[dict]:
+    """Return the calls of `text` in order, each {"name": str, "arguments": dict}; none for the text `[]`.
+
+    `declared` are the names of the tools. Raises Unread when nothing looks like a call or one cannot be read,
+    TypeError for no string and not None.
+    """
+    if not isinstance(text, str | None):
+        raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
+    parts = _counted(list(_parts(_readable(answer_text(text or "")), declared)))
+    if any(part.calls is None for part in parts):
+        raise Unread("invalid_json")
+    if not parts:
+        raise Unread("no_call")
+    return [call for part in parts for call in part.calls]
+
+
+def _readable(text: str) -> str:
+    """Return what is read of a text: if it is long, from the first mark on. Raises Unread if that is too long."""
+    if len(text) <= MAX_LENGTH:
+        return text
+    mark = _MARK.search(text) if len(text) <= MAX_TEXT else None
+    if mark and len(text) - mark.start() <= MAX_LENGTH:
+        return text[mark.start() :]
+    raise Unread("invalid_json" if mark or '"name":' in text else "no_call")
+
+
+def _counted(parts: list[_Part]) -> list[_Part]:
+    """Return the parts that count: from the first tag on, else from the first fence, else all."""
+    for mark in ("tag", "fence"):
+        marked = [index for index, part in enumerate(parts) if part.mark == mark]
+        if marked:
+            parts = parts[marked[0] :]
+            break
+    others = any(not part.is_python for part in parts if part.calls != [])
+    return [part for part in parts if part.mark or not (part.is_python and others)]
+
+
+def _parts(text: str, declared: Collection[str]) -> Iterator[_Part]:
+    """Yield what `text` holds, from its start to its end."""
+    reader, position = _Reader(text, declared), 0
+    blocks, broken = 0, 0
+    while position is not None and broken < MAX_BROKEN:
+        start = reader.next(position)
+        if _UNOPENED.search(text, position, start.start() if start else len(text)):
+            yield _Part(None)
+        if start is None:
+            return
+        is_python = start.lastgroup == "python"
+        blocks += not is_python
+        if blocks > MAX_BLOCKS:
+            yield _Part(None)
+            return
+        try:
+            calls, position = reader.read(start)
+            if calls is not None:
+                yield _Part(calls, _mark_of(start), is_python)
+        except Unread:
+            broken += 1
+            position = reader.next_mark(start.end())
+            yield _Part(None, _mark_of(start), is_python)
+
+
+def _mark_of(start: re.Match) -> str:
+    if start["tag"] or start.lastgroup not in ("json", "python"):
+        return "tag"
+    return "fence" if start["fence"] else ""
+
+
+class _Reader:
+    """Reads the blocks of one text, each at most once."""
+
+    def __init__(self, text: str, declared: Collection[str]):
+        self.text, self.declared = text, declared
+        self.python_left = python_calls.MAX_LENGTH  # characters
+
+    def next(self, position: int) -> re.Match | None:
+        """Return where the next block begins; a word before a parenthesis seldom is one."""
+        for start in _START.finditer(self.text, position):
+            if start.lastgroup != "python" or self._may_be_python(start):
+                return start
+        return None
+
+    def next_mark(self, position: int) -> int | None:
+        mark = _MARK.search(self.text, position)
+        return mark.start() if mark else None
+
+    def read(self, start: re.Match) -> tuple[list[dict] | None, int | None]:
+        """Return the calls of a block, None if it is something else, and where it ends (None: at the text's end)."""
+        if start.lastgroup == "json":
+            return self._json(start.start("json"), start["tag"] is not None)
+        if start.lastgroup == "python":
+            return self._python(start)
+        return tagged_calls.read(self.text, start)
+
+    def _json(self, at: int, is_tagged: bool) -> tuple[list[dict] | None, int | None]:
+        end = json_calls.end_of(self.text, at)
+        if end is None:
+            if is_tagged or json_calls.looks_like_call(self.text[at:], self.declared, is_cut=True):
+                raise Unread("invalid_json")
+            return None, self.next_mark(at)
+        end = _SURPLUS.match(self.text, end).end()
+        block = self.text[at:end]
+        try:
+            value = json_calls.parse(block)
+        except Unread:
+            if is_tagged or json_calls.looks_like_call(block, self.declared):
+                raise
+            return None, end
+        calls = json_calls.calls_in(value, self.declared)
+        if calls is None and is_tagged:
+            raise Unread("invalid_json")
+        return calls, end
+
+    def _may_be_python(self, start: re.Match) -> bool:
+        groups = ("tag", "fence", "list", "line")
+        return start["python"] in self.declared or any(start[group] is not None for group in groups)
+
+    def _python(self, start: re.Match) -> tuple[list[dict] | None, int]:
+        at = start.start("list") if start["list"] else start.start("python")
+        is_marked = start["tag"] is not None or start["fence"] is not None
+        is_alone = is_marked or start["list"] is not None or start["line"] is not None
+        try:
+            calls, end = self._parsed(at)
+        except ValueError:
+            is_meant = start["python"] in self.declared and _NAMED.match(self.text, start.end())
+            if start["tag"] or is_alone and is_meant:
+                raise Unread("invalid_json") from None
+            return None, start.end()
+        is_mention = not is_alone and not calls[0]["arguments"]
+        return None if is_mention else calls, end
+
+    def _parsed(self, at: int) -> tuple[list[dict], int]:
+        if self.python_left < 0:
+            raise ValueError("too long")
+        end = python_calls.end_of(self.text, at, MAX_DEPTH)
+        self.python_left -= (end or len(self.text)) - at + 80  # a short one takes as long as 80 characters
+        if end is None or self.python_left < 0:
+            raise ValueError("cut short, nested too deep or too long")
+        return python_calls.parse(self.text[at:end]), end
