@@ -108,11 +108,10 @@ def learn(study, folder: str) -> None:
 
 def failures(study, count: int) -> list:
     """Failed attempts of full length at the `count` problems with the longest prompts of a few more."""
-    from r3lib.chat import Chat
     from r3lib.episodes import Failure
     from r3lib.plan import SAMPLE
 
-    chat, tokens = Chat(study.tokenizer), study.profile.attempt_tokens
+    chat, tokens = study.chat, study.profile.attempt_tokens
     prompts = [(q, chat.start(study.task, q)) for q in study.problems("train", max(count, SAMPLE))]
     longest = sorted(prompts, key=lambda pair: -len(pair[1]))[:count]
     return [Failure(q, ids, noise(study, q.id, tokens), "", "missed") for q, ids in longest]

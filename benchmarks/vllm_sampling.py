@@ -20,7 +20,6 @@ from peft import get_peft_model
 from sampling import by_engine, by_generate, failed_prompts, timed
 from transformers.utils import logging
 
-from r3lib.chat import Chat
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.engines.vllm_server import Server
@@ -36,7 +35,7 @@ def main() -> None:
     model = study.model().to(getattr(torch, options.dtype)).eval()
     with tempfile.TemporaryDirectory() as folder, serve(study, folder, options) as server:
         vllm, own = VLLMEngine([server], study.tokenizer), TransformersEngine(model, study.tokenizer)
-        runner = Runner(vllm, Chat(study.tokenizer), study.task, Limits(attempt=study.profile.attempt_tokens))
+        runner = Runner(vllm, study.chat, study.task, Limits(attempt=study.profile.attempt_tokens))
         prompts = failed_prompts(study, runner, options.prompts)
         if options.adapter:
             own.model = model = get_peft_model(model, study.lora()).eval()

@@ -22,6 +22,7 @@ class Profile:
     name: str
     model: str  # "base_model" is the embedded one; else a local folder or a hub id
     task_options: dict
+    chat_template_kwargs: dict  # arguments for the model's chat template
     seeds: int
     test_problems: int
     train_problems: int

@@ -321,7 +321,9 @@ def lengths_of(profile: Profile) -> Lengths:
     try:
         if '"hub"' in json.dumps(profile.task_options):
             return Lengths()
-        chat = Chat(AutoTokenizer.from_pretrained(**source_of(profile.model) | {"local_files_only": True}))
+        source = source_of(profile.model) | {"local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        chat = Chat(tokenizer, chat_template_kwargs=profile.chat_template_kwargs)
         tasks = [load_task(name, **profile.task_options.get(name, {})) for name in TASKS]
         found = [_longest(chat, task, profile.warm_start_steps > 0) for task in tasks]
     except Exception:  # no tokenizer, no data

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
+from .chat import DATE
 from .doctor import machine
 from .errors import R3Error
 
@@ -113,10 +114,11 @@ def register(results: Path, path, notebook: str, cell: str, inputs=(), **extra) 
         entries = json.loads(manifest.read_text())["artefacts"] if manifest.exists() else {}
     except (ValueError, KeyError) as error:
         raise R3Error(f"{manifest} is damaged: delete it and run again") from error
-    origin = {"notebook": notebook, "cell": cell, "inputs": _hashes(inputs, results), **machine()}
+    made = machine() | {"prompt_date": DATE}
+    origin = {"notebook": notebook, "cell": cell, "inputs": _hashes(inputs, results), **made}
     origin |= {"seconds": round(time.time() - STARTED, 1), "seeds": [], **extra}  # the notebook's seconds
     entries |= {name: {"sha256": digest, **origin} for name, digest in _hashes(path, results).items()}
-    write_atomic(manifest, json.dumps({**machine(), "artefacts": entries}, indent=1, sort_keys=True))
+    write_atomic(manifest, json.dumps({**made, "artefacts": entries}, indent=1, sort_keys=True))
 
 
 def save_table(results: Path, frame, name: str, notebook, cell, inputs=(), images=(), **extra) -> Path:

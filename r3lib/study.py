@@ -7,6 +7,7 @@ needs none of them.
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from .chat import Chat
+from .chat import DATE, Chat
 from .config import Profile, load_profile
 from .episodes import (
     FAILURE,
@@ -84,6 +85,12 @@ class Study:
         with reading(self.model_path):
             return AutoTokenizer.from_pretrained(self.model_path)
 
+    @cached_property
+    def chat(self) -> Chat:
+        """Joins conversations: the model's tokenizer and ends, the profile's template arguments."""
+        ends = generation_config(self.model_path)
+        return Chat(self.tokenizer, ends, self.profile.chat_template_kwargs)
+
     def model(self, adapter: Path | None = None, trainable: bool = False):
         """The model, with the adapter in `adapter` if one is named."""
         import torch
@@ -94,22 +101,25 @@ class Study:
 
     def runner(self, adapter: Path | None = None, progress: bool = True) -> Runner:
         """Samples episodes from the model under the profile's limits."""
-        p = self.profile
+        p, chat = self.profile, self.chat
         if engine := self.remote_engine():
             engine.sync(adapter)
         else:
             from .engines.transformers import TransformersEngine
 
-            engine = TransformersEngine(self.model(adapter), self.tokenizer, p.sample_batch, progress)
+            sampled = self.model(adapter), self.tokenizer
+            engine = TransformersEngine(*sampled, p.sample_batch, progress, chat.end_ids)
         limits = Limits(p.attempt_tokens, p.reflection_tokens, p.retry_tokens)
-        return Runner(engine, Chat(self.tokenizer), self.task, limits, p.reflection_temperature, p.retry_turn)
+        return Runner(engine, chat, self.task, limits, p.reflection_temperature, p.retry_turn)
 
     def remote_engine(self):
         """The engine over vLLM servers that the profile asks for, the same for all studies; None: transformers."""
         p = self.profile
         if p.engine == "transformers":
             return None
-        return vllm_engine(self.model_path, p.servers, self.server_options, p.lora_rank, self.results / "vllm.log")
+        options, log = self.server_options, self.results / "vllm.log"
+        ends = self.chat.end_ids
+        return vllm_engine(self.model_path, p.servers, options, p.lora_rank, log, ends)
 
     @cached_property
     def server_options(self) -> str:
@@ -135,7 +145,8 @@ class Study:
             from .warm_start import config, warm_start
 
             args = config(work, p.warm_start_steps, p.warm_start_rate, p.micro_batch)
-            trainer = warm_start(self.model(trainable=True), self.tokenizer, self.task, self.lora(), args)
+            model, lora = self.model(trainable=True), self.lora()
+            trainer = warm_start(model, self.tokenizer, self.task, lora, args, self.chat)
             trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
             trainer.save_model(str(work / f"{self.task_name}-warm_start"))
 
@@ -174,7 +185,7 @@ class Study:
     def failures(self) -> MinedFailures:
         """The mined failures, as training takes them."""
         problems = self.problems("train", self.profile.train_problems)
-        return MinedFailures(self.mine(), problems, Chat(self.tokenizer), self.task)
+        return MinedFailures(self.mine(), problems, self.chat, self.task)
 
     def train(self, seed: int, on_step: Callable[[pd.DataFrame], None] | None = None) -> Path:
         """Train an adapter with R3 on the mined failures; a killed run resumes from its last checkpoint.
@@ -213,7 +224,7 @@ class Study:
             retry_temperature=p.retry_temperature, max_completion_length=p.reflection_tokens,
             max_retry_length=p.retry_tokens, retry_turn=p.retry_turn, truncation_penalty=p.truncation_penalty,
             per_device_train_batch_size=p.micro_batch, sample_batch=p.sample_batch, max_grad_norm=p.max_grad_norm,
-            save_steps=p.save_steps, disable_tqdm=True,
+            save_steps=p.save_steps, disable_tqdm=True, chat_template_kwargs=p.chat_template_kwargs,
         )  # fmt: skip
         start, failures, callbacks = self.warm_start(), self.failures(), [AfterStep(on_step)] if on_step else []
         model, lora = self.model(start, trainable=True), None if start else self.lora()
@@ -293,6 +304,7 @@ class Study:
         same = {"task": self.task_name, "task_options": options, "code": code_of(self.task_name)}
         same["data"] = folder_hash(*self.task.files())
         same |= {"model": self.model_hash, "quantization": self.profile.quantization, "engine": self.profile.engine}
+        same |= {"chat_template_kwargs": self.profile.chat_template_kwargs, "prompt_date": DATE}
         values = asdict(self.profile)
         return same | {k: values[k] for k in keys} | extra
 
@@ -312,15 +324,23 @@ class Study:
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in logs))
 
 
+def generation_config(model: str):
+    """The generation config that transformers gives `model`, without loading the weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    with suppress(OSError):
+        return GenerationConfig.from_pretrained(model)
+    with reading(model):
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+
+
 @cache
-def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path):
+def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path, end_ids: frozenset):
     """An engine over `servers`, or over one of our own for `model`, which ends with this process.
 
     Ours computes in the precision in which the trainer computes: vLLM's own choice for weights in fp32 would be lower.
     It holds the weights in it too, where `options` name no quantization: see `config.VLLM_NF4`.
     """
-    from transformers import AutoTokenizer
-
     from .engines.vllm import VLLMEngine
     from .engines.vllm_server import Server, interpreter
 
@@ -328,7 +348,7 @@ def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path):
         raise R3Error("several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS")
     ours = ["--dtype", str(compute_dtype()).removeprefix("torch.")]
     own = [] if servers else [Server(model, interpreter(), rank, log, [*ours, *options.split()])]
-    return VLLMEngine(servers.replace(",", " ").split() or own, AutoTokenizer.from_pretrained(model))
+    return VLLMEngine(servers.replace(",", " ").split() or own, None, end_ids=end_ids)
 
 
 @cache

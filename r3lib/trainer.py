@@ -158,9 +158,12 @@ class R3Trainer(GRPOTrainer):
             if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which gathers one dtype only
                 parameter.data = start.get(name, parameter.data).float()
         self.r3_metrics: dict[str, float] = {}
+        generation = self.model.generation_config
+        self._chat = Chat(self.processing_class, generation, self.chat_template_kwargs)
+        self.eos_token_ids = sorted(self._chat.end_ids)  # by which TRL tells what was cut off
         if isinstance(engine, RemoteEngine):
             self._train_for_a_remote_engine()
-        self._chat, known = Chat(self.processing_class), self.failures[0]
+        known = self.failures[0]
         if self._chat.start(task, known.problem) != list(known.prompt_ids):
             raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
 
@@ -179,7 +182,10 @@ class R3Trainer(GRPOTrainer):
     def runner(self) -> Runner:
         """Samples from the policy as it stands."""
         engine = self._engine or TransformersEngine(
-            self.accelerator.unwrap_model(self.model), self.processing_class, self.args.sample_batch
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            self.args.sample_batch,
+            end_ids=self._chat.end_ids,
         )
         limits = Limits(reflection=self.args.max_completion_length, retry=self.args.max_retry_length)
         return Runner(engine, self._chat, self.task, limits, self.args.temperature, self.args.retry_turn)
@@ -191,6 +197,7 @@ class R3Trainer(GRPOTrainer):
         """
         if not isinstance(self.model, PeftModel):
             raise R3Error("a remote engine takes adapters, not whole models: give a peft_config")
+        self._engine.end_ids = self._chat.end_ids
         self.use_vllm, self._last_loaded_step = True, -1
         self.vllm_generation = SimpleNamespace(sync_weights=self._sync)
 
@@ -281,11 +288,14 @@ def completions_under(mask: str, rows, retry_prompts, retries) -> dict:
     ids, logprobs, env_mask = [], [], []
     for (_, asked, reflection), prompt, retry in zip(rows, retry_prompts, retries):
         joined = prompt[len(asked) :] + retry.ids
-        turn = len(joined) - len(reflection.ids) - len(retry.ids)
+        kept = len(reflection.ids)
+        if joined[:kept] != reflection.ids:  # `Chat.closed` has replaced its end
+            kept -= 1
+        turn = len(joined) - kept - len(retry.ids)
         ids.append(joined)
-        logprobs.append(reflection.logprobs + [0.0] * turn + retry.logprobs)
+        logprobs.append(reflection.logprobs[:kept] + [0.0] * turn + retry.logprobs)
         own = int(mask == "reflection+retry")
-        env_mask.append([own] * len(reflection.ids) + [0] * turn + [1] * len(retry.ids))
+        env_mask.append([own] * kept + [0] * turn + [1] * len(retry.ids))
     return {"completion_ids": ids, "logprobs": logprobs, "env_mask": env_mask}
 
 

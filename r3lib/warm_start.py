@@ -31,10 +31,15 @@ def examples(task: Task, chat: Chat, count: int, seed: int) -> Iterator[dict]:
         yield {"input_ids": ids, "labels": labels}
 
 
-def warm_start(model, tokenizer, task: Task, peft_config, args: SFTConfig) -> SFTTrainer:
-    """TRL's `SFTTrainer`, ready to `train()` on as many conversations as `args` has steps for."""
+def warm_start(
+    model, tokenizer, task: Task, peft_config, args: SFTConfig, chat: Chat | None = None
+) -> SFTTrainer:
+    """TRL's `SFTTrainer`, ready to `train()` on as many conversations as `args` has steps for.
+
+    `chat` joins them; by default `Chat(tokenizer)`.
+    """
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    data = Dataset.from_list(list(examples(task, Chat(tokenizer), count, args.seed)))
+    data = Dataset.from_list(list(examples(task, chat or Chat(tokenizer), count, args.seed)))
     trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
     for parameter in trainer.model.parameters():  # TRL casts QLoRA adapters to bf16, where small updates vanish
         if parameter.requires_grad:

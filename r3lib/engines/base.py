@@ -43,7 +43,10 @@ class Engine(Protocol):
 
 @runtime_checkable
 class RemoteEngine(Engine, Protocol):
-    """An engine whose policy is a copy in another process: it samples from the adapter that `sync` named last."""
+    """An engine whose policy is a copy in another process: it samples from the adapter that `sync` named last.
+
+    The trainer sets its `end_ids`, the tokens that end a completion.
+    """
 
     def sync(self, adapter: Path | None) -> None:
         """Sample from the LoRA adapter in folder `adapter` (as PEFT saves it) from now on; None: without one."""

@@ -21,11 +21,17 @@ CHECK_EVERY, COMPACT_BELOW = 4, 0.75  # steps between looks at who ended; live s
 
 
 class TransformersEngine:
-    """Engine over a decoder-only transformers model or PeftModel; decodes `batch_size` rows together."""
+    """Engine over a decoder-only transformers model or PeftModel; decodes `batch_size` rows together.
 
-    def __init__(self, model, tokenizer, batch_size: int = 256, progress: bool = False):
+    A completion ends at the first of `end_ids`, by default those of
+    `Chat(tokenizer, model.generation_config)`; give those of your `Chat` if it has further arguments.
+    """
+
+    def __init__(
+        self, model, tokenizer, batch_size: int = 256, progress: bool = False, end_ids=None
+    ):
         self.model, self.batch_size, self.progress = model, batch_size, progress
-        self.end_ids = Chat(tokenizer).end_ids
+        self.end_ids = end_ids or Chat(tokenizer, model.generation_config).end_ids
 
     @torch.no_grad()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Completion]]:

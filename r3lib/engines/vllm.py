@@ -68,14 +68,20 @@ class VLLMEngine:
     silence or a 5xx; what one server loses goes to the others. A server that is not ours must run with
     `--logprobs-mode processed_logprobs` (otherwise log-probs are those at temperature 1), for `sync` also with
     `--enable-lora`, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and the disk that adapters are saved to.
+
+    A completion ends at the first of `end_ids`, by default those of `Chat(tokenizer)`; give those of
+    your `Chat` if it has further arguments, such as the model's generation config.
     """
 
-    def __init__(self, servers: Sequence, tokenizer, workers=64, attempts=6, timeout=600.0, pause=0.5):
+    def __init__(
+        self, servers: Sequence, tokenizer, workers=64, attempts=6, timeout=600.0, pause=0.5,
+        end_ids=None,
+    ):  # fmt: skip
         self.servers = [Address(web_address(s)) if isinstance(s, str) else s for s in servers]
         if not self.servers:
             raise R3Error("no vLLM server: give at least one address or Server")
         self.workers, self.attempts, self.timeout, self.pause = workers, attempts, timeout, pause
-        self.end_ids, self.adapter, self.loaded = Chat(tokenizer).end_ids, None, None
+        self.end_ids, self.adapter, self.loaded = end_ids or Chat(tokenizer).end_ids, None, None
         base = self._retry(0, Counter(), Event(), self._models)[0]
         self.base = self.policy = base["id"]
         self.longest = base["max_model_len"]
