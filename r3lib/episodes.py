@@ -1,7 +1,5 @@
 """Episodes: attempt, verdict, and a second try under a condition; and the failures that training starts from."""
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .chat import Chat
-from .engines.base import Completion, Engine, Sampling
+from .engines.base import Completion, Engine, Sampling, identity
 from .errors import R3Error
-from .store import write_atomic
+from .identity import check_problems, check_task, content, differences, digest, read_note, task_facts, write_note
+from .verifiers.verdict import Verdict
 
 SCHEMA_VERSION, SHARD = 1, 1024  # problems in a shard
 
@@ -178,6 +177,21 @@ def deranged(items: list, seed: int) -> list:
     return [items[place[i]] for i in range(len(items))]
 
 
+def judge(task, text: str, problem) -> Verdict:
+    """The task's verdict on `text`; R3Error, naming the problem, if `verify` raises or returns another thing."""
+    where = f"on problem {problem.id!r}"
+    try:
+        verdict = task.verify(text, problem)
+    except R3Error:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise R3Error(f"{task.name}: verify raised {said} {where}: make it return a Verdict") from error
+    if not isinstance(verdict, Verdict) or not isinstance(verdict.ok, bool):
+        raise R3Error(f"{task.name}: verify returned {verdict!r} {where}: return Verdict(ok, reason)")
+    return verdict
+
+
 def failures_of(problems, tries: list[list[Completion]], runner: Runner) -> list[Failure]:
     """The failing (problem, attempt) pairs, each distinct attempt once with its count (paper: section on data)."""
     found: dict[tuple, Failure] = {}
@@ -185,7 +199,7 @@ def failures_of(problems, tries: list[list[Completion]], runner: Runner) -> list
         prompt = runner.chat.start(runner.task, problem)
         for completion in completions:
             text = runner.chat.text(completion.ids)
-            verdict = runner.task.verify(text, problem)
+            verdict = judge(runner.task, text, problem)
             key = (problem.id, tuple(completion.ids))
             if key in found:
                 found[key] = Failure(**{**vars(found[key]), "count": found[key].count + 1})
@@ -198,7 +212,10 @@ def mine_failures(runner: Runner, problems: Sequence, k: int = 64, temperature: 
     """Sample `k` answers a problem and keep the failing ones, deduplicated (paper: k = 64).
 
     `k=1, temperature=0` mines greedily: the problems that the model gets wrong with its best answer.
+    R3Error: two problems have one id, an id is no string, the task has no name, `verify` raises.
     """
+    check_task(runner.task)
+    check_problems(problems)
     return failures_of(problems, runner.first_tries(problems, k, temperature, seed), runner)
 
 
@@ -240,13 +257,16 @@ def run_episodes(
 ) -> pd.DataFrame:
     """Run `problems` through the first try and each second-try condition; write shards to `out`; return all rows.
 
-    Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error when they are of
-    another run. `part` (i, n): every n-th shard from the i-th on, for n processes that fill one folder together.
-    `seed` seeds the sampling; `policy.seed` is the training seed written into the rows.
+    Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error, naming
+    what differs, when they are of another run (see `decisive`). `part` (i, n): every n-th shard from
+    the i-th on, for n processes that fill one folder together. `seed` seeds the sampling;
+    `policy.seed` is the training seed written into the rows.
     """
     if unknown := [c for c in conditions if c not in tuple(Condition)]:
         raise R3Error(f"unknown condition {unknown[0]!r}: known: {', '.join(Condition)}")
-    _claim(out, [asdict(policy), split, [str(c) for c in conditions], seed, shard], problems)
+    check_task(runner.task)
+    check_problems(problems)
+    _claim(out, decisive(runner, problems, policy, split, conditions, seed, shard))
     run = f"{policy.name} seed {policy.seed}"
     in_shards(out, problems, lambda some: frame(_episodes(runner, some, policy, split, conditions, seed, say)),
               shard, part, lambda done: say(f"{run}: {done} problems"))  # fmt: skip
@@ -257,6 +277,7 @@ def in_shards(out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say
     """Write `make(problems of a shard)` (a DataFrame) as a file of `out`, for each shard of `part` that is missing."""
     if not problems:
         raise R3Error("no problems to run: ask for at least 1")
+    check_problems(problems)
     out.mkdir(parents=True, exist_ok=True)
     for start in range(shard * part[0], len(problems), shard * part[1]):
         path = out / f"shard-{start:06d}.parquet"
@@ -267,13 +288,31 @@ def in_shards(out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say
         say(f"{min(start + shard, len(problems))}/{len(problems)}")
 
 
-def _claim(out: Path, settings: list, problems) -> None:
-    """Note in `out` whose shards it holds; raise R3Error if they are another run's."""
-    run = [*settings, hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()]
+def decisive(runner: Runner, problems, policy: Policy, split, conditions, seed, shard) -> dict:
+    """All that decides the rows of a run, by name; a hash of what is long (prompts, weights)."""
+    task, chat = runner.task, runner.chat
+    facts = {"split": split, "conditions": [str(c) for c in conditions], "seed": seed, "shard": shard}
+    facts |= {f"policy.{name}": value for name, value in asdict(policy).items()} | task_facts(task)
+    facts |= {f"limits.{name}": value for name, value in asdict(runner.limits).items()}
+    facts |= {"reflection_temperature": runner.reflection_temperature, "retry_turn": runner.retry_turn}
+    told = (task.retry_prompt, task.blind_retry_prompt)
+    again = ([task.second_turn(words, p, runner.retry_turn) for words in told] for p in problems)
+    facts["problem ids"] = digest(p.id for p in problems)
+    facts["problems' values"] = digest(content(p) for p in problems)
+    facts["prompts (problems, tokenizer, template)"] = digest(chat.start(task, p) for p in problems)
+    facts["second turns"] = digest([*again, chat.follow([], [], task.reflection_prompt), sorted(chat.end_ids)])
+    return facts | identity(runner.engine)
+
+
+def _claim(out: Path, facts: dict) -> None:
+    """Note in `out` whose shards it holds; R3Error, naming what differs, if they are another run's."""
     note = out / "run.json"
-    if note.exists() and json.loads(note.read_text()) != run:
-        raise R3Error(f"{out} holds episodes of another policy, problems or settings: give an empty folder")
-    write_atomic(note, json.dumps(run))
+    if not note.exists() and any(out.glob("shard-*.parquet")):
+        raise R3Error(f"{out} holds episodes but no run.json that says of what: give an empty folder")
+    differing = differences(read_note(note), facts) if note.exists() else ""
+    if differing:
+        raise R3Error(f"{out} holds episodes of another run: {differing}: give an empty folder, or the same")
+    write_note(note, facts)
 
 
 def read_episodes(folder: Path) -> pd.DataFrame:
@@ -320,7 +359,7 @@ def _first_row(runner, problem, completion, policy, split) -> Episode:
     text = runner.chat.text(completion.ids)
     return Episode(
         runner.task.name, split, problem.id, policy.name, policy.seed, Condition.first_try.value, 0,
-        runner.chat.shown(runner.task, problem), text, runner.task.verify(text, problem).reason,
+        runner.chat.shown(runner.task, problem), text, judge(runner.task, text, problem).reason,
         None, None, None, len(completion.ids), None, None, policy.model, policy.adapter,
     )  # fmt: skip
 
@@ -333,7 +372,7 @@ def _second_row(runner, first: Episode, failure, condition, reflection, retry) -
             "condition": condition.value,
             "reflection": None if reflection is None else runner.chat.text(reflection),
             "retry": text,
-            "retry_reason": runner.task.verify(text, failure.problem).reason,
+            "retry_reason": judge(runner.task, text, failure.problem).reason,
             "reflection_tokens": None if reflection is None else len(reflection),
             "retry_tokens": len(retry.ids),
         }

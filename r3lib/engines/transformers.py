@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 
 from ..chat import Chat
 from ..errors import R3Error
+from ..identity import model_facts
 from .base import Completion, Sampling, check
 
 ATTENTION = "r3_tree"  # name of `attend` among transformers' attention functions
@@ -26,6 +27,10 @@ class TransformersEngine:
     def __init__(self, model, tokenizer, batch_size: int = 256, progress: bool = False):
         self.model, self.batch_size, self.progress = model, batch_size, progress
         self.end_ids = Chat(tokenizer).end_ids
+
+    def identity(self) -> dict:
+        """See `IdentifiedEngine`: the model's architecture, weights and adapters."""
+        return model_facts(self.model)
 
     @torch.no_grad()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Completion]]:
