@@ -9,6 +9,7 @@ from random import Random
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .chat import Chat
@@ -226,6 +227,7 @@ class MinedFailures(Sequence):
     """
 
     def __init__(self, path: Path, problems: Sequence, chat: Chat, task):
+        check_problems(problems)
         self._problems, self._chat, self._task = {p.id: p for p in problems}, chat, task
         file = pq.ParquetFile(path, read_dictionary=["problem_id", "reason"])
         batches = file.iter_batches(4096, columns=KEPT.names)  # whose 64-bit tokens are never in memory at once
@@ -239,8 +241,55 @@ class MinedFailures(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         name, ids, reason, count = (column[index].as_py() for column in self._rows.columns)
+        if name not in self._problems:
+            raise R3Error(f"failure {index} is of problem {name!r}, which is not among the problems")
         problem = self._problems[name]
         return Failure(problem, self._chat.start(self._task, problem), ids, self._chat.text(ids), reason, count)
+
+
+    def longest_of_each(self) -> list[int]:
+        """The place of the failure with the longest attempt, for each problem."""
+        tokens = pc.list_value_length(self._rows["attempt_ids"]).to_pandas()
+        names = self._rows["problem_id"].cast(pa.string()).to_pandas()
+        return tokens.groupby(names).idxmax().tolist()
+
+    def digest(self) -> str:
+        """Hash of all that training takes from the table and, once a problem, of the prompt."""
+        batches = self._rows.select(["problem_id", "attempt_ids", "reason"]).to_batches(4096)
+        prompts = (self[place].prompt_ids for place in self.longest_of_each())
+        return digest([*(digest(batch.to_pylist()) for batch in batches), *prompts])
+
+
+def failures_digest(failures: Sequence[Failure]) -> str:
+    """Hash of the failures in their order: problems, prompts and attempts."""
+    if isinstance(failures, MinedFailures):
+        return failures.digest()
+    kept = ([f.problem.id, list(f.prompt_ids), list(f.attempt_ids), content(f.problem)] for f in failures)
+    return digest(kept)
+
+
+def check_failures(failures: Sequence[Failure], runner: Runner, context: int | None) -> None:
+    """R3Error for the first failure that is not of this chat and task, or too long for `context` tokens.
+
+    Of `MinedFailures`, made from chat and task, the longest of each problem stands for the others.
+    """
+    mined, prompts, turns = isinstance(failures, MinedFailures), {}, {}
+    for place in failures.longest_of_each() if mined else range(len(failures)):
+        failure = failures[place]
+        problem, name = failure.problem, f"failures[{place}] (problem {failure.problem.id!r})"
+        if id(problem) not in prompts:
+            prompts[id(problem)] = runner.chat.start(runner.task, problem)
+            again = runner.task.second_turn(runner.task.retry_prompt, problem, runner.retry_turn)
+            turns[id(problem)] = len(runner.chat.follow([], [], again))
+        if prompts[id(problem)] != list(failure.prompt_ids):
+            raise R3Error(f"{name} was mined with another tokenizer or task: mine it with this model")
+        asked = len(runner.reflection_prompt(failure)) + runner.limits.reflection
+        needed = asked + turns[id(problem)] + runner.limits.retry
+        if context and needed > context:
+            raise R3Error(
+                f"{name} needs up to {needed} tokens with its reflection and retry, the model's context "
+                f"has {context}: leave it out, or lower max_completion_length or max_retry_length"
+            )
 
 
 def run_episodes(

@@ -1,4 +1,4 @@
-"""What decides a result, as facts by name, and the note in a folder that keeps other results out of it."""
+"""What decides a result, as facts by name: the note that keeps other results out of a folder."""
 
 import hashlib
 import inspect
@@ -10,7 +10,7 @@ from .errors import R3Error
 from .store import write_atomic
 
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
-UNLIKE = {"_name_or_path", "transformers_version", "base_model_name_or_path"}  # say where, not what, a model is
+UNLIKE = {"_name_or_path", "transformers_version", "base_model_name_or_path"}  # not the model itself
 SHOWN = 60  # characters of a value that a message shows
 
 
@@ -23,7 +23,7 @@ def digest(items: Iterable) -> str:
 
 
 def task_facts(task) -> dict:
-    """The task's public values (prompts and options, from its class and itself), and its class's source."""
+    """The task's public values (prompts, options), of its class and its own, and its class's source."""
     known = {}
     for owner in [*reversed(type(task).__mro__), task]:
         known |= getattr(owner, "__dict__", {})
@@ -41,15 +41,18 @@ def content(problem) -> dict:
     return {name: value for name, value in getattr(problem, "__dict__", {}).items() if not name.startswith("_")}
 
 
-def model_facts(model) -> dict:
+def model_facts(model, trained: bool = True) -> dict:
     """Architecture and weights of a transformers model or PeftModel, its adapters included.
 
     Of every tensor of the state the hash takes name, shape, dtype, the exact sum of its bits and 64
-    of its values: a change of any one value changes it, whatever the number of threads.
+    of its values: a change of any one value changes it, whatever the number of threads. `trained`
+    False leaves out what requires a gradient.
     """
     facts = {"model": type(_base(model)).__name__}
     facts["model's config"] = digest([_known(model.config.to_diff_dict())])
-    facts["model's weights"] = digest(_marks(name, value) for name, value in model.state_dict().items())
+    state = model.state_dict(keep_vars=True).items()
+    kept = ((name, value) for name, value in state if trained or not value.requires_grad)
+    facts["model's weights"] = digest(_marks(name, value) for name, value in kept)
     if hasattr(model, "peft_config"):
         status = model.get_model_status()
         adapters = {name: _known(c.to_dict()) for name, c in model.peft_config.items()}

@@ -27,13 +27,16 @@ from trl import GRPOConfig, GRPOTrainer
 from .chat import Chat
 from .engines.base import RemoteEngine, Sampling
 from .engines.transformers import TransformersEngine
-from .episodes import Failure, Limits, Runner
+from .episodes import Failure, Limits, Runner, check_failures, failures_digest, judge
 from .errors import R3Error
+from .identity import check_task, differences, digest, model_facts, read_note, task_facts, write_note
+from .settings import refuse_ignored, settings_facts
 from .store import write_atomic
 from .tasks.base import RETRY_TURNS
 from .weights import NO_SAMPLING, training_options
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is pinned by our contract tests
+RUN_NOTE = "r3_run.json"  # beside the checkpoints: what decides the training
 MASKS = ("reflection", "reflection+retry", "retry")
 METRICS = {  # ours: TRL's
     "reward": "reward",
@@ -67,6 +70,7 @@ class R3Config(GRPOConfig):
     logging_steps: float = 1
     shuffle_dataset: bool = False  # the order is drawn here, so that a resumed run sees the same failures
     gradient_checkpointing: bool | None = None
+    gradient_accumulation_steps: int | None = None  # follows from the rows of a step
     save_total_limit: int | None = 2
     failures_per_step: int = field(default=256, metadata={"help": "Failures in one step, over all processes."})
     mask: str = field(default="reflection", metadata={"help": f"Which tokens are trained: {', '.join(MASKS)}."})
@@ -85,8 +89,9 @@ class R3Config(GRPOConfig):
             raise R3Error(f"truncation_penalty={self.truncation_penalty} would reward being cut off: use 0 or more")
         if self.num_generations < 2:
             raise R3Error(f"group size {self.num_generations} has no variance to learn from: use at least 2")
-        if self.use_vllm:
-            raise R3Error("use_vllm=True would merge the adapter into the weights at every step: leave it False")
+        if not self.temperature > 0:
+            raise R3Error(f"temperature={self.temperature}: a group needs different reflections: use above 0")
+        refuse_ignored(self)
         device = training_options(self.use_cpu)
         if self.bf16 is None and not self.fp16:
             self.bf16, self.fp16 = device["bf16"], device["fp16"]
@@ -101,13 +106,18 @@ class R3Config(GRPOConfig):
                 "change failures_per_step, num_generations (group_size in a profile) or "
                 "per_device_train_batch_size (micro_batch)"
             )
+        if self.gradient_accumulation_steps not in (None, rows // local):
+            raise R3Error(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: it follows from failures_per_step x "
+                f"num_generations / per_device_train_batch_size and is {rows // local} here: leave it unset"
+            )
         self.gradient_accumulation_steps = rows // local
         asked = self.steps_per_generation, self.generation_batch_size
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees
-        self._refuse_what_the_rollout_ignores(asked)
+        self._check_steps(asked)
 
-    def _refuse_what_the_rollout_ignores(self, generation) -> None:
+    def _check_steps(self, generation) -> None:
         if self.max_steps < 1:
             raise R3Error(f"max_steps={self.max_steps}: R3 counts steps, not epochs: ask for at least 1")
         if self.mask != "reflection" and self.retry_temperature != self.temperature:
@@ -117,9 +127,6 @@ class R3Config(GRPOConfig):
             )
         if generation != (None, None) and self.steps_per_generation != self.gradient_accumulation_steps:
             raise R3Error("a step of R3 is one rollout: leave steps_per_generation and generation_batch_size unset")
-        plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
-        if odd := [name for name, value in plain.items() if (getattr(self, name) or value) != value]:
-            raise R3Error(f"{odd[0]}={getattr(self, odd[0])} is not supported: R3 samples from the whole distribution")
 
 
 class R3Trainer(GRPOTrainer):
@@ -136,6 +143,9 @@ class R3Trainer(GRPOTrainer):
 
     def __init__(self, model, args: R3Config, task, failures: Sequence[Failure], peft_config=None,
                  processing_class=None, engine=None, callbacks=None):  # fmt: skip
+        if not isinstance(args, R3Config):
+            raise R3Error(f"args is a {type(args).__name__}: give an R3Config, which takes what GRPOConfig takes")
+        check_task(task)
         if not failures:
             raise R3Error("no failures to train on: mine more problems, or a harder task")
         self.task, self.failures, self._engine = task, failures, engine
@@ -160,9 +170,9 @@ class R3Trainer(GRPOTrainer):
         self.r3_metrics: dict[str, float] = {}
         if isinstance(engine, RemoteEngine):
             self._train_for_a_remote_engine()
-        self._chat, known = Chat(self.processing_class), self.failures[0]
-        if self._chat.start(task, known.problem) != list(known.prompt_ids):
-            raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
+        self._chat = Chat(self.processing_class)
+        check_failures(failures, self.runner(), self._context())
+        self._facts = self._decisive(fresh=peft_config is not None)
 
     def _dataset(self, order: list[int]) -> Dataset:
         """One row a group: its place in the order, inside a message that names the failure where TRL logs it.
@@ -175,6 +185,42 @@ class R3Trainer(GRPOTrainer):
         messages = pa.StructArray.from_arrays(messages, ["role", "content", "place"])
         prompts = pa.ListArray.from_arrays(pa.array(range(size + 1), pa.int32()), messages)
         return Dataset(pa.table({"prompt": prompts}))
+
+    def _context(self) -> int | None:
+        """Tokens that model and engine take at most; None where neither says it."""
+        model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min((x for x in (model, getattr(self._engine, "longest", None)) if x), default=None)
+
+    def _decisive(self, fresh: bool) -> dict:
+        """All that decides the training, by name; the weights of a `fresh` adapter are those of a checkpoint."""
+        turn = self._chat.follow([], [], self.task.reflection_prompt)
+        facts = settings_facts(self.args) | task_facts(self.task) | model_facts(self.model, trained=not fresh)
+        facts["failures"] = failures_digest(self.failures)
+        return facts | {"turns (tokenizer, template)": digest([turn, sorted(self._chat.end_ids)])}
+
+    def _claim(self, checkpoint) -> None:
+        """Note in `output_dir` what this training is; R3Error if checkpoints there are of another."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folders = {Path(checkpoint).parent} if isinstance(checkpoint, (str, Path)) else set()
+        for other in {folder, *folders}:
+            if not (found := last_checkpoint(str(other))):
+                continue
+            differing = differences(read_note(other / RUN_NOTE), self._facts)
+            if json.loads((Path(found) / "trainer_state.json").read_text())["global_step"] > self.args.max_steps:
+                differing = f"{Path(found).name} is beyond max_steps={self.args.max_steps}"
+            if differing:
+                raise R3Error(
+                    f"{other} holds checkpoints of another training: {differing}: give another output_dir, "
+                    "or delete its checkpoints"
+                )
+        write_note(folder / RUN_NOTE, self._facts)
+
+    def train(self, resume_from_checkpoint=None, *rest, **options):
+        """TRL's. R3Error, naming what differs, if `output_dir` holds checkpoints of another training."""
+        self._claim(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *rest, **options)
 
     def runner(self) -> Runner:
         """Samples from the policy as it stands."""
@@ -261,7 +307,7 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     retry_seeds = [Random(f"{seeds[i // size]}/{i % size}").getrandbits(32) for i in range(len(rows))]
     sampling = Sampling(args.max_retry_length, args.retry_temperature)
     retries = [r[0] for r in runner.engine.generate(retry_prompts, 1, sampling, retry_seeds)]
-    verdicts = [runner.task.verify(runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)]
+    verdicts = [judge(runner.task, runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)]
     cut = [not c.finished for _, _, c in rows]
     trainer.r3_metrics = {
         "retry_success": sum(v.ok for v in verdicts) / len(rows),

@@ -490,7 +490,7 @@ def test_facts_are_the_same_in_every_process():
     ("problems", "words"),
     [
         ([*SUMS, replace(SUMS[2], text="new")], "problem id 's2' occurs twice"),
-        ([Sum(i, "1 + 1") for i in range(2)], "problem 0 has id 0, which is no string: use str"),
+        ([Sum(i, "1 + 1") for i in range(2)], "problem 0 has id 0, which is no string: make it str"),
         ([object()], "problem 0 has id None"),
     ],
 )

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import warnings
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -20,16 +22,28 @@ from conftest import (
     small_config,
     small_lora,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from r3lib.chat import Chat
+from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
-from r3lib.trainer import R3Metrics, R3Trainer, last_checkpoint, metrics_file, rollout, training_order, verified
+from r3lib.trainer import (
+    RUN_NOTE,
+    R3Metrics,
+    R3Trainer,
+    last_checkpoint,
+    metrics_file,
+    rollout,
+    training_order,
+    verified,
+)
 
 METRICS = [
     "task", "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens",
-    "reflection_tokens retry_success truncated_share", "seconds_sampling", "seconds_learning",
+    "reflection_tokens", "retry_success", "truncated_share", "seconds_sampling", "seconds_learning",
 ]  # fmt: skip
 
 
@@ -418,3 +432,180 @@ def test_no_failures_is_one_helpful_line(tiny, tokenizer, tmp_path):
 def test_accumulation_follows_from_the_failures_of_a_step(tmp_path):
     config = small_config(tmp_path, failures_per_step=6, num_generations=4, per_device_train_batch_size=8)
     assert config.gradient_accumulation_steps == 3 and config.generation_batch_size == 24
+
+
+REFUSED = [
+    ({"temperature": 0.0}, ["temperature=0.0", "different reflections"]),
+    ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps=4", "is 1 here", "leave it unset"]),
+    ({"num_train_epochs": 1}, ["num_train_epochs=1", "max_steps"]),
+    ({"num_iterations": 2}, ["num_iterations=2", "one step a rollout"]),
+    ({"use_transformers_continuous_batching": True}, ["continuous_batching=True", "engine"]),
+    ({"cache_implementation": "static"}, ["cache_implementation='static'", "engine"]),
+    ({"eval_strategy": "steps"}, ["eval_strategy='steps'", "run_episodes"]),
+    ({"reward_weights": [1.0]}, ["reward_weights=[1.0]", "one reward"]),
+    ({"top_p": 0.9}, ["top_p=0.9", "whole distribution"]),
+    ({"ignore_data_skip": True}, ["ignore_data_skip=True"]),
+    ({"save_only_model": True}, ["save_only_model=True", "save_model()"]),
+    ({"pad_to_multiple_of": 8}, ["pad_to_multiple_of=8"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[next(iter(changes)) for changes, _ in REFUSED])
+def test_what_r3_cannot_honour_it_refuses_by_name(tmp_path, changes, words):
+    with pytest.raises(R3Error) as error:
+        small_config(tmp_path, **changes)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_default_that_is_given_is_no_reason_to_refuse(tmp_path):
+    config = small_config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_iterations=1,
+                          eval_strategy="no", top_k=0, generation_kwargs=None)  # fmt: skip
+    assert config.gradient_accumulation_steps == 2
+
+
+def test_a_grpo_config_is_refused_with_the_fix(tiny, tokenizer, tmp_path):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(R3Error, match="args is a GRPOConfig: give an R3Config"):
+        R3Trainer(tiny(), args, CoinTask(), coin_failures(tokenizer, 2), processing_class=tokenizer)
+
+
+# failures that are not this model's
+
+
+def train_on(failures, tiny, tokenizer, folder, **changes):
+    task = CoinTask(count=3, largest=20)
+    return R3Trainer(tiny(), small_config(folder, **changes), task, failures, small_lora(), tokenizer,
+                     ScriptedEngine(tokenizer))  # fmt: skip
+
+
+@given(place=st.integers(0, 5), at=st.integers(0, 20), kind=st.sampled_from(["changed", "cut", "longer"]))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_foreign_failure_is_found_at_the_start_wherever_it_is(tiny, tokenizer, tmp_path, place, at, kind):
+    failures = coin_failures(tokenizer, 6)
+    ids = list(failures[place].prompt_ids)
+    if kind == "changed":
+        ids[at] += 1
+    elif kind == "cut":
+        del ids[at]
+    else:
+        ids.insert(at, 30)
+    failures[place] = replace(failures[place], prompt_ids=ids)
+    name = re.escape(f"failures[{place}] (problem {failures[place].problem.id!r})")
+    with pytest.raises(R3Error, match=f"{name} was mined with another tokenizer or task"):
+        train_on(failures, tiny, tokenizer, tmp_path)
+
+
+def test_a_failure_that_does_not_fit_into_the_context_is_found_at_the_start_and_named(tiny, tokenizer, tmp_path):
+    """The longest that fits is sampled; with one token more it is refused."""
+    failures, model = coin_failures(tokenizer, 4), tiny()
+    task, chat = CoinTask(count=3, largest=20), Chat(tokenizer)
+    spare = model.config.max_position_embeddings
+    for asked in (task.reflection_prompt, f"{task.retry_prompt}\n{task.question(failures[2].problem)}"):
+        spare -= len(chat.follow([], [], asked))
+    spare -= len(failures[2].prompt_ids) + 12 + 6
+    fits, long = ([*failures[:2], replace(failures[2], attempt_ids=[30] * n), failures[3]] for n in (spare, spare + 1))
+    engine = TransformersEngine(model, tokenizer)
+    trainer = R3Trainer(model, small_config(tmp_path), task, fits, small_lora(), tokenizer, engine)
+    places = [place for place, index in enumerate(trainer.order) if index == 2][:1]
+    rollout([trainer.train_dataset[place]["prompt"] for place in places for _ in range(4)], trainer)
+    name = re.escape(f"failures[2] (problem {failures[2].problem.id!r})")
+    with pytest.raises(R3Error, match=f"{name} needs up to 513 tokens .*has 512: leave it out"):
+        train_on(long, tiny, tokenizer, tmp_path)
+
+
+def test_a_verifier_that_raises_in_training_names_the_problem(tiny, tokenizer, tmp_path):
+    class Breaking(CoinTask):
+        def verify(self, text, problem):
+            raise ZeroDivisionError("no digits")
+
+    trainer = make(tiny(), tokenizer, tmp_path, Breaking(count=3, largest=20), engine=ScriptedEngine(tokenizer))
+    with pytest.raises(R3Error, match="countdown: verify raised ZeroDivisionError: no digits on problem '"):
+        trainer.train()
+
+
+# resuming another training
+
+
+def started(tiny, tokenizer, folder, steps=2, **changes):
+    """A training that has left checkpoints 1 to `steps`; (its settings)."""
+    options = dict(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=None) | changes
+    train = make(tiny(), tokenizer, folder, engine=ScriptedEngine(tokenizer), lora=small_lora(),
+                 callbacks=[StopAfter(steps)], **options)  # fmt: skip
+    train.resume_or_train()
+    return options
+
+
+def again(tiny, tokenizer, folder, options):
+    """The trainer of a second process."""
+    return make(tiny(), tokenizer, folder, engine=ScriptedEngine(tokenizer), lora=small_lora(), **options)
+
+
+OTHER_TRAININGS = {
+    "learning_rate": {"learning_rate": 1e-3},
+    "beta": {"beta": 0.1},
+    "mask": {"mask": "retry"},
+    "seed": {"seed": 1},
+    "truncation_penalty": {"truncation_penalty": 0.5},
+    "failures_per_step": {"failures_per_step": 4},
+    "max_completion_length": {"max_completion_length": 11},
+    "failures": {"failures": 5},
+    "task.largest": {"task": CoinTask(count=3, largest=19)},
+    "task's class": {"task": ConstantTask(True)},
+    "model's adapters": {"lora": small_lora(r=8)},
+    "model's weights": {"model": "other"},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TRAININGS)
+def test_checkpoints_of_another_training_are_not_resumed(tiny, tokenizer, tmp_path, name):
+    options = started(tiny, tokenizer, tmp_path)
+    model, given = tiny(), {"lora": small_lora(), **options, **OTHER_TRAININGS[name]}
+    if given.pop("model", None):
+        model.lm_head.weight.data[3, 3] += 0.1
+    other = make(model, tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), **given)
+    for start in (other.resume_or_train, other.train):
+        with pytest.raises(R3Error, match="checkpoints of another training.*give another output_dir") as error:
+            start()
+        assert f"{name} was " in str(error.value)
+    assert other._engine.calls == []
+
+
+def test_how_it_logs_and_saves_may_change_at_a_resume(tiny, tokenizer, tmp_path):
+    options = started(tiny, tokenizer, tmp_path)
+    changed = options | dict(logging_steps=2, save_steps=2, save_total_limit=1, run_name="b", sample_batch=3)
+    engine = ScriptedEngine(tokenizer)
+    make(tiny(), tokenizer, tmp_path, engine=engine, lora=small_lora(), **changed).resume_or_train()
+    assert len(engine.calls) == 4, "two steps, of two calls each, were left"
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "longer"), [("constant", 0, True), ("cosine", 0, False),
+                                                             ("constant_with_warmup", 2, True),
+                                                             ("constant_with_warmup", 0.5, False)])  # fmt: skip
+def test_a_run_is_prolonged_where_the_schedule_does_not_look_at_its_length(
+    tiny, tokenizer, tmp_path, schedule, warmup, longer
+):
+    shape = dict(lr_scheduler_type=schedule, warmup_steps=warmup)
+    options = started(tiny, tokenizer, tmp_path / "short", max_steps=2, **shape) | {"max_steps": 4}
+    prolonged = again(tiny, tokenizer, tmp_path / "short", options)
+    if not longer:
+        with pytest.raises(R3Error, match="max_steps was 2, is 4"):
+            prolonged.resume_or_train()
+        return
+    prolonged.resume_or_train()
+    started(tiny, tokenizer, tmp_path / "whole", steps=4, **shape)
+    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(tmp_path / name)]
+            for name in ("short", "whole")]  # fmt: skip
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
+def test_a_run_cannot_be_made_shorter_than_its_checkpoint(tiny, tokenizer, tmp_path):
+    options = started(tiny, tokenizer, tmp_path) | {"max_steps": 1}
+    with pytest.raises(R3Error, match="checkpoint-2 is beyond max_steps=1"):
+        again(tiny, tokenizer, tmp_path, options).train()
+
+
+def test_checkpoints_without_a_note_are_not_resumed(tiny, tokenizer, tmp_path):
+    options = started(tiny, tokenizer, tmp_path)
+    (tmp_path / RUN_NOTE).unlink()
+    with pytest.raises(R3Error, match="another training"):
+        again(tiny, tokenizer, tmp_path, options).resume_or_train()
