@@ -211,7 +211,7 @@ ANOTHER = {  # values that TRL takes, of settings whose type does not tell one
 @pytest.mark.parametrize("name", REFUSED)
 def test_each_refused_setting_is_refused_by_its_name_with_advice(tmp_path, name):
     default = next(default_of(field) for field in fields(R3Config) if field.name == name)
-    value = ANOTHER.get(name, not default if isinstance(default, bool) else (default or 0) + 0.5)
+    value = ANOTHER[name] if name in ANOTHER else 1.5 if type(default) in (int, float) else not default
     with pytest.raises(R3Error, match=rf"^{name}=.* is not supported: \w") as error:
         small_config(tmp_path, **{name: value})
     assert "\n" not in str(error.value)
