@@ -24,9 +24,10 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
+from .card import plain_name, write_card
 from .chat import Chat
 from .engines.base import RemoteEngine, Sampling
-from .engines.transformers import TransformersEngine
+from .engines.transformers import TransformersEngine, check_model, reach
 from .episodes import Failure, Limits, Runner, check_failures, failures_digest, judge
 from .errors import R3Error
 from .identity import check_task, differences, digest, model_facts, read_note, task_facts, write_note
@@ -137,6 +138,13 @@ class R3Trainer(GRPOTrainer):
     verdict, 0 or 1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a
     causal mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
 
+    What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates: full fine-tuning of
+    a bf16 model trains and saves fp32 weights, twice the memory. What is frozen keeps its dtype. With `bf16=True`
+    both compute in bf16; with `bf16=False` beside 16-bit neighbours only adapters learn, the rest is refused.
+
+    A run leaves `r3_run.json` beside its checkpoints: with other failures, weights or settings it does not resume
+    (saving, logging and the place may change; `max_steps` may grow under a constant schedule).
+
     A `RemoteEngine` gets the adapter before each rollout, and each token's loss is multiplied by its probability
     under the trained model over that under the sampler, cut at `vllm_importance_sampling_clip_max`.
     """
@@ -167,10 +175,14 @@ class R3Trainer(GRPOTrainer):
         for name, parameter in self.model.named_parameters():  # TRL casts QLoRA adapters to bf16: small updates vanish
             if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which gathers one dtype only
                 parameter.data = start.get(name, parameter.data).float()
+        self._check_dtypes()
+        for config in getattr(self.model, "peft_config", {}).values():
+            config.base_model_name_or_path = plain_name(config.base_model_name_or_path)
         self.r3_metrics: dict[str, float] = {}
         if isinstance(engine, RemoteEngine):
             self._train_for_a_remote_engine()
-        self._chat = Chat(self.processing_class)
+        self._chat, self._reach = Chat(self.processing_class), reach(self.model)
+        check_model(self.model)
         check_failures(failures, self.runner(), self._context())
         self._facts = self._decisive(fresh=peft_config is not None)
 
@@ -189,7 +201,8 @@ class R3Trainer(GRPOTrainer):
     def _context(self) -> int | None:
         """Tokens that model and engine take at most; None where neither says it."""
         model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return min((x for x in (model, getattr(self._engine, "longest", None)) if x), default=None)
+        engine = getattr(self._engine, "longest", None)
+        return min((length for length in (model, engine, self._reach) if length), default=None)
 
     def _decisive(self, fresh: bool) -> dict:
         """All that decides the training, by name; the weights of a `fresh` adapter are those of a checkpoint."""
@@ -256,11 +269,15 @@ class R3Trainer(GRPOTrainer):
 
         The longest reflection of a whole step sets TRL's padding; the values are the same, with less work.
         """
-        whole, first_token = super()._get_per_token_logps_and_entropies, input_ids.size(1) - logits_to_keep
+        whole = super()._get_per_token_logps_and_entropies
+        if options.get("compute_aux_loss"):  # of a mixture of experts: balanced over all rows, not a quarter
+            return whole(model, input_ids, attention_mask, logits_to_keep, *rest, **options)
+        first_token = input_ids.size(1) - logits_to_keep
         values, order = [], attention_mask.sum(1).argsort(stable=True)
         for rows in order.chunk(4):
             used = attention_mask[rows].any(0).nonzero()
             start, end = int(used[0]), max(int(used[-1]), first_token) + 1
+            self._check_width(end - start)
             ids, mask = input_ids[rows, start:end], attention_mask[rows, start:end]
             logps, entropies, _ = whole(model, ids, mask, end - first_token, *rest, **options)
             values.append((logps, logps.new_zeros(logps.shape) if entropies is None else entropies))
@@ -269,6 +286,39 @@ class R3Trainer(GRPOTrainer):
             torch.cat([F.pad(x, (0, logits_to_keep - x.size(1))) for x in parts])[places] for parts in zip(*values)
         )
         return logps, entropies, None
+
+    def _check_width(self, width: int) -> None:
+        """A longrope model takes other positions for all rows once the padded batch is wider than its reach."""
+        if width > (self._reach or width):
+            raise R3Error(
+                f"a learning batch is {width} tokens wide, beyond the {self._reach} up to which this model's "
+                "positions are those of sampling: lower per_device_train_batch_size or leave out long failures"
+            )
+
+    def _check_dtypes(self) -> None:
+        """R3Error where fp32 parameters learn beside 16-bit ones that do not go with them."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        spread = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if len(dtypes) < 2 or self.args.bf16 or self.args.fp16 or spread:
+            return
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device))
+        except RuntimeError as error:
+            raise R3Error(
+                "what is trained is fp32 and its frozen neighbours are 16-bit, which without autocast do not go "
+                "together: set bf16=True, or load the model with dtype=torch.float32"
+            ) from error
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        """TRL's, with a card that says what the weights are."""
+        super()._save(output_dir, state_dict)
+        write_card(Path(output_dir or self.args.output_dir), self)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """The card of the run, in `output_dir`."""
+        if self.is_world_process_zero():
+            write_card(Path(self.args.output_dir), self, model_name)
 
     def resume_or_train(self):
         """Train, from the last complete checkpoint in `output_dir` if there is one."""
@@ -283,8 +333,15 @@ def training_order(size: int, wanted: int, seed: int) -> list[int]:
     return order[:wanted]
 
 
-def verified(completions, reward, **_) -> list[float]:
-    """The reward, as `rollout` found it: the verdict on the retry, less `truncation_penalty` for a cut reflection."""
+def verified(completions, reward, prompts=(), conversation=None, log_extra=None, **columns) -> list[float]:
+    """The reward, as `rollout` found it: the verdict on the retry, less `truncation_penalty` for a cut reflection.
+
+    With `log_completions` TRL's table gets the conversation for a prompt, and the retry with its verdict.
+    """
+    for prompt, text in zip(prompts, conversation or ()):
+        prompt[0]["content"] = text
+    for name in ("retry", "verdict") if conversation else ():
+        log_extra(name, columns[name])
     return reward
 
 
@@ -317,6 +374,11 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     }
     rewards = [v.ok - args.truncation_penalty * c for v, c in zip(verdicts, cut)]
     output = {"prompt_ids": [a for _, a, _ in rows], "reward": rewards}
+    if args.log_completions:
+        decode = trainer.processing_class.decode
+        output["conversation"] = [decode(a) for _, a, _ in rows]
+        output["retry"] = [decode(r.ids) for r in retries]
+        output["verdict"] = [v.reason for v in verdicts]
     return output | completions_under(args.mask, rows, retry_prompts, retries)
 
 

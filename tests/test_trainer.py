@@ -15,18 +15,28 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
+    BASE_MODEL,
     CoinTask,
     ConstantTask,
     ScriptedEngine,
     coin_failures,
     small_config,
     small_lora,
+    tiny_model,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer
 
+from r3lib.card import plain_name
 from r3lib.chat import Chat
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
@@ -119,15 +129,11 @@ def test_a_group_is_g_reflections_on_one_failure_with_one_retry_each(tiny, token
     assert retried == [chat.follow(p, c.ids, turn) for p, c, turn in flat]
 
 
-def test_a_row_of_the_data_set_is_a_place_and_a_name_and_trl_logs_the_name(tiny, tokenizer, tmp_path):
+def test_a_row_of_the_data_set_is_a_place_and_a_name(tiny, tokenizer, tmp_path):
     trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), max_steps=50)
     assert trainer.train_dataset.data.nbytes < 40 * 100
     for place, (row, index) in enumerate(zip(trainer.train_dataset, training_order(4, 100, trainer.args.seed))):
         assert row == {"prompt": [{"role": "user", "content": f"failure {index}", "place": place}]}
-    trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), max_steps=1, log_completions=True)
-    trainer.train()
-    [logged] = (tmp_path / "completions").glob("*.parquet")
-    assert [p[0]["content"] for p in pd.read_parquet(logged).prompt[::4]] == [f"failure {i}" for i in trainer.order]
 
 
 # rewards and advantages
@@ -554,6 +560,118 @@ OTHER_TRAININGS = {
     "model's adapters": {"lora": small_lora(r=8)},
     "model's weights": {"model": "other"},
 }
+
+
+# what a reader of the log and of an adapter's folder sees
+
+
+@pytest.mark.parametrize("mask", ["reflection", "retry"])
+def test_logged_completions_show_conversation_reflection_retry_and_verdict(tiny, tokenizer, tmp_path, mask, capsys):
+    engine = ScriptedEngine(tokenizer)
+    trainer = make(tiny(), tokenizer, tmp_path, engine=engine, max_steps=1, log_completions=True, mask=mask)
+    trainer.train()
+    [path] = (tmp_path / "completions").glob("*.parquet")
+    table, (asked, _, groups), (_, _, retries) = pd.read_parquet(path), *engine.calls
+    assert [p[0]["content"] for p in table.prompt] == [tokenizer.decode(p) for p in asked for _ in range(4)]
+    assert list(table.retry) == [tokenizer.decode(r[0].ids) for r in retries]
+    texts = [tokenizer.decode(r[0].ids, skip_special_tokens=True) for r in retries]
+    assert list(table.verdict) == [trainer.task.verify(text, None).reason for text in texts]
+    assert list(table.verified) == [float(reason == "ok") for reason in table.verdict]
+    if mask == "reflection":
+        shown = [tokenizer.decode(c.ids, skip_special_tokens=True) for group in groups for c in group]
+        assert [c[0]["content"] for c in table.completion] == shown
+    assert "failure 2" not in capsys.readouterr().out
+
+
+def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(model, tokenizer, tmp_path):
+    trainer = make(model, tokenizer, tmp_path / "run", engine=ScriptedEngine(tokenizer), lora=small_lora(),
+                   max_steps=1, save_strategy="steps", save_steps=1)  # fmt: skip
+    old = os.umask(0o027)
+    try:
+        trainer.train()
+        trainer.save_model(str(tmp_path / "adapter"))
+    finally:
+        os.umask(old)
+    for folder in (tmp_path / "adapter", tmp_path / "run" / "checkpoint-1", tmp_path / "run"):
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: peft\n") and f"# {folder.name}\n" in card
+        assert all(word in card for word in ("base_model`", "countdown", "LoraConfig, 1 steps on 4 failures"))
+        assert all(word in card for word in ("| learning_rate | 0.002 |", "| lr_scheduler_type | constant |", "trl 1."))
+        assert str(tmp_path) not in card and str(Path.cwd()) not in card
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        plain_name(str(BASE_MODEL))
+    )
+    assert {oct(p.stat().st_mode)[-3:] for p in (tmp_path / "adapter").glob("adapter*")} == {"640"}
+
+
+def test_a_models_name_is_what_was_given_or_has_no_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "data" / "model").mkdir(parents=True)
+    for name in ("org/model", "data/model", "./model", None):
+        assert plain_name(name) == name
+    assert plain_name(str(tmp_path / "data" / "model")) == "model"
+    monkeypatch.chdir(tmp_path)
+    assert plain_name(str(tmp_path / "data" / "model")) == "data/model"
+
+
+# families and dtypes
+
+
+EXPERTS = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+               num_experts_per_tok=2, initializer_range=0.2)  # fmt: skip
+EXPERTS = {
+    "Qwen3-MoE": Qwen3MoeConfig(**EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=16),
+    "Mixtral": MixtralConfig(**EXPERTS, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_of_experts_learns_with_trls_auxiliary_loss(tokenizer, tmp_path, name):
+    """The loss of every learning forward is that of TRL's own trainer, balancing included."""
+    torch.manual_seed(0)
+    trainer = make(AutoModelForCausalLM.from_config(EXPERTS[name]), tokenizer, tmp_path, max_steps=1,
+                   engine=ScriptedEngine(tokenizer), router_aux_loss_coef=0.5, learning_rate=0.0)  # fmt: skip
+    ours, compute = [], trainer.compute_loss
+    trainer.compute_loss = lambda *given, **options: ours.append(compute(*given, **options)) or ours[-1]
+    trainer.train()
+    [(inputs, _)] = trainer.seen
+    trainer._get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies.__get__(trainer)
+    theirs = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    assert trainer.aux_loss_enabled and abs(float(theirs)) > 0.1
+    torch.testing.assert_close(ours[0].float(), theirs.detach().float(), atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_trained_is_fp32_and_what_is_frozen_keeps_its_dtype(tiny, tokenizer, tmp_path):
+    whole = make(tiny().bfloat16(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    adapted = make(tiny().bfloat16(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), lora=small_lora())
+    dtypes = {p.requires_grad: p.dtype for p in adapted.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    adapted.train()
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_fp32_weights_beside_frozen_16_bit_ones_learn_under_autocast_and_are_refused_without(
+    tiny, tokenizer, tmp_path, bf16
+):
+    model = tiny().bfloat16()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layers.1" in name
+    if not bf16:
+        with pytest.raises(R3Error, match="set bf16=True, or load the model with dtype=torch.float32"):
+            make(model, tokenizer, tmp_path, bf16=False)
+        return
+    trainer = make(model, tokenizer, tmp_path, bf16=True, max_steps=1)
+    before = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, model.model.layers[1].mlp.up_proj.weight)
+
+
+def test_a_longrope_model_learns_no_batch_that_is_wider_than_its_reach(tokenizer, tmp_path):
+    trainer = make(tiny_model("llama", len(tokenizer)), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
+    trainer._reach = 20
+    with pytest.raises(R3Error, match="tokens wide, beyond the 20 up to which"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name", OTHER_TRAININGS)
