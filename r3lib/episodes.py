@@ -1,7 +1,5 @@
 """Episodes: attempt, verdict, and a second try under a condition; and the failures that training starts from."""
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,12 +9,14 @@ from random import Random
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .chat import Chat
-from .engines.base import Completion, Engine, Sampling
+from .engines.base import Completion, Engine, Sampling, identity
 from .errors import R3Error
-from .store import write_atomic
+from .identity import check_problems, check_task, content, differences, digest, read_note, task_facts, write_note
+from .verifiers.verdict import Verdict
 
 SCHEMA_VERSION, SHARD = 1, 1024  # problems in a shard
 
@@ -178,6 +178,21 @@ def deranged(items: list, seed: int) -> list:
     return [items[place[i]] for i in range(len(items))]
 
 
+def judge(task, text: str, problem) -> Verdict:
+    """The task's verdict on `text`; R3Error, naming the problem, if `verify` raises or returns another thing."""
+    where = f"on problem {problem.id!r}"
+    try:
+        verdict = task.verify(text, problem)
+    except R3Error:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise R3Error(f"{task.name}: verify raised {said} {where}: make it return a Verdict") from error
+    if not isinstance(verdict, Verdict) or not isinstance(verdict.ok, bool):
+        raise R3Error(f"{task.name}: verify returned {verdict!r} {where}: return Verdict(ok, reason)")
+    return verdict
+
+
 def failures_of(problems, tries: list[list[Completion]], runner: Runner) -> list[Failure]:
     """The failing (problem, attempt) pairs, each distinct attempt once with its count (paper: section on data)."""
     found: dict[tuple, Failure] = {}
@@ -185,7 +200,7 @@ def failures_of(problems, tries: list[list[Completion]], runner: Runner) -> list
         prompt = runner.chat.start(runner.task, problem)
         for completion in completions:
             text = runner.chat.text(completion.ids)
-            verdict = runner.task.verify(text, problem)
+            verdict = judge(runner.task, text, problem)
             key = (problem.id, tuple(completion.ids))
             if key in found:
                 found[key] = Failure(**{**vars(found[key]), "count": found[key].count + 1})
@@ -198,7 +213,10 @@ def mine_failures(runner: Runner, problems: Sequence, k: int = 64, temperature: 
     """Sample `k` answers a problem and keep the failing ones, deduplicated (paper: k = 64).
 
     `k=1, temperature=0` mines greedily: the problems that the model gets wrong with its best answer.
+    R3Error: two problems have one id, an id is no string, the task has no name, `verify` raises.
     """
+    check_task(runner.task)
+    check_problems(problems)
     return failures_of(problems, runner.first_tries(problems, k, temperature, seed), runner)
 
 
@@ -209,6 +227,7 @@ class MinedFailures(Sequence):
     """
 
     def __init__(self, path: Path, problems: Sequence, chat: Chat, task):
+        check_problems(problems)
         self._problems, self._chat, self._task = {p.id: p for p in problems}, chat, task
         file = pq.ParquetFile(path, read_dictionary=["problem_id", "reason"])
         batches = file.iter_batches(4096, columns=KEPT.names)  # whose 64-bit tokens are never in memory at once
@@ -222,8 +241,55 @@ class MinedFailures(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         name, ids, reason, count = (column[index].as_py() for column in self._rows.columns)
+        if name not in self._problems:
+            raise R3Error(f"failure {index} is of problem {name!r}, which is not among the problems")
         problem = self._problems[name]
         return Failure(problem, self._chat.start(self._task, problem), ids, self._chat.text(ids), reason, count)
+
+
+    def longest_of_each(self) -> list[int]:
+        """The place of the failure with the longest attempt, for each problem."""
+        tokens = pc.list_value_length(self._rows["attempt_ids"]).to_pandas()
+        names = self._rows["problem_id"].cast(pa.string()).to_pandas()
+        return tokens.groupby(names).idxmax().tolist()
+
+    def digest(self) -> str:
+        """Hash of all that training takes from the table and, once a problem, of the prompt."""
+        batches = self._rows.select(["problem_id", "attempt_ids", "reason"]).to_batches(4096)
+        prompts = (self[place].prompt_ids for place in self.longest_of_each())
+        return digest([*(digest(batch.to_pylist()) for batch in batches), *prompts])
+
+
+def failures_digest(failures: Sequence[Failure]) -> str:
+    """Hash of the failures in their order: problems, prompts and attempts."""
+    if isinstance(failures, MinedFailures):
+        return failures.digest()
+    kept = ([f.problem.id, list(f.prompt_ids), list(f.attempt_ids), content(f.problem)] for f in failures)
+    return digest(kept)
+
+
+def check_failures(failures: Sequence[Failure], runner: Runner, context: int | None) -> None:
+    """R3Error for the first failure that is not of this chat and task, or too long for `context` tokens.
+
+    Of `MinedFailures`, made from chat and task, the longest of each problem stands for the others.
+    """
+    mined, prompts, turns = isinstance(failures, MinedFailures), {}, {}
+    for place in failures.longest_of_each() if mined else range(len(failures)):
+        failure = failures[place]
+        problem, name = failure.problem, f"failures[{place}] (problem {failure.problem.id!r})"
+        if id(problem) not in prompts:
+            prompts[id(problem)] = runner.chat.start(runner.task, problem)
+            again = runner.task.second_turn(runner.task.retry_prompt, problem, runner.retry_turn)
+            turns[id(problem)] = len(runner.chat.follow([], [], again))
+        if prompts[id(problem)] != list(failure.prompt_ids):
+            raise R3Error(f"{name} was mined with another tokenizer or task: mine it with this model")
+        asked = len(runner.reflection_prompt(failure)) + runner.limits.reflection
+        needed = asked + turns[id(problem)] + runner.limits.retry
+        if context and needed > context:
+            raise R3Error(
+                f"{name} needs up to {needed} tokens with its reflection and retry, the model's context "
+                f"has {context}: leave it out, or lower max_completion_length or max_retry_length"
+            )
 
 
 def run_episodes(
@@ -240,13 +306,16 @@ def run_episodes(
 ) -> pd.DataFrame:
     """Run `problems` through the first try and each second-try condition; write shards to `out`; return all rows.
 
-    Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error when they are of
-    another run. `part` (i, n): every n-th shard from the i-th on, for n processes that fill one folder together.
-    `seed` seeds the sampling; `policy.seed` is the training seed written into the rows.
+    Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error, naming
+    what differs, when they are of another run (see `decisive`). `part` (i, n): every n-th shard from
+    the i-th on, for n processes that fill one folder together. `seed` seeds the sampling;
+    `policy.seed` is the training seed written into the rows.
     """
     if unknown := [c for c in conditions if c not in tuple(Condition)]:
         raise R3Error(f"unknown condition {unknown[0]!r}: known: {', '.join(Condition)}")
-    _claim(out, [asdict(policy), split, [str(c) for c in conditions], seed, shard], problems)
+    check_task(runner.task)
+    check_problems(problems)
+    _claim(out, decisive(runner, problems, policy, split, conditions, seed, shard))
     run = f"{policy.name} seed {policy.seed}"
     in_shards(out, problems, lambda some: frame(_episodes(runner, some, policy, split, conditions, seed, say)),
               shard, part, lambda done: say(f"{run}: {done} problems"))  # fmt: skip
@@ -257,6 +326,7 @@ def in_shards(out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say
     """Write `make(problems of a shard)` (a DataFrame) as a file of `out`, for each shard of `part` that is missing."""
     if not problems:
         raise R3Error("no problems to run: ask for at least 1")
+    check_problems(problems)
     out.mkdir(parents=True, exist_ok=True)
     for start in range(shard * part[0], len(problems), shard * part[1]):
         path = out / f"shard-{start:06d}.parquet"
@@ -267,13 +337,31 @@ def in_shards(out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say
         say(f"{min(start + shard, len(problems))}/{len(problems)}")
 
 
-def _claim(out: Path, settings: list, problems) -> None:
-    """Note in `out` whose shards it holds; raise R3Error if they are another run's."""
-    run = [*settings, hashlib.sha256("\n".join(p.id for p in problems).encode()).hexdigest()]
+def decisive(runner: Runner, problems, policy: Policy, split, conditions, seed, shard) -> dict:
+    """All that decides the rows of a run, by name; a hash of what is long (prompts, weights)."""
+    task, chat = runner.task, runner.chat
+    facts = {"split": split, "conditions": [str(c) for c in conditions], "seed": seed, "shard": shard}
+    facts |= {f"policy.{name}": value for name, value in asdict(policy).items()} | task_facts(task)
+    facts |= {f"limits.{name}": value for name, value in asdict(runner.limits).items()}
+    facts |= {"reflection_temperature": runner.reflection_temperature, "retry_turn": runner.retry_turn}
+    told = (task.retry_prompt, task.blind_retry_prompt)
+    again = ([task.second_turn(words, p, runner.retry_turn) for words in told] for p in problems)
+    facts["problem ids"] = digest(p.id for p in problems)
+    facts["problems' values"] = digest(content(p) for p in problems)
+    facts["prompts (problems, tokenizer, template)"] = digest(chat.start(task, p) for p in problems)
+    facts["second turns"] = digest([*again, chat.follow([], [], task.reflection_prompt), sorted(chat.end_ids)])
+    return facts | identity(runner.engine)
+
+
+def _claim(out: Path, facts: dict) -> None:
+    """Note in `out` whose shards it holds; R3Error, naming what differs, if they are another run's."""
     note = out / "run.json"
-    if note.exists() and json.loads(note.read_text()) != run:
-        raise R3Error(f"{out} holds episodes of another policy, problems or settings: give an empty folder")
-    write_atomic(note, json.dumps(run))
+    if not note.exists() and any(out.glob("shard-*.parquet")):
+        raise R3Error(f"{out} holds episodes but no run.json that says of what: give an empty folder")
+    differing = differences(read_note(note), facts) if note.exists() else ""
+    if differing:
+        raise R3Error(f"{out} holds episodes of another run: {differing}: give an empty folder, or the same")
+    write_note(note, facts)
 
 
 def read_episodes(folder: Path) -> pd.DataFrame:
@@ -320,7 +408,7 @@ def _first_row(runner, problem, completion, policy, split) -> Episode:
     text = runner.chat.text(completion.ids)
     return Episode(
         runner.task.name, split, problem.id, policy.name, policy.seed, Condition.first_try.value, 0,
-        runner.chat.shown(runner.task, problem), text, runner.task.verify(text, problem).reason,
+        runner.chat.shown(runner.task, problem), text, judge(runner.task, text, problem).reason,
         None, None, None, len(completion.ids), None, None, policy.model, policy.adapter,
     )  # fmt: skip
 
@@ -333,7 +421,7 @@ def _second_row(runner, first: Episode, failure, condition, reflection, retry) -
             "condition": condition.value,
             "reflection": None if reflection is None else runner.chat.text(reflection),
             "retry": text,
-            "retry_reason": runner.task.verify(text, failure.problem).reason,
+            "retry_reason": judge(runner.task, text, failure.problem).reason,
             "reflection_tokens": None if reflection is None else len(reflection),
             "retry_tokens": len(retry.ids),
         }

@@ -24,16 +24,20 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
+from .card import plain_name, write_card
 from .chat import Chat
 from .engines.base import RemoteEngine, Sampling
-from .engines.transformers import TransformersEngine
-from .episodes import Failure, Limits, Runner
+from .engines.transformers import TransformersEngine, check_model, reach
+from .episodes import Failure, Limits, Runner, check_failures, failures_digest, judge
 from .errors import R3Error
+from .identity import check_task, differences, digest, model_facts, read_note, task_facts, write_note
+from .settings import refuse_ignored, settings_facts
 from .store import write_atomic
 from .tasks.base import RETRY_TURNS
 from .weights import NO_SAMPLING, training_options
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is pinned by our contract tests
+RUN_NOTE = "r3_run.json"  # beside the checkpoints: what decides the training
 MASKS = ("reflection", "reflection+retry", "retry")
 METRICS = {  # ours: TRL's
     "reward": "reward",
@@ -67,6 +71,7 @@ class R3Config(GRPOConfig):
     logging_steps: float = 1
     shuffle_dataset: bool = False  # the order is drawn here, so that a resumed run sees the same failures
     gradient_checkpointing: bool | None = None
+    gradient_accumulation_steps: int | None = None  # follows from the rows of a step
     save_total_limit: int | None = 2
     failures_per_step: int = field(default=256, metadata={"help": "Failures in one step, over all processes."})
     mask: str = field(default="reflection", metadata={"help": f"Which tokens are trained: {', '.join(MASKS)}."})
@@ -85,8 +90,9 @@ class R3Config(GRPOConfig):
             raise R3Error(f"truncation_penalty={self.truncation_penalty} would reward being cut off: use 0 or more")
         if self.num_generations < 2:
             raise R3Error(f"group size {self.num_generations} has no variance to learn from: use at least 2")
-        if self.use_vllm:
-            raise R3Error("use_vllm=True would merge the adapter into the weights at every step: leave it False")
+        if not self.temperature > 0:
+            raise R3Error(f"temperature={self.temperature}: a group needs different reflections: use above 0")
+        refuse_ignored(self)
         device = training_options(self.use_cpu)
         if self.bf16 is None and not self.fp16:
             self.bf16, self.fp16 = device["bf16"], device["fp16"]
@@ -101,13 +107,18 @@ class R3Config(GRPOConfig):
                 "change failures_per_step, num_generations (group_size in a profile) or "
                 "per_device_train_batch_size (micro_batch)"
             )
+        if self.gradient_accumulation_steps not in (None, rows // local):
+            raise R3Error(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: it follows from failures_per_step x "
+                f"num_generations / per_device_train_batch_size and is {rows // local} here: leave it unset"
+            )
         self.gradient_accumulation_steps = rows // local
         asked = self.steps_per_generation, self.generation_batch_size
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees
-        self._refuse_what_the_rollout_ignores(asked)
+        self._check_steps(asked)
 
-    def _refuse_what_the_rollout_ignores(self, generation) -> None:
+    def _check_steps(self, generation) -> None:
         if self.max_steps < 1:
             raise R3Error(f"max_steps={self.max_steps}: R3 counts steps, not epochs: ask for at least 1")
         if self.mask != "reflection" and self.retry_temperature != self.temperature:
@@ -117,9 +128,6 @@ class R3Config(GRPOConfig):
             )
         if generation != (None, None) and self.steps_per_generation != self.gradient_accumulation_steps:
             raise R3Error("a step of R3 is one rollout: leave steps_per_generation and generation_batch_size unset")
-        plain = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
-        if odd := [name for name, value in plain.items() if (getattr(self, name) or value) != value]:
-            raise R3Error(f"{odd[0]}={getattr(self, odd[0])} is not supported: R3 samples from the whole distribution")
 
 
 class R3Trainer(GRPOTrainer):
@@ -130,12 +138,22 @@ class R3Trainer(GRPOTrainer):
     verdict, 0 or 1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a
     causal mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
 
+    What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates: full fine-tuning of
+    a bf16 model trains and saves fp32 weights, twice the memory. What is frozen keeps its dtype. With `bf16=True`
+    both compute in bf16; with `bf16=False` beside 16-bit neighbours only adapters learn, the rest is refused.
+
+    A run leaves `r3_run.json` beside its checkpoints: with other failures, weights or settings it does not resume
+    (saving, logging and the place may change; `max_steps` may grow under a constant schedule).
+
     A `RemoteEngine` gets the adapter before each rollout, and each token's loss is multiplied by its probability
     under the trained model over that under the sampler, cut at `vllm_importance_sampling_clip_max`.
     """
 
     def __init__(self, model, args: R3Config, task, failures: Sequence[Failure], peft_config=None,
                  processing_class=None, engine=None, callbacks=None):  # fmt: skip
+        if not isinstance(args, R3Config):
+            raise R3Error(f"args is a {type(args).__name__}: give an R3Config, which takes what GRPOConfig takes")
+        check_task(task)
         if not failures:
             raise R3Error("no failures to train on: mine more problems, or a harder task")
         self.task, self.failures, self._engine = task, failures, engine
@@ -157,15 +175,19 @@ class R3Trainer(GRPOTrainer):
         for name, parameter in self.model.named_parameters():  # TRL casts QLoRA adapters to bf16: small updates vanish
             if parameter.requires_grad and not is_deepspeed_zero3_enabled():  # which gathers one dtype only
                 parameter.data = start.get(name, parameter.data).float()
+        self._check_dtypes()
+        for config in getattr(self.model, "peft_config", {}).values():
+            config.base_model_name_or_path = plain_name(config.base_model_name_or_path)
         self.r3_metrics: dict[str, float] = {}
         generation = self.model.generation_config
         self._chat = Chat(self.processing_class, generation, self.chat_template_kwargs)
         self.eos_token_ids = sorted(self._chat.end_ids)  # by which TRL tells what was cut off
         if isinstance(engine, RemoteEngine):
             self._train_for_a_remote_engine()
-        known = self.failures[0]
-        if self._chat.start(task, known.problem) != list(known.prompt_ids):
-            raise R3Error("the failures were mined with another tokenizer or task: mine them with this model")
+        self._reach = reach(self.model)
+        check_model(self.model)
+        check_failures(failures, self.runner(), self._context())
+        self._facts = self._decisive(fresh=peft_config is not None)
 
     def _dataset(self, order: list[int]) -> Dataset:
         """One row a group: its place in the order, inside a message that names the failure where TRL logs it.
@@ -178,6 +200,43 @@ class R3Trainer(GRPOTrainer):
         messages = pa.StructArray.from_arrays(messages, ["role", "content", "place"])
         prompts = pa.ListArray.from_arrays(pa.array(range(size + 1), pa.int32()), messages)
         return Dataset(pa.table({"prompt": prompts}))
+
+    def _context(self) -> int | None:
+        """Tokens that model and engine take at most; None where neither says it."""
+        model = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        engine = getattr(self._engine, "longest", None)
+        return min((length for length in (model, engine, self._reach) if length), default=None)
+
+    def _decisive(self, fresh: bool) -> dict:
+        """All that decides the training, by name; the weights of a `fresh` adapter are those of a checkpoint."""
+        turn = self._chat.follow([], [], self.task.reflection_prompt)
+        facts = settings_facts(self.args) | task_facts(self.task) | model_facts(self.model, trained=not fresh)
+        facts["failures"] = failures_digest(self.failures)
+        return facts | {"turns (tokenizer, template)": digest([turn, sorted(self._chat.end_ids)])}
+
+    def _claim(self, checkpoint) -> None:
+        """Note in `output_dir` what this training is; R3Error if checkpoints there are of another."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        folders = {Path(checkpoint).parent} if isinstance(checkpoint, (str, Path)) else set()
+        for other in {folder, *folders}:
+            if not (found := last_checkpoint(str(other))):
+                continue
+            differing = differences(read_note(other / RUN_NOTE), self._facts)
+            if json.loads((Path(found) / "trainer_state.json").read_text())["global_step"] > self.args.max_steps:
+                differing = f"{Path(found).name} is beyond max_steps={self.args.max_steps}"
+            if differing:
+                raise R3Error(
+                    f"{other} holds checkpoints of another training: {differing}: give another output_dir, "
+                    "or delete its checkpoints"
+                )
+        write_note(folder / RUN_NOTE, self._facts)
+
+    def train(self, resume_from_checkpoint=None, *rest, **options):
+        """TRL's. R3Error, naming what differs, if `output_dir` holds checkpoints of another training."""
+        self._claim(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *rest, **options)
 
     def runner(self) -> Runner:
         """Samples from the policy as it stands."""
@@ -217,11 +276,15 @@ class R3Trainer(GRPOTrainer):
 
         The longest reflection of a whole step sets TRL's padding; the values are the same, with less work.
         """
-        whole, first_token = super()._get_per_token_logps_and_entropies, input_ids.size(1) - logits_to_keep
+        whole = super()._get_per_token_logps_and_entropies
+        if options.get("compute_aux_loss"):  # of a mixture of experts: balanced over all rows, not a quarter
+            return whole(model, input_ids, attention_mask, logits_to_keep, *rest, **options)
+        first_token = input_ids.size(1) - logits_to_keep
         values, order = [], attention_mask.sum(1).argsort(stable=True)
         for rows in order.chunk(4):
             used = attention_mask[rows].any(0).nonzero()
             start, end = int(used[0]), max(int(used[-1]), first_token) + 1
+            self._check_width(end - start)
             ids, mask = input_ids[rows, start:end], attention_mask[rows, start:end]
             logps, entropies, _ = whole(model, ids, mask, end - first_token, *rest, **options)
             values.append((logps, logps.new_zeros(logps.shape) if entropies is None else entropies))
@@ -230,6 +293,39 @@ class R3Trainer(GRPOTrainer):
             torch.cat([F.pad(x, (0, logits_to_keep - x.size(1))) for x in parts])[places] for parts in zip(*values)
         )
         return logps, entropies, None
+
+    def _check_width(self, width: int) -> None:
+        """A longrope model takes other positions for all rows once the padded batch is wider than its reach."""
+        if width > (self._reach or width):
+            raise R3Error(
+                f"a learning batch is {width} tokens wide, beyond the {self._reach} up to which this model's "
+                "positions are those of sampling: lower per_device_train_batch_size or leave out long failures"
+            )
+
+    def _check_dtypes(self) -> None:
+        """R3Error where fp32 parameters learn beside 16-bit ones that do not go with them."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        spread = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if len(dtypes) < 2 or self.args.bf16 or self.args.fp16 or spread:
+            return
+        try:
+            with torch.no_grad():
+                self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device))
+        except RuntimeError as error:
+            raise R3Error(
+                "what is trained is fp32 and its frozen neighbours are 16-bit, which without autocast do not go "
+                "together: set bf16=True, or load the model with dtype=torch.float32"
+            ) from error
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        """TRL's, with a card that says what the weights are."""
+        super()._save(output_dir, state_dict)
+        write_card(Path(output_dir or self.args.output_dir), self)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """The card of the run, in `output_dir`."""
+        if self.is_world_process_zero():
+            write_card(Path(self.args.output_dir), self, model_name)
 
     def resume_or_train(self):
         """Train, from the last complete checkpoint in `output_dir` if there is one."""
@@ -244,8 +340,15 @@ def training_order(size: int, wanted: int, seed: int) -> list[int]:
     return order[:wanted]
 
 
-def verified(completions, reward, **_) -> list[float]:
-    """The reward, as `rollout` found it: the verdict on the retry, less `truncation_penalty` for a cut reflection."""
+def verified(completions, reward, prompts=(), conversation=None, log_extra=None, **columns) -> list[float]:
+    """The reward, as `rollout` found it: the verdict on the retry, less `truncation_penalty` for a cut reflection.
+
+    With `log_completions` TRL's table gets the conversation for a prompt, and the retry with its verdict.
+    """
+    for prompt, text in zip(prompts, conversation or ()):
+        prompt[0]["content"] = text
+    for name in ("retry", "verdict") if conversation else ():
+        log_extra(name, columns[name])
     return reward
 
 
@@ -268,7 +371,7 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     retry_seeds = [Random(f"{seeds[i // size]}/{i % size}").getrandbits(32) for i in range(len(rows))]
     sampling = Sampling(args.max_retry_length, args.retry_temperature)
     retries = [r[0] for r in runner.engine.generate(retry_prompts, 1, sampling, retry_seeds)]
-    verdicts = [runner.task.verify(runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)]
+    verdicts = [judge(runner.task, runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)]
     cut = [not c.finished for _, _, c in rows]
     trainer.r3_metrics = {
         "retry_success": sum(v.ok for v in verdicts) / len(rows),
@@ -278,6 +381,11 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     }
     rewards = [v.ok - args.truncation_penalty * c for v, c in zip(verdicts, cut)]
     output = {"prompt_ids": [a for _, a, _ in rows], "reward": rewards}
+    if args.log_completions:
+        decode = trainer.processing_class.decode
+        output["conversation"] = [decode(a) for _, a, _ in rows]
+        output["retry"] = [decode(r.ids) for r in retries]
+        output["verdict"] = [v.reason for v in verdicts]
     return output | completions_under(args.mask, rows, retry_prompts, retries)
 
 

@@ -7,19 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
+    MixtralConfig,
+    MptConfig,
+    OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from r3lib.chat import Chat
@@ -405,3 +414,110 @@ def test_an_attention_that_we_do_not_compute_is_refused(config, message, tokeniz
     with pytest.raises(R3Error, match=message):
         TransformersEngine(model, tokenizer).generate(random_prompts([12]), 1, Sampling(2))
     assert model.config._attn_implementation == before
+
+
+# families
+
+
+def llama4(chunk):
+    """Chunked attention: beyond `chunk` tokens the first ones are hidden."""
+    shape = {**SHAPE, "intermediate_size": 32}
+    return Llama4TextConfig(**shape, head_dim=8, intermediate_size_mlp=48, num_local_experts=2,
+                            num_experts_per_tok=1, attention_chunk_size=chunk)  # fmt: skip
+
+
+def longrope(original):
+    """Phi-3's: all positions change once the text is longer than `original` tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": original}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "partial_rotary_factor": 1.0}
+    return Phi3Config(**SHAPE, original_max_position_embeddings=original, rope_parameters=rope)
+
+
+EXPERTS = dict(num_experts_per_tok=2)
+SERVED = {
+    "Qwen3-MoE": Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=16),
+    "Mixtral": MixtralConfig(**SHAPE, **EXPERTS, num_local_experts=4),
+    "Llama 4 inside a chunk": llama4(54),
+    "longrope inside its original length": longrope(54),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_family_is_served_as_generate_serves_it(tokenizer, name):
+    model, prompts = tiny(SERVED[name]), random_prompts([3, 30, 17, 38])  # and 16 tokens more: 54
+    got = TransformersEngine(model, tokenizer).generate(prompts, 1, Sampling(16, 0.0))
+    assert [group[0].ids for group in got] == [reference(model, [prompt], 16)[0] for prompt in prompts]
+
+
+BEYOND = {
+    "Llama 4 beyond a chunk": (llama4(53), "llama4_text: 54 tokens reach beyond its first 53.*use vLLM"),
+    "longrope across its length": (longrope(53), "phi3: 54 tokens reach beyond its first 53.*use vLLM"),
+    "StableLM": (StableLmConfig(**SHAPE), "StableLmAttention keeps what the engine hands it.*use vLLM"),
+    "MPT": (MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY), "mpt names no max_position.*vLLM"),
+    "OPT": (OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32,
+                      num_hidden_layers=2, max_position_embeddings=160, pad_token_id=0), "opt.*use vLLM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_family_that_is_not_served_is_refused_by_name(tokenizer, name):
+    config, words = BEYOND[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(R3Error, match=words) as error:
+        TransformersEngine(model, tokenizer).generate(random_prompts([3, 38]), 1, Sampling(16, 0.0))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused_by_name(llama, tokenizer, kind):
+    adapted = get_peft_model(llama, kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(R3Error, match="(PROMPT|PREFIX)_TUNING puts virtual tokens before a prompt: use LoRA"):
+        TransformersEngine(adapted, tokenizer)
+
+
+def test_an_encoder_decoder_is_refused_by_name(tokenizer):
+    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_ff=32, num_layers=2, num_heads=4, d_kv=8)
+    with pytest.raises(R3Error, match="t5 is an encoder-decoder model: R3 needs a decoder-only one"):
+        TransformersEngine(T5ForConditionalGeneration(config), tokenizer)
+
+
+# memory
+
+
+@pytest.mark.parametrize("most", [1, 700, 5000])
+def test_queries_that_take_turns_give_the_same_tokens_and_log_probs(model, tokenizer, monkeypatch, most):
+    prompts, sampler = retry_prompts() + random_prompts([70, 3]), TransformersEngine(model, tokenizer)
+    for sampling in (Sampling(8, 0.0), Sampling(8, 1.0)):
+        whole = sampler.generate(prompts, 2, sampling)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "MAX_SCORES", most)
+            cut = sampler.generate(prompts, 2, sampling)
+        assert [c.ids for c in flat(cut)] == [c.ids for c in flat(whole)]
+        for a, b in zip(flat(cut), flat(whole), strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=2e-6)
+
+
+def test_the_memory_of_a_prefill_grows_with_the_prompt_and_not_with_its_square(llama, tokenizer, monkeypatch):
+    """The largest tensor of an attention, in elements, for prompts of 64 and 128 tokens."""
+    monkeypatch.setattr(engine, "MAX_SCORES", 4096)
+    largest = {}
+    for length in (64, 128):
+        with Largest() as seen:
+            engine.TransformersEngine(llama, tokenizer).generate(random_prompts([length]), 1, Sampling(1))
+        largest[length] = seen.scores
+        assert seen.scores <= 4096
+    assert 64 * 64 * 4 > 4096 and largest[64] > 2048, "a whole score matrix would be larger, a turn is not tiny"
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor of attention scores, or of what hides them, that any operation makes."""
+
+    scores = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 5:
+                self.scores = max(self.scores, tensor.numel())
+        return made

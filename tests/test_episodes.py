@@ -1,15 +1,20 @@
 """Episodes under every condition, with an engine that answers from a table; shards, resuming, mining."""
 
+import json
 from collections import Counter
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import pytest
-from conftest import ScriptedEngine
-from hypothesis import given
+import torch
+from conftest import ScriptedEngine, small_lora
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 
 from r3lib.chat import Chat
-from r3lib.engines.base import Completion
+from r3lib.engines import transformers as engine_module
+from r3lib.engines.base import Completion, IdentifiedEngine
 from r3lib.episodes import (
     SECOND_TRIES,
     Condition,
@@ -24,8 +29,11 @@ from r3lib.episodes import (
     run_episodes,
 )
 from r3lib.errors import R3Error
+from r3lib.identity import content, differences, digest, model_facts, task_facts
 from r3lib.tasks import CountdownTask, FunctionCallingTask
+from r3lib.tasks.base import Task
 from r3lib.tasks.countdown_corpus import solutions
+from r3lib.verifiers.verdict import Verdict
 
 COLUMNS = (
     "task split problem_id policy seed condition sample prompt attempt attempt_reason reflection retry retry_reason "
@@ -315,3 +323,222 @@ def test_second_tries_restate_the_question_alike_unless_a_reminder_is_asked_for(
             asked = tokenizer.decode(engine.calls[-1][0][0]).split("<|user|>")[-1]
             told = task.blind_retry_prompt if condition.startswith("retry") else task.retry_prompt
             assert asked == f"{told}{tail}<|end|><|assistant|>"
+
+
+# rows of another run never come back
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A problem of a user's own: its answer is in no prompt."""
+
+    id: str
+    text: str
+    answer: int = 4
+
+
+class SumTask(Task):
+    name = "sum"
+    reflection_prompt = "Reflect."
+
+    def __init__(self, unit="apples", hidden=0):
+        self.unit, self._hidden = unit, hidden
+
+    def messages(self, problem):
+        return [{"role": "user", "content": f"{problem.text} ({self.unit})"}]
+
+    def verify(self, text, problem):
+        return Verdict(len(text) % 3 == 0, "ok" if len(text) % 3 == 0 else "wrong")
+
+
+class PickySumTask(SumTask):
+    def verify(self, text, problem):
+        return Verdict(False, "wrong")
+
+
+SUMS = [Sum(f"s{i}", f"{i} + {4 - i}") for i in range(4)]
+SAME_RUN = dict(
+    task=SumTask(), problems=SUMS, policy=Policy(), limits=Limits(8, 8, 8), temperature=0.0, seed=0,
+    retry_turn="restate", split="test", conditions=["first_try", "reflect_retry"], shard=2,
+)  # fmt: skip
+OTHER_RUNS = {
+    "task.unit": {"task": SumTask("pears")},
+    "task's class": {"task": PickySumTask()},
+    "problem ids": {"problems": [Sum(f"t{i}", s.text) for i, s in enumerate(SUMS)]},
+    "prompts": {"problems": [replace(SUMS[0], text="9 - 5"), *SUMS[1:]]},
+    "problems' values": {"problems": [replace(SUMS[0], answer=5), *SUMS[1:]]},
+    "policy.name": {"policy": Policy("r3")},
+    "policy.adapter": {"policy": Policy(adapter="mine")},
+    "limits.attempt": {"limits": Limits(7, 8, 8)},
+    "limits.reflection": {"limits": Limits(8, 7, 8)},
+    "limits.retry": {"limits": Limits(8, 8, 7)},
+    "reflection_temperature": {"temperature": 1.0},
+    "retry_turn": {"retry_turn": "reminder"},
+    "split": {"split": "validation"},
+    "conditions": {"conditions": ["first_try"]},
+    "seed": {"seed": 1},
+    "shard": {"shard": 3},
+}
+
+
+def run_sums(engine, tokenizer, out, **changes):
+    given = SAME_RUN | changes
+    runner = Runner(engine, Chat(tokenizer), given["task"], given["limits"], given["temperature"], given["retry_turn"])
+    rest = {name: given[name] for name in ("split", "conditions", "seed", "shard")}
+    return run_episodes(runner, given["problems"], given["policy"], out, **rest)
+
+
+@pytest.mark.parametrize("name", OTHER_RUNS)
+def test_a_folder_of_another_run_is_refused_and_what_differs_is_named(tokenizer, tmp_path, name):
+    run_sums(ScriptedEngine(tokenizer), tokenizer, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(R3Error, match="give an empty folder") as error:
+        run_sums(ScriptedEngine(tokenizer), tokenizer, tmp_path, **OTHER_RUNS[name])
+    assert name in str(error.value) and "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_decides_no_row_may_change(tokenizer, tmp_path):
+    """What a task keeps for itself (a leading underscore), and equal objects made anew."""
+    rows = run_sums(ScriptedEngine(tokenizer), tokenizer, tmp_path)
+    same = dict(task=SumTask(hidden=9), problems=[replace(s) for s in SUMS])
+    idle = ScriptedEngine(tokenizer)
+    pd.testing.assert_frame_equal(run_sums(idle, tokenizer, tmp_path, **same), rows)
+    assert idle.calls == []
+
+
+@pytest.mark.parametrize("change", ["one weight", "adapter", "disabled adapter", "scaling", "architecture"])
+def test_a_folder_of_another_model_is_refused(tiny, tokenizer, tmp_path, change):
+    def adapted(**changes):
+        torch.manual_seed(1)
+        return get_peft_model(tiny(), small_lora(init_lora_weights=False, **changes))
+
+    start, other = (tiny(), tiny()) if change in ("one weight", "adapter") else (adapted(), adapted())
+    if change == "one weight":
+        other.model.layers[1].mlp.up_proj.weight.data[17, 5] += 1e-3
+    elif change == "adapter":
+        other = adapted()
+    elif change == "disabled adapter":
+        other.base_model.disable_adapter_layers()
+    elif change == "scaling":
+        other = adapted(lora_alpha=16)
+    else:
+        other = tiny("qwen2")
+    engines = [engine_module.TransformersEngine(model, tokenizer) for model in (start, other)]
+    rows = run_sums(engines[0], tokenizer, tmp_path)
+    with pytest.raises(R3Error, match="model"):
+        run_sums(engines[1], tokenizer, tmp_path)
+    pd.testing.assert_frame_equal(run_sums(engines[0], tokenizer, tmp_path), rows)
+
+
+def test_a_model_is_the_same_wherever_it_was_loaded_from_and_on_any_number_of_threads(tiny, tmp_path):
+    one = get_peft_model(tiny(), small_lora())
+    facts = model_facts(one)
+    one.peft_config["default"].base_model_name_or_path = one.config._name_or_path = "/elsewhere/model"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    assert model_facts(one) == facts
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(place=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_one_value_of_any_weight_changes_the_models_facts(tiny, dtype, place):
+    model = tiny().to(dtype)
+    facts, parameters = model_facts(model), list(model.parameters())
+    weight = parameters[place % len(parameters)].data.view(-1)
+    weight[place % len(weight)] += 1.0
+    assert "model's weights" in differences(facts, model_facts(model))
+
+
+def test_engines_that_say_nothing_of_their_policy_are_known_by_their_class(runner, tokenizer, tmp_path):
+    assert not isinstance(ScriptedEngine(tokenizer), IdentifiedEngine)
+    run(runner(), tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["engine"] == "TableEngine"
+
+
+def test_episodes_without_a_note_or_with_one_of_another_form_are_refused(runner, tmp_path):
+    run(runner(), tmp_path)
+    note = tmp_path / "run.json"
+    note.write_text('["a list", 1]')
+    with pytest.raises(R3Error, match="another run: .*policy.name was null, is .vanilla"):
+        run(runner(), tmp_path)
+    note.unlink()
+    with pytest.raises(R3Error, match="no run.json.*empty folder"):
+        run(runner(), tmp_path)
+
+
+def test_facts_are_the_same_in_every_process():
+    """Sets have another order, objects another address in each."""
+
+    class Loaded:
+        pass
+
+    assert digest([{"b", "a", "c"}, Loaded()]) == digest([["a", "b", "c"], "Loaded"])
+    task = SumTask()
+    task.cache = Loaded()
+    assert task_facts(task) == task_facts(SumTask())
+    assert content(SUMS[0]) == {"id": "s0", "text": "0 + 4", "answer": 4}
+
+
+# problems, tasks and verifiers that cannot be used
+
+
+@pytest.mark.parametrize("use", ["run", "mine"])
+@pytest.mark.parametrize(
+    ("problems", "words"),
+    [
+        ([*SUMS, replace(SUMS[2], text="new")], "problem id 's2' occurs twice"),
+        ([Sum(i, "1 + 1") for i in range(2)], "problem 0 has id 0, which is no string: make it str"),
+        ([object()], "problem 0 has id None"),
+    ],
+)
+def test_ids_that_are_not_unique_strings_are_refused_at_the_start(tokenizer, tmp_path, use, problems, words):
+    engine = ScriptedEngine(tokenizer)
+    with pytest.raises(R3Error, match=words):
+        if use == "run":
+            run_sums(engine, tokenizer, tmp_path / "out", problems=problems)
+        else:
+            mine_failures(Runner(engine, Chat(tokenizer), SumTask()), problems, k=2)
+    assert engine.calls == [] and not (tmp_path / "out").exists()
+
+
+class Careless(SumTask):
+    """Raises, or returns what it should not, on the third problem alone."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def verify(self, text, problem):
+        if problem.id != "s2":
+            return super().verify(text, problem)
+        return self.answer()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda: {}["city"], "sum: verify raised KeyError: 'city' on problem 's2'"),
+        (lambda: int("four\n"), "sum: verify raised ValueError: .* on problem 's2'"),
+        (lambda: True, "verify returned True on problem 's2': return Verdict"),
+        (lambda: Verdict(0.5, "half"), "verify returned Verdict.ok=0.5, reason='half'. on problem 's2'"),
+    ],
+)
+def test_a_verifier_that_fails_names_the_problem(tokenizer, tmp_path, answer, words):
+    with pytest.raises(R3Error, match=words) as error:
+        run_sums(ScriptedEngine(tokenizer), tokenizer, tmp_path, task=Careless(answer))
+    assert "\n" not in str(error.value)
+    if "raised" in words:
+        assert isinstance(error.value.__cause__, (KeyError, ValueError))
+
+
+def test_a_task_without_a_name_is_refused_at_the_start(tokenizer, tmp_path):
+    class Nameless(Task):
+        reflection_prompt = "Reflect."
+
+    runner = Runner(ScriptedEngine(tokenizer), Chat(tokenizer), Nameless())
+    for use in (lambda: mine_failures(runner, SUMS, k=2), lambda: run_episodes(runner, SUMS, Policy(), tmp_path)):
+        with pytest.raises(R3Error, match="task Nameless has no name: give its class name"):
+            use()

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import warnings
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -13,19 +15,41 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
+    BASE_MODEL,
     CoinTask,
     ConstantTask,
     ScriptedEngine,
     coin_failures,
     small_config,
     small_lora,
+    tiny_model,
 )
-from transformers import TrainerCallback, TrainerState, TrainingArguments
-from trl import GRPOTrainer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from trl import GRPOConfig, GRPOTrainer
 
+from r3lib.card import plain_name
 from r3lib.chat import Chat
+from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
-from r3lib.trainer import R3Metrics, R3Trainer, last_checkpoint, metrics_file, rollout, training_order, verified
+from r3lib.trainer import (
+    RUN_NOTE,
+    R3Metrics,
+    R3Trainer,
+    last_checkpoint,
+    metrics_file,
+    rollout,
+    training_order,
+    verified,
+)
 
 METRICS = [
     "task", "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens",
@@ -105,15 +129,11 @@ def test_a_group_is_g_reflections_on_one_failure_with_one_retry_each(tiny, token
     assert retried == [chat.follow(p, c.ids, turn) for p, c, turn in flat]
 
 
-def test_a_row_of_the_data_set_is_a_place_and_a_name_and_trl_logs_the_name(tiny, tokenizer, tmp_path):
+def test_a_row_of_the_data_set_is_a_place_and_a_name(tiny, tokenizer, tmp_path):
     trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), max_steps=50)
     assert trainer.train_dataset.data.nbytes < 40 * 100
     for place, (row, index) in enumerate(zip(trainer.train_dataset, training_order(4, 100, trainer.args.seed))):
         assert row == {"prompt": [{"role": "user", "content": f"failure {index}", "place": place}]}
-    trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), max_steps=1, log_completions=True)
-    trainer.train()
-    [logged] = (tmp_path / "completions").glob("*.parquet")
-    assert [p[0]["content"] for p in pd.read_parquet(logged).prompt[::4]] == [f"failure {i}" for i in trainer.order]
 
 
 # rewards and advantages
@@ -418,3 +438,292 @@ def test_no_failures_is_one_helpful_line(tiny, tokenizer, tmp_path):
 def test_accumulation_follows_from_the_failures_of_a_step(tmp_path):
     config = small_config(tmp_path, failures_per_step=6, num_generations=4, per_device_train_batch_size=8)
     assert config.gradient_accumulation_steps == 3 and config.generation_batch_size == 24
+
+
+REFUSED = [
+    ({"temperature": 0.0}, ["temperature=0.0", "different reflections"]),
+    ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps=4", "is 1 here", "leave it unset"]),
+    ({"num_train_epochs": 1}, ["num_train_epochs=1", "max_steps"]),
+    ({"num_iterations": 2}, ["num_iterations=2", "one step a rollout"]),
+    ({"use_transformers_continuous_batching": True}, ["continuous_batching=True", "engine"]),
+    ({"cache_implementation": "static"}, ["cache_implementation='static'", "engine"]),
+    ({"eval_strategy": "steps"}, ["eval_strategy='steps'", "run_episodes"]),
+    ({"reward_weights": [1.0]}, ["reward_weights=[1.0]", "one reward"]),
+    ({"top_p": 0.9}, ["top_p=0.9", "whole distribution"]),
+    ({"ignore_data_skip": True}, ["ignore_data_skip=True"]),
+    ({"save_only_model": True}, ["save_only_model=True", "save_model()"]),
+    ({"pad_to_multiple_of": 8}, ["pad_to_multiple_of=8"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[next(iter(changes)) for changes, _ in REFUSED])
+def test_what_r3_cannot_honour_it_refuses_by_name(tmp_path, changes, words):
+    with pytest.raises(R3Error) as error:
+        small_config(tmp_path, **changes)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_default_that_is_given_is_no_reason_to_refuse(tmp_path):
+    config = small_config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_iterations=1,
+                          eval_strategy="no", top_k=0, generation_kwargs=None)  # fmt: skip
+    assert config.gradient_accumulation_steps == 2
+
+
+def test_a_grpo_config_is_refused_with_the_fix(tiny, tokenizer, tmp_path):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(R3Error, match="args is a GRPOConfig: give an R3Config"):
+        R3Trainer(tiny(), args, CoinTask(), coin_failures(tokenizer, 2), processing_class=tokenizer)
+
+
+# failures that are not this model's
+
+
+def train_on(failures, tiny, tokenizer, folder, **changes):
+    task = CoinTask(count=3, largest=20)
+    return R3Trainer(tiny(), small_config(folder, **changes), task, failures, small_lora(), tokenizer,
+                     ScriptedEngine(tokenizer))  # fmt: skip
+
+
+@given(place=st.integers(0, 5), at=st.integers(0, 20), kind=st.sampled_from(["changed", "cut", "longer"]))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_foreign_failure_is_found_at_the_start_wherever_it_is(tiny, tokenizer, tmp_path, place, at, kind):
+    failures = coin_failures(tokenizer, 6)
+    ids = list(failures[place].prompt_ids)
+    if kind == "changed":
+        ids[at] += 1
+    elif kind == "cut":
+        del ids[at]
+    else:
+        ids.insert(at, 30)
+    failures[place] = replace(failures[place], prompt_ids=ids)
+    name = re.escape(f"failures[{place}] (problem {failures[place].problem.id!r})")
+    with pytest.raises(R3Error, match=f"{name} was mined with another tokenizer or task"):
+        train_on(failures, tiny, tokenizer, tmp_path)
+
+
+def test_a_failure_that_does_not_fit_into_the_context_is_found_at_the_start_and_named(tiny, tokenizer, tmp_path):
+    """The longest that fits is sampled; with one token more it is refused."""
+    failures, model = coin_failures(tokenizer, 4), tiny()
+    task, chat = CoinTask(count=3, largest=20), Chat(tokenizer)
+    spare = model.config.max_position_embeddings
+    for asked in (task.reflection_prompt, f"{task.retry_prompt}\n{task.question(failures[2].problem)}"):
+        spare -= len(chat.follow([], [], asked))
+    spare -= len(failures[2].prompt_ids) + 12 + 6
+    fits, long = ([*failures[:2], replace(failures[2], attempt_ids=[30] * n), failures[3]] for n in (spare, spare + 1))
+    engine = TransformersEngine(model, tokenizer)
+    trainer = R3Trainer(model, small_config(tmp_path), task, fits, small_lora(), tokenizer, engine)
+    places = [place for place, index in enumerate(trainer.order) if index == 2][:1]
+    rollout([trainer.train_dataset[place]["prompt"] for place in places for _ in range(4)], trainer)
+    name = re.escape(f"failures[2] (problem {failures[2].problem.id!r})")
+    with pytest.raises(R3Error, match=f"{name} needs up to 513 tokens .*has 512: leave it out"):
+        train_on(long, tiny, tokenizer, tmp_path)
+
+
+def test_a_verifier_that_raises_in_training_names_the_problem(tiny, tokenizer, tmp_path):
+    class Breaking(CoinTask):
+        def verify(self, text, problem):
+            raise ZeroDivisionError("no digits")
+
+    trainer = make(tiny(), tokenizer, tmp_path, Breaking(count=3, largest=20), engine=ScriptedEngine(tokenizer))
+    with pytest.raises(R3Error, match="countdown: verify raised ZeroDivisionError: no digits on problem '"):
+        trainer.train()
+
+
+# resuming another training
+
+
+def started(tiny, tokenizer, folder, steps=2, **changes):
+    """A training that has left checkpoints 1 to `steps`; (its settings)."""
+    options = dict(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=None) | changes
+    train = make(tiny(), tokenizer, folder, engine=ScriptedEngine(tokenizer), lora=small_lora(),
+                 callbacks=[StopAfter(steps)], **options)  # fmt: skip
+    train.resume_or_train()
+    return options
+
+
+def again(tiny, tokenizer, folder, options):
+    """The trainer of a second process."""
+    return make(tiny(), tokenizer, folder, engine=ScriptedEngine(tokenizer), lora=small_lora(), **options)
+
+
+OTHER_TRAININGS = {
+    "learning_rate": {"learning_rate": 1e-3},
+    "beta": {"beta": 0.1},
+    "mask": {"mask": "retry"},
+    "seed": {"seed": 1},
+    "truncation_penalty": {"truncation_penalty": 0.5},
+    "failures_per_step": {"failures_per_step": 4},
+    "max_completion_length": {"max_completion_length": 11},
+    "failures": {"failures": 5},
+    "task.largest": {"task": CoinTask(count=3, largest=19)},
+    "task's class": {"task": ConstantTask(True)},
+    "model's adapters": {"lora": small_lora(r=8)},
+    "model's weights": {"model": "other"},
+}
+
+
+# what a reader of the log and of an adapter's folder sees
+
+
+@pytest.mark.parametrize("mask", ["reflection", "retry"])
+def test_logged_completions_show_conversation_reflection_retry_and_verdict(tiny, tokenizer, tmp_path, mask, capsys):
+    engine = ScriptedEngine(tokenizer)
+    trainer = make(tiny(), tokenizer, tmp_path, engine=engine, max_steps=1, log_completions=True, mask=mask)
+    trainer.train()
+    [path] = (tmp_path / "completions").glob("*.parquet")
+    table, (asked, _, groups), (_, _, retries) = pd.read_parquet(path), *engine.calls
+    assert [p[0]["content"] for p in table.prompt] == [tokenizer.decode(p) for p in asked for _ in range(4)]
+    assert list(table.retry) == [tokenizer.decode(r[0].ids) for r in retries]
+    texts = [tokenizer.decode(r[0].ids, skip_special_tokens=True) for r in retries]
+    assert list(table.verdict) == [trainer.task.verify(text, None).reason for text in texts]
+    assert list(table.verified) == [float(reason == "ok") for reason in table.verdict]
+    if mask == "reflection":
+        shown = [tokenizer.decode(c.ids, skip_special_tokens=True) for group in groups for c in group]
+        assert [c[0]["content"] for c in table.completion] == shown
+    assert "failure 2" not in capsys.readouterr().out
+
+
+def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(model, tokenizer, tmp_path):
+    trainer = make(model, tokenizer, tmp_path / "run", engine=ScriptedEngine(tokenizer), lora=small_lora(),
+                   max_steps=1, save_strategy="steps", save_steps=1)  # fmt: skip
+    old = os.umask(0o027)
+    try:
+        trainer.train()
+        trainer.save_model(str(tmp_path / "adapter"))
+    finally:
+        os.umask(old)
+    for folder in (tmp_path / "adapter", tmp_path / "run" / "checkpoint-1", tmp_path / "run"):
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: peft\n") and f"# {folder.name}\n" in card
+        assert all(word in card for word in ("base_model`", "countdown", "LoraConfig, 1 steps on 4 failures"))
+        assert all(word in card for word in ("| learning_rate | 0.002 |", "| lr_scheduler_type | constant |", "trl 1."))
+        assert str(tmp_path) not in card and str(Path.cwd()) not in card
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        plain_name(str(BASE_MODEL))
+    )
+    assert {oct(p.stat().st_mode)[-3:] for p in (tmp_path / "adapter").glob("adapter*")} == {"640"}
+
+
+def test_a_models_name_is_what_was_given_or_has_no_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "data" / "model").mkdir(parents=True)
+    for name in ("org/model", "data/model", "./model", None):
+        assert plain_name(name) == name
+    assert plain_name(str(tmp_path / "data" / "model")) == "model"
+    monkeypatch.chdir(tmp_path)
+    assert plain_name(str(tmp_path / "data" / "model")) == "data/model"
+
+
+# families and dtypes
+
+
+EXPERTS = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None,
+               num_experts_per_tok=2, initializer_range=0.2)  # fmt: skip
+EXPERTS = {
+    "Qwen3-MoE": Qwen3MoeConfig(**EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=16),
+    "Mixtral": MixtralConfig(**EXPERTS, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_mixture_of_experts_learns_with_trls_auxiliary_loss(tokenizer, tmp_path, name):
+    """The loss of every learning forward is that of TRL's own trainer, balancing included."""
+    torch.manual_seed(0)
+    trainer = make(AutoModelForCausalLM.from_config(EXPERTS[name]), tokenizer, tmp_path, max_steps=1,
+                   engine=ScriptedEngine(tokenizer), router_aux_loss_coef=0.5, learning_rate=0.0)  # fmt: skip
+    ours, compute = [], trainer.compute_loss
+    trainer.compute_loss = lambda *given, **options: ours.append(compute(*given, **options)) or ours[-1]
+    trainer.train()
+    [(inputs, _)] = trainer.seen
+    trainer._get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies.__get__(trainer)
+    theirs = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    assert trainer.aux_loss_enabled and abs(float(theirs)) > 0.1
+    torch.testing.assert_close(ours[0].float(), theirs.detach().float(), atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_trained_is_fp32_and_what_is_frozen_keeps_its_dtype(tiny, tokenizer, tmp_path):
+    whole = make(tiny().bfloat16(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+    adapted = make(tiny().bfloat16(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), lora=small_lora())
+    dtypes = {p.requires_grad: p.dtype for p in adapted.model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    adapted.train()
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_fp32_weights_beside_frozen_16_bit_ones_learn_under_autocast_and_are_refused_without(
+    tiny, tokenizer, tmp_path, bf16
+):
+    model = tiny().bfloat16()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layers.1" in name
+    if not bf16:
+        with pytest.raises(R3Error, match="set bf16=True, or load the model with dtype=torch.float32"):
+            make(model, tokenizer, tmp_path, bf16=False)
+        return
+    trainer = make(model, tokenizer, tmp_path, bf16=True, max_steps=1)
+    before = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, model.model.layers[1].mlp.up_proj.weight)
+
+
+def test_a_longrope_model_learns_no_batch_that_is_wider_than_its_reach(tokenizer, tmp_path):
+    trainer = make(tiny_model("llama", len(tokenizer)), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
+    trainer._reach = 20
+    with pytest.raises(R3Error, match="tokens wide, beyond the 20 up to which"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", OTHER_TRAININGS)
+def test_checkpoints_of_another_training_are_not_resumed(tiny, tokenizer, tmp_path, name):
+    options = started(tiny, tokenizer, tmp_path)
+    model, given = tiny(), {"lora": small_lora(), **options, **OTHER_TRAININGS[name]}
+    if given.pop("model", None):
+        model.lm_head.weight.data[3, 3] += 0.1
+    other = make(model, tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), **given)
+    for start in (other.resume_or_train, other.train):
+        with pytest.raises(R3Error, match="checkpoints of another training.*give another output_dir") as error:
+            start()
+        assert f"{name} was " in str(error.value)
+    assert other._engine.calls == []
+
+
+def test_how_it_logs_and_saves_may_change_at_a_resume(tiny, tokenizer, tmp_path):
+    options = started(tiny, tokenizer, tmp_path)
+    changed = options | dict(logging_steps=2, save_steps=2, save_total_limit=1, run_name="b", sample_batch=3)
+    engine = ScriptedEngine(tokenizer)
+    make(tiny(), tokenizer, tmp_path, engine=engine, lora=small_lora(), **changed).resume_or_train()
+    assert len(engine.calls) == 4, "two steps, of two calls each, were left"
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "longer"), [("constant", 0, True), ("cosine", 0, False),
+                                                             ("constant_with_warmup", 2, True),
+                                                             ("constant_with_warmup", 0.5, False)])  # fmt: skip
+def test_a_run_is_prolonged_where_the_schedule_does_not_look_at_its_length(
+    tiny, tokenizer, tmp_path, schedule, warmup, longer
+):
+    shape = dict(lr_scheduler_type=schedule, warmup_steps=warmup)
+    options = started(tiny, tokenizer, tmp_path / "short", max_steps=2, **shape) | {"max_steps": 4}
+    prolonged = again(tiny, tokenizer, tmp_path / "short", options)
+    if not longer:
+        with pytest.raises(R3Error, match="max_steps was 2, is 4"):
+            prolonged.resume_or_train()
+        return
+    prolonged.resume_or_train()
+    started(tiny, tokenizer, tmp_path / "whole", steps=4, **shape)
+    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(tmp_path / name)]
+            for name in ("short", "whole")]  # fmt: skip
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+
+
+def test_a_run_cannot_be_made_shorter_than_its_checkpoint(tiny, tokenizer, tmp_path):
+    options = started(tiny, tokenizer, tmp_path) | {"max_steps": 1}
+    with pytest.raises(R3Error, match="checkpoint-2 is beyond max_steps=1"):
+        again(tiny, tokenizer, tmp_path, options).train()
+
+
+def test_checkpoints_without_a_note_are_not_resumed(tiny, tokenizer, tmp_path):
+    options = started(tiny, tokenizer, tmp_path)
+    (tmp_path / RUN_NOTE).unlink()
+    with pytest.raises(R3Error, match="another training"):
+        again(tiny, tokenizer, tmp_path, options).resume_or_train()

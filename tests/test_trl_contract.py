@@ -1,6 +1,7 @@
 """What `r3lib/trainer.py` relies on in TRL, observed on the installed TRL: an upgrade that breaks it fails here."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, small_lora, tiny_model
 from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
+from r3lib.errors import R3Error
+from r3lib.settings import FREE, REFUSED, default_of, settings_facts
 from r3lib.trainer import METRICS, R3Config, R3Trainer, rollout
 
 REFLECTION = [[30, 31, 32], [40, 41], [50, 51, 52, 1], [60, 1]]  # completions of a group, two of them finished
@@ -42,9 +47,9 @@ def train(tokenizer, folder, steps=2, env_mask=None, rewards=(0.0, 1.0, 0.0, 1.0
         output["owner"] = [f"rollout {i}" for i in range(len(ids))]
         return output | ({"env_mask": [env_mask(row) for row in ids]} if env_mask else {})
 
-    def reward(completions, verdict, **kwargs):
+    def reward(completions, reward, **kwargs):
         seen.kwargs.append(kwargs)
-        return verdict
+        return reward
 
     rows = [{"prompt": [{"role": "user", "content": "?", "failure": i}], "owner": "dataset"} for i in range(2 * steps)]
     settings = dict(
@@ -165,6 +170,61 @@ def test_trl_casts_the_adapters_of_a_quantized_model_and_we_cast_them_back(tiny,
             trainer = R3Trainer(task=task, failures=coin_failures(tokenizer, 2, task), **shared)
         dtypes[kind] = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
     assert dtypes == {"trl": {torch.bfloat16}, "r3": {torch.float32}}
+
+
+# settings
+
+HONOURED = set(  # each is a setting of the training: a resumed run must have the same
+    """model_init_kwargs router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 num_generations
+    max_completion_length temperature chat_template_kwargs beta epsilon delta epsilon_high
+    sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
+    importance_sampling_level scale_rewards loss_type mask_truncated_completions ref_model_mixup_alpha
+    ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min
+    entropy_coef_max entropy_coef_delta entropy_target vllm_importance_sampling_correction
+    vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
+    vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl
+    per_device_train_batch_size max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
+    warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules
+    average_tokens_across_devices max_grad_norm bf16 fp16 tf32 use_liger_kernel liger_kernel_config
+    neftune_noise_alpha full_determinism seed""".split()
+)
+
+
+def test_every_setting_of_trl_is_honoured_refused_or_free():
+    """A TRL with a new setting, or without an old one, fails here: say in r3lib/settings.py which it is."""
+    theirs = {field.name for field in fields(GRPOConfig)}
+    assert HONOURED | set(REFUSED) | FREE - {"sample_batch"} == theirs
+    assert not HONOURED & set(REFUSED) and not HONOURED & FREE and not set(REFUSED) & FREE
+
+
+ANOTHER = {  # values that TRL takes, of settings whose type does not tell one
+    "generation_kwargs": {"top_k": 3}, "cache_implementation": "static", "reward_weights": [2.0], "min_p": 0.1,
+    "transformers_continuous_batching_config": {"a": 1}, "max_tool_calling_iterations": 2, "data_seed": 1,
+    "num_generations_eval": 2, "vllm_structured_outputs_regex": "a", "vllm_server_base_url": "http://a",
+    "vllm_max_model_length": 9, "eval_strategy": "steps", "metric_for_best_model": "loss", "vllm_mode": "server",
+    "resume_from_checkpoint": "a", "pad_to_multiple_of": 8, "include_num_input_tokens_seen": "all", "top_k": 5,
+    "train_sampling_strategy": "sequential", "torch_compile_backend": "inductor", "torch_compile_mode": "default",
+    "vllm_model_impl": "transformers", "vllm_server_host": "b", "multi_objective_aggregation": "normalize_then_sum",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_each_refused_setting_is_refused_by_its_name_with_advice(tmp_path, name):
+    default = next(default_of(field) for field in fields(R3Config) if field.name == name)
+    value = ANOTHER[name] if name in ANOTHER else 1.5 if type(default) in (int, float) else not default
+    with pytest.raises(R3Error, match=rf"^{name}=.* is not supported: \w") as error:
+        small_config(tmp_path, **{name: value})
+    assert "\n" not in str(error.value)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_a_training_is_depends_on_each_honoured_setting_and_on_no_free_one(tmp_path, data):
+    config = small_config(tmp_path, lr_scheduler_type="cosine")
+    name = data.draw(st.sampled_from(sorted((HONOURED | FREE) & {field.name for field in fields(config)})))
+    facts = settings_facts(config)
+    setattr(config, name, "another value")
+    assert (settings_facts(config) != facts) == (name in HONOURED)
 
 
 # resuming

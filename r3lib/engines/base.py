@@ -42,6 +42,14 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class IdentifiedEngine(Engine, Protocol):
+    """An engine that can tell its policy from others, so that no folder mixes the results of two."""
+
+    def identity(self) -> dict:
+        """Facts by name, each a value that JSON knows: equal exactly for engines that sample the same."""
+
+
+@runtime_checkable
 class RemoteEngine(Engine, Protocol):
     """An engine whose policy is a copy in another process: it samples from the adapter that `sync` named last.
 
@@ -50,6 +58,11 @@ class RemoteEngine(Engine, Protocol):
 
     def sync(self, adapter: Path | None) -> None:
         """Sample from the LoRA adapter in folder `adapter` (as PEFT saves it) from now on; None: without one."""
+
+
+def identity(engine: Engine) -> dict:
+    """What tells the engine's policy from others; of an engine that does not say it, its class."""
+    return engine.identity() if isinstance(engine, IdentifiedEngine) else {"engine": type(engine).__name__}
 
 
 def check(prompts, n: int, sampling: Sampling, seeds, longest: int) -> None:

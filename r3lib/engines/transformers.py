@@ -13,10 +13,13 @@ from transformers import AttentionInterface
 
 from ..chat import Chat
 from ..errors import R3Error
+from ..identity import model_facts
 from .base import Completion, Sampling, check
 
+NOT_HERE = "R3's own engine does not sample it, use vLLM"
 ATTENTION = "r3_tree"  # name of `attend` among transformers' attention functions
 MIN_SHARED, PREFILL_TOKENS = 16, 2048  # shortest shared prefix that makes a level; tokens a prefill forward
+MAX_SCORES = 2**24  # attention scores computed at once, 64 MiB: more queries take turns
 CHECK_EVERY, COMPACT_BELOW = 4, 0.75  # steps between looks at who ended; live share below which rows move up
 
 
@@ -30,8 +33,13 @@ class TransformersEngine:
     def __init__(
         self, model, tokenizer, batch_size: int = 256, progress: bool = False, end_ids=None
     ):
+        check_model(model)
         self.model, self.batch_size, self.progress = model, batch_size, progress
         self.end_ids = end_ids or Chat(tokenizer, model.generation_config).end_ids
+
+    def identity(self) -> dict:
+        """See `IdentifiedEngine`: the model's architecture, weights and adapters."""
+        return model_facts(self.model)
 
     @torch.no_grad()
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Completion]]:
@@ -74,6 +82,31 @@ class TransformersEngine:
             logits = tree.feed(arange(len(live)), token)
         report(len(live))
         return ids, logprobs
+
+
+def check_model(model) -> None:
+    """Raise R3Error for a model that this engine cannot sample, as far as its configuration says so."""
+    kind, adapter = model.config.model_type, getattr(model, "active_peft_config", None)
+    if model.config.is_encoder_decoder:
+        raise R3Error(f"{kind} is an encoder-decoder model: R3 needs a decoder-only one")
+    if adapter is not None and adapter.is_prompt_learning:
+        raise R3Error(f"{adapter.peft_type.value} puts virtual tokens before a prompt: use LoRA")
+    if getattr(model.config.get_text_config(), "max_position_embeddings", None) is None:
+        raise R3Error(f"{kind} names no max_position_embeddings: {NOT_HERE}")
+
+
+def reach(model) -> int | None:
+    """Tokens up to which every token sees all before it, all with one kind of positions; None: no limit.
+
+    Beyond it `attention_chunk_size` (Llama 4) hides tokens, and longrope (Phi-3) turns all positions anew.
+    """
+    config = model.config.get_text_config()
+    ropes = getattr(config, "rope_parameters", None) or {}
+    ropes = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
+    limits = [r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope"]
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        limits.append(config.attention_chunk_size)
+    return min(limits, default=None)
 
 
 def choose(logits: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -134,23 +167,42 @@ class Level:
         self.rows, self.slots = slice(first, first + len(self.counts)), int(self.counts.max())
         self.slot = ((row - first) * self.slots + rank).to(device, non_blocking=True)
         seen = self.filled[self.rows, None] + (arange(self.slots) + 1 if own else 0)
-        hidden = arange(seen.max()) >= seen[:, :, None, None, None]
-        self.bias = (hidden * -1e30).to(device, non_blocking=True)
+        self.used, self.bias = int(seen.max()), None
+        self.seen = seen[:, :, None, None, None].to(device, non_blocking=True)
         return self.filled[row] + rank
 
     def attend(self, layer: int, query: Tensor, scaling: float) -> Tensor:
         """[tokens, heads, size] to [tokens, heads, size + 2]: weighted values, top score (base 2), weight."""
-        keys, values = (slab[self.rows, :, : self.bias.shape[-1]] for slab in self.slabs[layer])
+        keys, values = (slab[self.rows, :, : self.used].float() for slab in self.slabs[layer])
         (rows, kv), (_, heads, size) = keys.shape[:2], query.shape
         query = query.new_zeros(rows * self.slots, heads, size).index_copy_(0, self.slot, query)
-        query, keys, values = query.float(), keys.float(), values.float()  # 16 bits round scores, or overflow
-        scores = torch.einsum("nskgd,nktd->nskgt", query.view(rows, self.slots, kv, -1, size), keys)
-        scores = torch.add(self.bias, scores, alpha=scaling * float(np.log2(np.e)))
-        top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top).exp2_()  # on CPU several times faster than exp
-        mixed = torch.einsum("nskgt,nktd->nskgd", weights, values)
-        packed = torch.cat([mixed, top, weights.sum(-1, keepdim=True)], -1)
+        query = query.float().view(rows, self.slots, kv, -1, size)  # 16 bits round scores, or overflow
+        step = max(1, MAX_SCORES // (rows * heads * self.used))
+        if step >= self.slots:
+            if self.bias is None:
+                self.bias = unseen(self.seen, self.used)  # the same for every layer
+            packed = weigh(query, keys, values, self.bias, scaling)
+        else:
+            seen = self.seen.expand(-1, self.slots, -1, -1, -1).split(step, 1)
+            parts = zip(query.split(step, 1), seen)
+            parts = [weigh(q, keys, values, unseen(s, self.used), scaling) for q, s in parts]
+            packed = torch.cat(parts, 1)
         return packed.reshape(rows * self.slots, heads, -1)[self.slot]
+
+
+def unseen(seen: Tensor, used: int) -> Tensor:
+    """What is added to the scores of `used` keys, of which a query sees the first `seen`."""
+    return (arange(used, device=seen.device) >= seen) * -1e30
+
+
+def weigh(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """[rows, queries, kv, group, size] to the same with size + 2; see `Level.attend`."""
+    scores = torch.einsum("nskgd,nktd->nskgt", query, keys)
+    scores = torch.add(bias, scores, alpha=scaling * float(np.log2(np.e)))
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp2_()  # on CPU several times faster than exp
+    mixed = torch.einsum("nskgt,nktd->nskgd", weights, values)
+    return torch.cat([mixed, top, weights.sum(-1, keepdim=True)], -1)
 
 
 class Tree:
@@ -159,6 +211,11 @@ class Tree:
     def __init__(self, model, texts: list[tuple], room: int):
         """Prefill `texts` (ids, shared length), leave `room` tokens; `logits` [texts, vocabulary] result."""
         self.model, self.levels, self.longest = model, [], max(len(ids) for ids, _ in texts) + room
+        if self.longest > (reach(model) or self.longest):
+            raise R3Error(
+                f"{model.config.model_type}: {self.longest} tokens reach beyond its first {reach(model)}, "
+                f"where chunked attention or longrope changes what is seen: {NOT_HERE}"
+            )
         texts, owner = distinct(texts)
         prefixes, above = distinct([ids[:shared] for ids, shared in texts])
         if prefixes != [()]:
@@ -188,7 +245,13 @@ class Tree:
         moved = ids[None], (level.start[row] + place)[None], level.counts.cumsum(0) - 1, row, place
         ids, at, last, *where = (tensor.to(device, non_blocking=True) for tensor in moved)
         self.where = (level.rows, int(place[0])) if level.slots == 1 else where  # a slice is written faster
-        return self.model(ids, position_ids=at, use_cache=False, logits_to_keep=last, tree=self).logits[0]
+        try:
+            output = self.model(ids, position_ids=at, use_cache=False, logits_to_keep=last, tree=self)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise R3Error(f"{self.model.config.model_type}: {error}: {NOT_HERE}") from error
+        return output.logits[0]
 
     def keep(self, rows: Tensor) -> None:
         """Keep `rows` (ascending) of the last level and what they need above; move it to the slabs' front."""
@@ -200,8 +263,12 @@ class Tree:
             rows, level.owner = level.owner[rows].unique(return_inverse=True)
 
 
-def attend(module, query, key, value, _, scaling, tree, sliding_window=None, softcap=None, s_aux=None, **__):
+def attend(module, query, key, value, _, scaling=None, tree=None, sliding_window=None, softcap=None,
+           s_aux=None, **__):  # fmt: skip
     """Attention on [1, heads, tokens, size] for transformers: store keys and values, attend, join levels."""
+    if tree is None:
+        raise R3Error(f"{type(module).__name__} keeps what the engine hands it: {NOT_HERE}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is not None or s_aux is not None or (sliding_window or tree.longest) < tree.longest:
         raise R3Error(f"{type(module).__name__}: soft caps, sinks, short windows are not supported: use vLLM")
     query, *pair = (x[0].transpose(0, 1) for x in (query, key, value))

@@ -86,6 +86,10 @@ class VLLMEngine:
         self.base = self.policy = base["id"]
         self.longest = base["max_model_len"]
 
+    def identity(self) -> dict:
+        """See `IdentifiedEngine`: the served model's name and, with an adapter, the name that holds its hash."""
+        return {"engine": "vllm", "model": self.base, "adapter": "" if self.adapter is None else self.policy}
+
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Completion]]:
         """See `Engine`. R3Error: bad n, sampling, seeds or prompt; a server refuses, or none answers.
 

@@ -1,0 +1,140 @@
+"""What decides a result, as facts by name: the note that keeps other results out of a folder."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import R3Error
+from .store import write_atomic
+
+PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
+UNLIKE = {"_name_or_path", "transformers_version", "base_model_name_or_path"}  # not the model itself
+SHOWN = 60  # characters of a value that a message shows
+
+
+def digest(items: Iterable) -> str:
+    """Short hash of `items`, each as JSON: the same in every process."""
+    total = hashlib.sha256()
+    for item in items:
+        total.update(json.dumps(item, sort_keys=True, default=_plain).encode() + b"\n")
+    return total.hexdigest()[:16]
+
+
+def task_facts(task) -> dict:
+    """The task's public values (prompts, options), of its class and its own, and its class's source."""
+    known = {}
+    for owner in [*reversed(type(task).__mro__), task]:
+        known |= getattr(owner, "__dict__", {})
+    values = {k: v for k, v in known.items() if not k.startswith("_") and isinstance(v, PLAIN)}
+    try:
+        source = inspect.getsource(type(task))
+    except (OSError, TypeError):  # typed at a prompt
+        source = ""
+    named = {f"task.{name}": _short(value) for name, value in sorted(values.items())}
+    return named | {"task's class": f"{type(task).__qualname__} {digest([source])}"}
+
+
+def content(problem) -> dict:
+    """The values of a problem, the answers that its verifier knows among them."""
+    return {name: value for name, value in getattr(problem, "__dict__", {}).items() if not name.startswith("_")}
+
+
+def model_facts(model, trained: bool = True) -> dict:
+    """Architecture and weights of a transformers model or PeftModel, its adapters included.
+
+    Of every tensor of the state the hash takes name, shape, dtype, the exact sum of its bits and 64
+    of its values: a change of any one value changes it, whatever the number of threads. `trained`
+    False leaves out what requires a gradient.
+    """
+    facts = {"model": type(_base(model)).__name__}
+    facts["model's config"] = digest([_known(model.config.to_diff_dict())])
+    state = model.state_dict(keep_vars=True).items()
+    kept = ((name, value) for name, value in state if trained or not value.requires_grad)
+    facts["model's weights"] = digest(_marks(name, value) for name, value in kept)
+    if hasattr(model, "peft_config"):
+        status = model.get_model_status()
+        adapters = {name: _known(c.to_dict()) for name, c in model.peft_config.items()}
+        state = [status.enabled, status.active_adapters, status.merged_adapters]
+        facts["model's adapters"] = digest([adapters, state])
+    return facts
+
+
+def differences(old: dict, new: dict) -> str:
+    """Name each fact in which `old` and `new` differ, with both values; "" when they agree."""
+    new = json.loads(json.dumps(new, default=_plain))
+    names = [name for name in new | old if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {_cut(old.get(name))}, is {_cut(new.get(name))}" for name in names)
+
+
+def read_note(note: Path) -> dict:
+    """The facts that `claim` wrote to `note`; {} where there is none, or one of another form."""
+    try:
+        facts = json.loads(note.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def write_note(note: Path, facts: dict) -> None:
+    """Write `facts` to `note`."""
+    write_atomic(note, json.dumps(facts, indent=1, default=_plain) + "\n")
+
+
+def check_task(task) -> None:
+    """Raise R3Error for a task without a name or a reflection prompt."""
+    for attribute in ("name", "reflection_prompt"):
+        value = getattr(task, attribute, None)
+        if not isinstance(value, str) or not value:
+            raise R3Error(f"task {type(task).__name__} has no {attribute}: give its class {attribute} = '...'")
+
+
+def check_problems(problems) -> None:
+    """Raise R3Error, naming it, for a problem whose id is not a string or is another problem's too."""
+    seen = set()
+    for place, problem in enumerate(problems):
+        name = getattr(problem, "id", None)
+        if not isinstance(name, str):
+            raise R3Error(f"problem {place} has id {name!r}, which is no string: make it str(...)")
+        if name in seen:
+            raise R3Error(f"problem id {name!r} occurs twice: drop one, or give each its own id")
+        seen.add(name)
+
+
+def _marks(name: str, value) -> list:
+    import torch
+
+    same = [name, list(value.shape), str(value.dtype)]
+    if value.device.type == "meta":
+        return same
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    flat = value.detach().reshape(-1).contiguous().view(bits)
+    some = flat[:: max(1, len(flat) // 64)][:64]
+    return [*same, int(flat.sum(dtype=torch.int64)), some.tolist()]
+
+
+def _known(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name not in UNLIKE}
+
+
+def _base(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _short(value):
+    text = json.dumps(value, sort_keys=True, default=_plain)
+    return json.loads(text) if len(text) <= SHOWN else f"{text[: SHOWN - 20]}... {digest([value])}"
+
+
+def _cut(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN + 20 else f"{text[:SHOWN]}..."
+
+
+def _plain(value):
+    """What JSON knows in place of `value`; of an object that shows its address, its class."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text
