@@ -52,6 +52,7 @@ METRICS = {
 SEEDS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 BELOW = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "title_fontsize": 9}
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "fontsize": 8.5}
+NO_FORMULAS = "tex2jax_ignore mathjax_ignore"  # what is between two dollar signs stays text in a notebook, too
 OTHER, ROLES = "#eef1f5", {"attempt": "#f8e0e0", "reflection": "#dff1e4", "retry": "#fdf0d5"}
 ROLES |= {"task": "#e4ebf7"}
 
@@ -265,7 +266,14 @@ def mask_html(tokens: list[str], mask: list[int], roles: list[str]) -> str:
     shade = '<span style="background:{}">{}</span>'
     legend = " ".join(shade.format(ROLES.get(r, OTHER), escape(r)) for r in dict.fromkeys(roles))
     legend += " · bold and underlined: trained; everything else has advantage 0"
-    return f'<div style="{box}">{"".join(spans)}<br><small>{legend}</small></div>'
+    return f'<div class="{NO_FORMULAS}" style="{box}">{"".join(spans)}<br><small>{legend}</small></div>'
+
+
+def texts_html(table: pd.DataFrame) -> str:
+    """A table that holds texts of a model as HTML: line breaks kept, everything escaped, no formulas."""
+    shown = table.style.format(escape="html", precision=2).format_index(escape="html")
+    shown = shown.format_index(escape="html", axis="columns").set_table_attributes(f'class="{NO_FORMULAS}"')
+    return shown.set_properties(**{"text-align": "left", "white-space": "pre-wrap"}).to_html()
 
 
 def _dots(ax, table, category, order, values, colors=None, count=False):

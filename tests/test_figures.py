@@ -1,5 +1,7 @@
 """Every figure of the reference run: nothing collapses, and no text of a model or a task is taken for markup."""
 
+import json
+import re
 import warnings
 from html.parser import HTMLParser
 from pathlib import Path
@@ -177,3 +179,26 @@ def test_a_mask_view_shows_model_text_as_it_is():
 def test_the_turns_of_a_mask_view_are_coloured_apart():
     html = figures.mask_html(["a", "b", "c", "d", "e"], [0] * 5, ["task", "attempt", "request", "reflection", "retry"])
     assert len({part.split(";")[0] for part in html.split("background:")[2:7]}) == 5
+
+
+def test_a_table_of_model_text_shows_it_as_it_is():
+    texts = {"reflection": [HOSTILE, "two\nlines"], "<b>": ["<answer>1</answer>", "$x$"]}
+    table = pd.DataFrame(texts | {"n": [1.0, 0.25]})
+    html = figures.texts_html(table)
+    page = Parts(html)
+    assert page.tags == {"style", "table", "thead", "tbody", "tr", "th", "td"}
+    assert all(text in page.text for text in (HOSTILE, "<answer>1</answer>", "two\nlines", "<b>", "0.25"))
+    assert "mathjax_ignore" in html and "pre-wrap" in html
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_notebook_shows_text_of_a_model_as_markup(path):
+    """Text goes through `texts_html`, `mask_html` or print; a Styler of one's own and Markdown do not escape."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    assert ".style." not in code.replace(".task.style", "")
+    for call in re.findall(r"(?:HTML|Markdown)\((.*)", code):
+        assert call.startswith(("texts_html(", "mask_html(", 'f"{s.task_name}, seed {seed}"'))
