@@ -25,6 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 
 from .chat import Chat
+from .config import accumulation_steps
 from .engines.base import RemoteEngine, Sampling
 from .engines.transformers import TransformersEngine
 from .episodes import Failure, Limits, Runner
@@ -93,15 +94,10 @@ class R3Config(GRPOConfig):
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = device["gradient_checkpointing"]
         self.use_cpu, self.dataloader_pin_memory = device["use_cpu"], device["dataloader_pin_memory"]
-        rows = self.failures_per_step * self.num_generations
-        local = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-        if rows % local or (rows // int(os.environ.get("WORLD_SIZE", 1))) % self.num_generations:
-            raise R3Error(
-                f"failures_per_step x num_generations = {rows} rows do not divide into learning batches of {local}: "
-                "change failures_per_step, num_generations (group_size in a profile) or "
-                "per_device_train_batch_size (micro_batch)"
-            )
-        self.gradient_accumulation_steps = rows // local
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        self.gradient_accumulation_steps = accumulation_steps(
+            self.failures_per_step, self.num_generations, self.per_device_train_batch_size, processes
+        )
         asked = self.steps_per_generation, self.generation_batch_size
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees
