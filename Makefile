@@ -31,13 +31,13 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 reproduce: $(STAMP) ## Run every notebook; tables, figures and report go to results/PROFILE
-	@$(R3) reproduce --profile $(PROFILE) --task $(TASK) $(addprefix --set ,$(SET))
+	@$(R3) reproduce --profile '$(PROFILE)' --task '$(TASK)' $(addprefix --set ,$(SET))
 
 smoke: $(STAMP) ## The same with a handful of problems and steps
-	@$(R3) reproduce --profile smoke --task $(TASK) $(addprefix --set ,$(SET))
+	@$(R3) reproduce --profile smoke --task '$(TASK)' $(addprefix --set ,$(SET))
 
 doctor: $(STAMP) ## Say what the run needs, whether this machine has it, and what to mend
-	@$(R3) doctor --profile $(PROFILE) --task $(TASK) $(addprefix --set ,$(SET))
+	@$(R3) doctor --profile '$(PROFILE)' --task '$(TASK)' $(addprefix --set ,$(SET))
 
 test: $(STAMP) ## Every test, the slow ones too
 	@$(VENV)/bin/python -m pytest

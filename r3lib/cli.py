@@ -148,8 +148,11 @@ def study_of(options):
 
 
 def _stage(options, *part):
-    of_seed = [options.seed] if options.stage == "evaluate" else []
-    return getattr(study_of(options), options.stage)(*of_seed, *part)
+    from .store import claimed
+
+    of_seed, study = [options.seed] if options.stage == "evaluate" else [], study_of(options)
+    with claimed(study.results, shared=True):
+        return getattr(study, options.stage)(*of_seed, *part)
 
 
 def _shard(text: str) -> tuple[int, int]:

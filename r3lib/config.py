@@ -3,6 +3,7 @@
 import difflib
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from math import gcd
 from pathlib import Path
 
 import yaml
@@ -121,8 +122,29 @@ def nearest(word: str, known) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
+def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1) -> int:
+    """Learning forwards of one process in a step: its share of `failures` x `group` rows, `batch` rows in each.
+
+    Raises R3Error unless they come out even and every process has whole groups.
+    """
+    rows, local = failures * group, batch * processes
+    if rows % local or (rows // processes) % group:
+        fits = gcd(rows // processes, batch)
+        raise R3Error(
+            f"failures_per_step x group_size (num_generations) = {failures} x {group} = {rows} rows do not divide "
+            f"into learning batches of {local}: change one of them, or micro_batch (per_device_train_batch_size), "
+            f"for example to {fits}"
+        )
+    return rows // local
+
+
 def _agreeing(profile: Profile) -> Profile:
-    """`profile`, unless what samples and what learns would be different models."""
+    """`profile`, unless two of its settings exclude each other, which training would say only after mining."""
+    p = profile
+    accumulation_steps(p.failures_per_step, p.group_size, p.micro_batch)
+    if p.mask != "reflection" and p.retry_temperature != p.reflection_temperature:
+        why = f"mask={p.mask!r} trains the retry, which must then be sampled as the reflection is"
+        raise R3Error(f"{why}: set retry_temperature={p.reflection_temperature} (now {p.retry_temperature})")
     if profile.own_server and profile.quantization == "nf4" and profile.vllm_option("--quantization", "-q") is None:
         why = "engine=vllm would sample from unquantised weights while quantization=nf4 trains on 4 bits"
         raise R3Error(f"{why}: set quantization=none, or {VLLM_NF4}")

@@ -60,23 +60,28 @@ def reflection_rows(episodes: pd.DataFrame, style: Callable[[str], str]) -> pd.D
     return table.assign(style=table.text.map(style), tokens=tokens, repetition=table.text.map(repetition))
 
 
-def reflection_stats(episodes: pd.DataFrame, style: Callable[[str], str]) -> pd.DataFrame:
+def reflection_stats(episodes: pd.DataFrame, style: Callable[[str], str], limit: int) -> pd.DataFrame:
     """What reflections are like, for each policy: a row for all (`style` = "all") and one for each style.
 
-    `share` of the style among the policy's reflections and `success` of the retries after it, each with a 95%
-    interval; length in tokens; `repetition`, the mean share of word 3-grams that came before in the same
-    reflection; `distinct`, different texts a seed over all (the paper's Fig. 2, in numbers).
+    `share` of the style among the policy's reflections and `success` of the retries after it; `truncated`, the
+    share as long as `limit`, the most tokens of a reflection (cut off, or ended by the last token), and the
+    success of the retries after those (`success_cut`) and after the others (`success_uncut`), nan where there
+    are none; each with a 95% interval. Length in tokens; `repetition`, the mean share of word 3-grams that came
+    before in the same reflection; `distinct`, different texts a seed over all (the paper's Fig. 2, in numbers).
     """
     rows = []
     for policy, cell in reflection_rows(episodes, style).groupby("policy", sort=False):
         for name in ["all", *cell["style"].value_counts().index]:
             hit = cell["style"].isin([name]) | (name == "all")
             part = cell[hit]
+            cut = part.tokens >= limit
+            rates = [*_rate(hit, cell), *_rate(part.ok, part), *_rate(cut, part)]
+            rates += [*_rate(part.ok[cut], part[cut]), *_rate(part.ok[~cut], part[~cut])]
             texts = [part.tokens.mean(), part.tokens.median(), part.repetition.mean()]
             texts.append(part.groupby("seed").text.nunique().sum() / len(part))
-            size = [cell.seed.nunique(), len(part)]
-            rows.append([policy, name, *size, *_rate(hit, cell), *_rate(part.ok, part), *texts])
-    rates = ["share", "share_lo", "share_hi", "success", "success_lo", "success_hi"]
+            rows.append([policy, name, cell.seed.nunique(), len(part), *rates, *texts])
+    shares = ("share", "success", "truncated", "success_cut", "success_uncut")
+    rates = [name + end for name in shares for end in ("", "_lo", "_hi")]
     texts = ["mean_tokens", "median_tokens", "repetition", "distinct"]
     return pd.DataFrame(rows, columns=["policy", "style", "seeds", "n", *rates, *texts])
 
@@ -142,6 +147,9 @@ def _rows(episodes, condition) -> pd.DataFrame:
 
 
 def _rate(hit, cell) -> list[float]:
+    """Share of `hit` among the rows of `cell` with its interval; nan where there is no row."""
+    if cell.empty:
+        return [float("nan")] * 3
     return [float(hit.mean()), *rate_interval(hit, cell.problem_id)]
 
 

@@ -40,9 +40,11 @@ COLUMNS = {  # the paper's four columns
     "trained_second": ("#0072B2", "^", "trained, both tries"),
 }
 METRICS = {
-    "reward": "reward (retry success)",
+    "reward": "reward",
+    "retry_success": "retries that succeed",
     "zero_variance_share": "groups without variance",
     "reflection_tokens": "reflection length (tokens)",
+    "truncated_share": "reflections cut off at the limit",
     "kl": "KL from the reference",
     "entropy": "entropy (nats a token)",
     "grad_norm": "gradient norm",
@@ -50,7 +52,9 @@ METRICS = {
 SEEDS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 BELOW = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "title_fontsize": 9}
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "fontsize": 8.5}
+NO_FORMULAS = "tex2jax_ignore mathjax_ignore"  # what is between two dollar signs stays text in a notebook, too
 OTHER, ROLES = "#eef1f5", {"attempt": "#f8e0e0", "reflection": "#dff1e4", "retry": "#fdf0d5"}
+ROLES |= {"task": "#e4ebf7"}
 
 
 def conditions_figure(accuracy: pd.DataFrame) -> Figure:
@@ -80,15 +84,17 @@ def parts_figure(accuracy: pd.DataFrame) -> Figure:
 
 
 def _conditions(table, label="second tries that succeed, of failures") -> Figure:
-    """A panel a task, a row a condition, a dot a policy."""
+    """A panel a task, one below the other; a row a condition, a dot a policy."""
     table = table.assign(seeds=table.groupby([*CELL, "split"]).seed.transform("size") - 1)
     table = table[table.seed.astype(str) == "all"]
     order = [c for c in CONDITIONS if c in set(table.condition)]
-    fig, axes = _figure(table.task.nunique(), 1.4 + 0.2 * len(order) * table.policy.nunique())
-    for ax, (task, part) in zip(axes, table.groupby("task", sort=False), strict=True):
+    tasks = [part for _, part in table.groupby("task", sort=False)]
+    heights = [1.4 + 0.2 * len(order) * part.policy.nunique() for part in tasks]
+    fig, axes = _figure(1, sum(heights), rows=heights)
+    for ax, part in zip(axes, tasks, strict=True):
         _dots(ax, part, "condition", order, ("rate", "lo", "hi"), CONDITIONS)
-        ax.set_xlabel(label)
-        _policies(ax, part[part.condition != "first_try"], "failures", task, "#222222")
+        _policies(ax, part[part.condition != "first_try"], "failures", part.task.iloc[0], "#222222")
+    axes[-1].set_xlabel(label)
     return fig
 
 
@@ -117,9 +123,9 @@ def paper_figure(view: pd.DataFrame, paper: pd.DataFrame) -> Figure:
                 ax.annotate("†", (cell.value, y), (0, 3), textcoords="offset points", ha="center")
         sizes = ours[ours.task == task].drop_duplicates("policy").itertuples()
         said = "; ".join(_size(row, "first tries") for row in sizes)
-        ax.set_title(f"{task}\nthis run: {said}", fontsize=9, loc="left")
+        ax.set_title(f"{_label(task)}\nthis run: {said}", fontsize=9, loc="left")
         ax.set(xlabel="correct (%)", xlim=(0, 100), ylim=(len(names) - 0.4, -0.6))
-        ax.set_yticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), map(_label, names))
     marks = [Line2D([], [], ls="", marker=m, color=c, label=text) for c, m, text in COLUMNS.values()]
     title = "filled: this run, 95% interval; hollow: the paper († second-hand, fits its averages)"
     fig.legend(handles=marks, title=title, ncols=4, **BELOW)
@@ -127,10 +133,16 @@ def paper_figure(view: pd.DataFrame, paper: pd.DataFrame) -> Figure:
 
 
 def training_figure(metrics: pd.DataFrame) -> Figure:
-    """Training curves, one line a seed; from metrics.jsonl. A metric that was not recorded has no panel."""
+    """Training curves, one line a seed; from metrics.jsonl. A metric that was not recorded has no panel.
+
+    Where nothing is taken from the reward it is the share of retries that succeed, which then has no panel.
+    """
     _need(metrics, ["step", "seed"], "training")
     shown = [m for m in METRICS if m in metrics and metrics[m].notna().any()]
-    fig, axes = _figure(3, 4.4, rows=[1, 1])
+    if "retry_success" in shown and np.allclose(metrics.retry_success, metrics.reward):
+        shown.remove("retry_success")
+    rows = max(1, -(-len(shown) // 3))
+    fig, axes = _figure(3, 0.4 + 2 * rows, rows=[1] * rows)
     for ax, name in zip(axes, shown, strict=False):
         for i, (seed, run) in enumerate(metrics.sort_values("step").groupby("seed")):
             ax.plot(run.step, run[name], color=SEEDS[i % len(SEEDS)], lw=1.2, label=f"seed {seed}")
@@ -162,8 +174,9 @@ def transitions_figure(transitions: pd.DataFrame) -> Figure:
     _need(transitions, ["policy", "attempt_reason", "retry_reason", "n", "share"], "transitions")
     policies = list(transitions.policy.unique())
     before, after = (list(transitions[c].unique()) for c in ("attempt_reason", "retry_reason"))
-    fig, axes = _figure(len(policies), 1.9 + 0.45 * len(before))
-    for ax, policy in zip(axes, policies, strict=True):
+    rows = -(-len(policies) // 2)
+    fig, axes = _figure(min(2, len(policies)), rows * (1.9 + 0.45 * len(before)), rows=[1] * rows)
+    for ax, policy in zip(axes, policies, strict=False):
         part = transitions[transitions.policy == policy]
         shares = part.pivot(index="attempt_reason", columns="retry_reason", values="share").loc[before, after]
         ax.imshow(shares.fillna(0), cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -171,12 +184,15 @@ def transitions_figure(transitions: pd.DataFrame) -> Figure:
             ink = "white" if cell.share > 0.55 else "black"
             where = after.index(cell.retry_reason), before.index(cell.attempt_reason)
             ax.text(*where, f"{cell.n:,}", ha="center", va="center", color=ink, fontsize=8)
-        ax.set_xticks(range(len(after)), after, rotation=35, ha="right")
-        ax.set_yticks(range(len(before)), before if ax is axes[0] else [""] * len(before))
+        ax.set_xticks(range(len(after)), map(_label, after), rotation=35, ha="right")
+        ax.set_yticks(range(len(before)), map(_label, before) if ax in axes[::2] else [""] * len(before))
         ax.set_title(f"{_style(policy)[2]}\nn={part.n.sum():,} failures", fontsize=10)
         ax.set_xlabel("second try")
         ax.grid(False)
-    axes[0].set_ylabel("first try")
+    for ax in axes[::2]:
+        ax.set_ylabel("first try")
+    for ax in axes[len(policies) :]:
+        ax.remove()
     return fig
 
 
@@ -194,15 +210,21 @@ def styles_figure(stats: pd.DataFrame) -> Figure:
     return fig
 
 
-def reflections_figure(rows: pd.DataFrame) -> Figure:
-    """Length and repetition of reflections (the paper's Fig. 2), dashed: means; `failures.reflection_rows`."""
+def reflections_figure(rows: pd.DataFrame, limit: int) -> Figure:
+    """Length and repetition of reflections (the paper's Fig. 2), dashed: means; `failures.reflection_rows`.
+
+    `limit`, the most tokens of a reflection, is marked; the legend gives the share that is as long (cut off).
+    """
     _need(rows, ["policy", "tokens", "repetition"], "reflections")
-    fig, axes = _figure(2, 3.2)
+    fig, axes = _figure(2, 3.4)
+    axes[0].axvline(limit, color="#222222", lw=1, ls=":", label=f"limit: {limit} tokens")
     for ax, column in zip(axes, ("tokens", "repetition"), strict=True):
         bins = np.linspace(0, max(0.05, rows[column].max()), 25)
         for policy, part in rows.groupby("policy", sort=False):
             color, _, name = _style(policy)
             said = f"{name}: n={len(part):,}, mean {part[column].mean():.3g}"
+            if column == "tokens":
+                said += f", {part.tokens.ge(limit).mean():.1%} cut off"
             weights = np.full(len(part), 1 / len(part))
             ax.hist(part[column], bins, weights=weights, histtype="step", lw=1.5, color=color, label=said)
             ax.axvline(part[column].mean(), color=color, lw=1, ls="--")
@@ -244,7 +266,14 @@ def mask_html(tokens: list[str], mask: list[int], roles: list[str]) -> str:
     shade = '<span style="background:{}">{}</span>'
     legend = " ".join(shade.format(ROLES.get(r, OTHER), escape(r)) for r in dict.fromkeys(roles))
     legend += " · bold and underlined: trained; everything else has advantage 0"
-    return f'<div style="{box}">{"".join(spans)}<br><small>{legend}</small></div>'
+    return f'<div class="{NO_FORMULAS}" style="{box}">{"".join(spans)}<br><small>{legend}</small></div>'
+
+
+def texts_html(table: pd.DataFrame) -> str:
+    """A table that holds texts of a model as HTML: line breaks kept, everything escaped, no formulas."""
+    shown = table.style.format(escape="html", precision=2).format_index(escape="html")
+    shown = shown.format_index(escape="html", axis="columns").set_table_attributes(f'class="{NO_FORMULAS}"')
+    return shown.set_properties(**{"text-align": "left", "white-space": "pre-wrap"}).to_html()
 
 
 def _dots(ax, table, category, order, values, colors=None, count=False):
@@ -263,7 +292,7 @@ def _dots(ax, table, category, order, values, colors=None, count=False):
         ax.annotate(text, (hi, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set_xlim(0, max(0.01, table[values[2]].max()))
     ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.set_yticks(range(len(order)), order)
+    ax.set_yticks(range(len(order)), map(_label, order))
     ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
 
 
@@ -275,7 +304,7 @@ def _policies(ax, table, unit, title=None, color=None):
         line = Line2D([], [], marker=marker, color=color or own, label=_size(row, unit))
         line.set_markerfacecolor("white" if row.policy in START else color or own)
         marks.append(line)
-    ax.legend(handles=marks, title=title, ncols=1 if len(ax.figure.axes) > 1 else 2, **ABOVE)
+    ax.legend(handles=marks, title=title and _label(title), ncols=1 if len(ax.figure.axes) > 1 else 2, **ABOVE)
 
 
 def _size(row, unit) -> str:
@@ -283,9 +312,20 @@ def _size(row, unit) -> str:
 
 
 def _style(policy):
+    """Colour, marker and label of a policy."""
     if "_from_" in policy:
-        return "#CC79A7", "s", f"trained on {policy.partition('_from_')[2]}"
-    return POLICIES.get(policy, ("#444444", "X", policy))
+        return "#CC79A7", "s", _label(f"trained on {policy.partition('_from_')[2]}")
+    return POLICIES.get(policy, ("#444444", "X", _label(policy)))
+
+
+def _label(text, longest: int = 36) -> str:
+    """`text` as matplotlib shows it letter by letter, cut so that it leaves room for the axes.
+
+    Two dollar signs would make a formula of what is between them.
+    """
+    text = str(text)
+    short = text if len(text) <= longest else text[: longest - 1] + "…"
+    return short.replace("$", r"\$")
 
 
 def _need(frame, columns, name):

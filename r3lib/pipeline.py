@@ -18,11 +18,12 @@ from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode, read
 from papermill.exceptions import PapermillExecutionError
 
+from .checks import check
 from .config import ROOT, Profile, load_profile, nearest
-from .doctor import TCMALLOC, vllm
+from .doctor import TCMALLOC, reaches_hub, vllm
 from .errors import R3Error
 from .plan import heed
-from .store import room_for
+from .store import claimed, room_for
 from .tasks import TASKS
 
 NOTEBOOKS, RESULTS = ROOT / "notebooks", Path("results")
@@ -40,7 +41,8 @@ def reproduce(
     Before notebook 04 has ever run there is no report, and the path is that of the results.
     `results`, if relative, lies beside the notebooks, as does the kernels' working directory. Executed copies go
     to `results/<profile>/executed`, also of a notebook that fails. Raises R3Error before anything runs for an
-    unknown profile, key, task, notebook or parameter and for a plan that does not fit, and for the cell that fails.
+    unknown profile, key, task, notebook or parameter, for what `checks.check` refuses, for a plan that does not fit
+    and a folder of results that cannot be written or that another run holds; and for the cell that fails.
     Warns on stderr where vLLM is wanted and not there.
     """
     settings = load_profile(profile, **(overrides or {}))
@@ -51,15 +53,17 @@ def reproduce(
     notebooks = choose(start, only)
     for notebook in notebooks:
         check_parameters(notebook, given)
+    check(settings, list(TASKS) if task == "all" else [task])
     for finding in vllm(settings):
         if finding.state == "fail":  # no error yet: what is cached needs no server
             print(f"r3: warning: engine=vllm, {finding.value}: {finding.mend}", file=sys.stderr)
     if settings.model != "base_model":  # which fits any machine
         check_memory(profile, overrides or {})
     kernel, started, folder = kernel_of(settings, fresh), time.time(), NOTEBOOKS.parent / results / settings.name
-    for notebook in notebooks:
-        copy = folder / "executed" / notebook.name
-        execute(notebook, copy, given, kernel, Progress(notebook.stem, say, verbose))
+    with claimed(folder):
+        for notebook in notebooks:
+            copy = folder / "executed" / notebook.name
+            execute(notebook, copy, given, kernel, Progress(notebook.stem, say, verbose))
     seconds = f"{time.time() - started:.0f} s in all"
     if absent := [name for name in TABLES if not (folder / "tables" / name).exists()]:
         say(f"no report yet, notebook 04 writes tables/{absent[0]} ({seconds})")
@@ -107,7 +111,8 @@ def check_memory(profile: str, overrides: dict) -> None:
 def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:
     """A manager of kernels that run this very interpreter, whichever kernel specs the machine has."""
     env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    if profile.model == "base_model" and '"hub"' not in json.dumps(profile.task_options):
+    needs_hub = profile.model != "base_model" or '"hub"' in json.dumps(profile.task_options)
+    if not needs_hub or not reaches_hub():  # what is in the cache is then taken at once, without retries
         env["HF_HUB_OFFLINE"] = "1"
     if TCMALLOC:
         env["LD_PRELOAD"] = f"{TCMALLOC}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")

@@ -1,6 +1,7 @@
 """Steps that run once: a stage cache that says why it runs, atomic writes, and the manifest of artefacts."""
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -17,6 +18,8 @@ from .errors import R3Error
 
 STARTED = time.time()
 ROOM = 2**20  # bytes; with less than that free, a failed write is blamed on the disk
+LOCK = ".r3.lock"  # in a folder of results; holds the id of the process that took it last
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def sha256(path: Path) -> str:
@@ -144,15 +147,61 @@ def save_figure(results: Path, figure, name: str, data, notebook, cell, inputs=(
 
 
 @contextmanager
+def claimed(folder: Path, shared: bool = False):
+    """Make `folder` of results and hold it for the block: alone, or `shared` with other processes that share it.
+
+    The lock ends with the process, however it ends. On a disk without locks there is none. Raises R3Error when
+    the folder cannot be written, or another run holds it.
+    """
+    with _lock_file(folder) as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            why = f"process {file.read().strip() or 'unknown'} is running in {folder}"
+            raise R3Error(f"{why}: wait for it, or give this run another folder with --set name=...") from error
+        except OSError:  # a disk that knows no locks
+            pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _lock_file(folder: Path):
+    """The open lock of `folder`, which is made; R3Error unless this process may write there."""
+    with room_for(folder / LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return open(folder / LOCK, "a+")
+
+
+@contextmanager
 def room_for(path: Path):
-    """Turn what a full disk raises in the block, in whatever library, into one R3Error that names `path`."""
+    """Turn what a full disk, or one without write permission, raises in the block into one R3Error.
+
+    A full disk is told from whatever library raised; of a denial the error names the file or folder.
+    """
     try:
         yield
     except Exception as error:  # torch and safetensors do not raise OSError
+        if isinstance(error, OSError) and error.errno in DENIED and _is_beside(path, error.filename):
+            what, why = error.filename or path, os.strerror(error.errno)
+            mend = "give yourself permission to write there, or name another folder with --results"
+            raise R3Error(f"cannot write {what} ({why}): {mend}") from error
         full = getattr(error, "errno", None) == errno.ENOSPC
         if not full and (isinstance(error, R3Error) or _free(path) >= ROOM):
             raise
         raise R3Error(f"no space left to write {path}: free disk space and run again; it resumes") from error
+
+
+def _is_beside(path: Path, denied: str | None) -> bool:
+    """Whether what was `denied` is the folder of `path`, one above it, or lies in it; also if that is not known."""
+    if not isinstance(denied, str):
+        return True
+    folder, denied = path.absolute().parent, Path(denied).absolute()
+    return denied.is_relative_to(folder) or folder.is_relative_to(denied)
 
 
 def _free(path: Path) -> int:

@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate import PartialState
 
     from .plan import doubts, heed
+    from .store import claimed
     from .weights import NO_SAMPLING, device, spreads_weights
 
     try:
@@ -25,10 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         if study.profile.engine == "transformers" and spreads_weights():
             raise R3Error(NO_SAMPLING)
         heed(doubts(study.profile), quiet=not state.is_main_process)
-        study.warm_start()
-        with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
-            study.mine()
-        path = study.train(options.seed)
+        with claimed(study.results, shared=True):
+            study.warm_start()
+            with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
+                study.mine()
+            path = study.train(options.seed)
     except R3Error as error:
         print(f"r3: error: {error}", file=sys.stderr)
         return 2

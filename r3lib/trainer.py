@@ -26,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .card import plain_name, write_card
 from .chat import Chat
+from .config import accumulation_steps
 from .engines.base import RemoteEngine, Sampling
 from .engines.transformers import TransformersEngine, check_model, reach
 from .episodes import Failure, Limits, Runner, check_failures, failures_digest, judge
@@ -99,20 +100,16 @@ class R3Config(GRPOConfig):
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = device["gradient_checkpointing"]
         self.use_cpu, self.dataloader_pin_memory = device["use_cpu"], device["dataloader_pin_memory"]
-        rows = self.failures_per_step * self.num_generations
-        local = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-        if rows % local or (rows // int(os.environ.get("WORLD_SIZE", 1))) % self.num_generations:
-            raise R3Error(
-                f"failures_per_step x num_generations = {rows} rows do not divide into learning batches of {local}: "
-                "change failures_per_step, num_generations (group_size in a profile) or "
-                "per_device_train_batch_size (micro_batch)"
-            )
-        if self.gradient_accumulation_steps not in (None, rows // local):
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        needed = accumulation_steps(
+            self.failures_per_step, self.num_generations, self.per_device_train_batch_size, processes
+        )
+        if self.gradient_accumulation_steps not in (None, needed):
             raise R3Error(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}: it follows from failures_per_step x "
-                f"num_generations / per_device_train_batch_size and is {rows // local} here: leave it unset"
+                f"num_generations / per_device_train_batch_size and is {needed} here: leave it unset"
             )
-        self.gradient_accumulation_steps = rows // local
+        self.gradient_accumulation_steps = needed
         asked = self.steps_per_generation, self.generation_batch_size
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees

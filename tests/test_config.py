@@ -5,8 +5,10 @@ from dataclasses import asdict
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from r3lib.config import FOLDER, load_profile
+from r3lib.config import FOLDER, accumulation_steps, load_profile
 from r3lib.errors import R3Error
 
 PROFILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -36,7 +38,7 @@ def test_every_value_of_a_shipped_profile_is_explained_beside_itself(name):
         ("warmup_steps", "0.03", 0.03),
         ("steps", "1", 1),
         ("model", "some/model", "some/model"),
-        ("mask", "reflection+retry", "reflection+retry"),
+        ("scheduler", "linear", "linear"),
         ("task_options", "{countdown: {count: [3, 4]}}", {"countdown": {"count": [3, 4]}}),
         ("name", "mine", "mine"),
     ],
@@ -76,6 +78,35 @@ def test_bad_value_is_one_line_with_key_value_and_mend(key, value, words):
     with pytest.raises(R3Error) as error:
         load_profile("nano", **{key: value})
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"failures_per_step": 4}, ["4 x 8 = 32 rows", "batches of 64", "for example to 32"]),
+        ({"micro_batch": "48"}, ["32 x 8 = 256 rows", "batches of 48", "for example to 16"]),
+        ({"mask": "retry"}, ["mask='retry' trains the retry", "set retry_temperature=1.0 (now 0.0)"]),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused_when_the_profile_is_read(settings, words):
+    """Training, and so the rows of a step, came only after mining."""
+    with pytest.raises(R3Error) as error:
+        load_profile("nano", **settings)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@given(*[st.integers(1, 40)] * 3, st.integers(1, 4))
+def test_rows_of_a_step_come_out_even_or_are_refused(failures, group, batch, processes):
+    rows = failures * group
+    try:
+        steps = accumulation_steps(failures, group, batch, processes)
+    except R3Error as error:
+        assert rows % (batch * processes) or failures % processes
+        named = int(str(error).rsplit(" ", 1)[1])
+        if failures % processes == 0:
+            assert accumulation_steps(failures, group, named, processes)
+    else:
+        assert steps * batch * processes == rows and failures % processes == 0
 
 
 def test_a_server_of_our_own_has_the_trainers_weights():

@@ -1,11 +1,14 @@
 """The Countdown half of the embedded model's corpus: training problems only, right arithmetic, styles as stated."""
 
 import re
+import time
 from itertools import islice
 from random import Random
 from typing import NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from r3lib.base_model import conversations, training_task
 from r3lib.tasks import CountdownProblem, FunctionCallingTask, countdown_corpus
@@ -192,6 +195,48 @@ def test_style_recognises_every_reflection_as_what_made_it(name):
     for problem in TASK.problems("pretrain", 300, 5):
         text = reflection(problem, wrong_attempt(problem, random), random, name)
         assert style(text) == TASK.style(text) == name, text
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (", no. 12 + 3 = 15, 15 + 11 = 26, need 25, no. 12 * 3 = 36, 36 - 11 = 25, need 25, yes.", "search"),
+        ("9 * 1 = 9, 9 * 11 = 99, need 88, no. 11 + 1 = 12, 12 + 9 = 21, need", "search"),
+        (" hours. If the answer is not 76 then the answer is wrong. I used the numbers 3, 4", "verbose"),
+        (". Next time I will make sure that the answer is right.", "verbose"),
+        ("I tried 3 things. It is 4 too big. My equation gives 3 + 4 = 7, not 3.", "diagnosis"),
+        (", no. I did not find it.", "other"),
+        ("9 - (8 - 5)</answer>", "other"),
+    ],
+)
+def test_a_style_is_told_by_what_a_trained_reflection_says(text, name):
+    """Openings are trained away: these are such as the reference's policies write."""
+    assert style(text) == name
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(sorted(STYLES)), st.integers(0, 8))
+def test_a_reflection_that_loses_its_opening_keeps_its_style_while_a_whole_sentence_is_left(seed, name, lost):
+    random = Random(seed)
+    problem = TASK.draw(random)
+    text = reflection(problem, wrong_attempt(problem, random), random, name)
+    kept = text.split(" ")[lost:]
+    rest = " ".join(kept)
+    whole = {"search": ", need " in rest, "verbose": rest.count(". ") > 2}.get(name, lost == 0)
+    assert not whole or style(rest) == name, rest
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=300) | st.text("0123456789+-*/= .,need", max_size=300))
+def test_any_text_has_a_known_style(text):
+    assert style(text) in {*STYLES, "other"}
+
+
+def test_a_style_is_told_in_no_time():
+    for text in ("9" * 10**6, "1 + 1 = " * 10**5, "I used " * 10**5, ". " * 10**5):
+        started = time.perf_counter()
+        style(text)
+        assert time.perf_counter() - started < 1
 
 
 def test_text_of_no_style_is_other():

@@ -91,7 +91,7 @@ def test_reflections_of_the_method_alone_are_described(study):
 
 
 def test_style_shares_successes_and_lengths_before_and_after(study):
-    table = reflection_stats(study, style).set_index(["policy", "style"])
+    table = reflection_stats(study, style, limit=100).set_index(["policy", "style"])
     assert table.loc[("vanilla", "all"), ["n", "share", "success"]].tolist() == [4, 1, 0.5]
     assert table.loc[("r3", "worked"), ["n", "share", "success"]].tolist() == [6, 0.75, 1]
     assert table.loc[("r3", "vague"), ["n", "share", "success"]].tolist() == [2, 0.25, 0]
@@ -100,6 +100,18 @@ def test_style_shares_successes_and_lengths_before_and_after(study):
     assert table.median_tokens["r3", "worked"] == len(WORKED.split())
     assert ((table.share_lo <= table.share) & (table.share <= table.share_hi)).all()
     assert ((table.success_lo <= table.success) & (table.success <= table.success_hi)).all()
+
+
+def test_reflections_as_long_as_the_limit_are_cut_off_and_judged_apart(study):
+    limit = len(WORKED.split())
+    table = reflection_stats(study, style, limit).set_index(["policy", "style"])
+    assert table.loc[("r3", "all"), ["truncated", "success_cut", "success_uncut"]].tolist() == [0.5, 1, 0.5]
+    assert table.loc[("vanilla", "all"), ["truncated", "success_cut"]].tolist() == [0.25, 1]
+    assert table.truncated["vanilla", "vague"] == 0 and math.isnan(table.success_cut["vanilla", "vague"])
+    assert tuple(table.loc[("vanilla", "all"), ["truncated_lo", "truncated_hi"]]) == wilson(1, 4)
+    assert tuple(table.loc[("vanilla", "all"), ["success_uncut_lo", "success_uncut_hi"]]) == wilson(1, 3)
+    longer = reflection_stats(study, style, limit + 1)
+    assert (longer.truncated == 0).all() and longer.success_uncut.equals(longer.success)
 
 
 def test_repetition_is_the_share_of_three_word_groups_seen_before():

@@ -7,6 +7,8 @@ from random import Random
 from typing import NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from r3lib.errors import R3Error
 from r3lib.tasks.function_calling import FunctionCallingTask
@@ -15,6 +17,7 @@ from r3lib.tasks.function_calling_corpus import (
     DIRECT,
     INVENTED,
     STYLES,
+    WORKED,
     conversation,
     exercise,
     problems,
@@ -169,6 +172,37 @@ def test_a_style_is_known_from_its_text(corpus):
         for name in STYLES:
             assert style(reflection(talk.case, [], Random(0), name)) == name
     assert style("Let me see.") == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (" is to air the bedroom: seconds: 9 * 3600 = 32400, 32400 + 49 = 32449. So air_bedroom.", "worked"),
+        ("pay the rent: time: 23:30. So pay_rent.", "worked"),
+        ("open the door: time: 09:30 + 25 = 09:55.", "worked"),
+        ("water it: person: Eva. So water_small_trees, not water_large_trees.", "worked"),
+        ("ould. Each argument has a value, and each value matters. I tried performing the task and the call was wrong.",
+         "verbose"),
+        ("The value of time was wrong.", "diagnosis"),
+        ("Query: book it. The tool book_hall is there. The tool rent_hall too.", "diagnosis"),
+        ('", "parameters": {"hours": {"type": "int"}}}]', "other"),
+    ],
+)  # fmt: skip
+def test_a_style_is_told_by_what_a_trained_reflection_says(text, name):
+    """Openings are trained away: these are such as the reference's policies write."""
+    assert style(text) == name
+
+
+def test_a_worked_reflection_that_loses_its_opening_is_worked_still(corpus):
+    for talk in corpus[:300]:
+        text = reflection(talk.case, [], Random(0), "worked").removeprefix(f"{WORKED} ")
+        assert style(text) == style(text[5:]) == "worked", text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=300) | st.text("abc_: .So0123+=", max_size=300))
+def test_any_text_has_a_known_style(text):
+    assert style(text) in {*STYLES, "other"}
 
 
 def test_shares_of_the_corpus_are_as_stated(corpus):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from r3lib.config import load_profile
 from r3lib.episodes import Condition, read_episodes
 from r3lib.evaluate import accuracy_table, by_part, comparisons_table
 from r3lib.report import percent
@@ -32,6 +33,11 @@ def test_its_files_are_those_of_its_manifest():
     artefacts = json.loads((REFERENCE / "manifest.json").read_text())["artefacts"]
     assert {"tables/accuracy.csv", "figures/countdown_conditions.svg", "figures/transfer.svg"} <= artefacts.keys()
     assert {name: sha256(REFERENCE / name) for name in artefacts} == {n: a["sha256"] for n, a in artefacts.items()}
+
+
+def test_no_step_of_it_was_clipped_as_its_profile_says():
+    metrics = pd.read_json(REFERENCE / "metrics.jsonl", lines=True)
+    assert metrics.grad_norm.max() < load_profile("nano").max_grad_norm
 
 
 def test_its_tables_follow_from_its_episodes(episodes, accuracy):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -205,6 +206,94 @@ def test_other_write_errors_are_not_called_a_full_disk(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
         store.write_atomic(tmp_path / "file" / "below", "x")
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_one_line_with_the_fix(tmp_path, monkeypatch, code):
+    def denied(self, *_, **__):
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", denied)
+    with pytest.raises(R3Error, match="cannot write .*a.txt.* another folder with --results") as error:
+        store.write_atomic(tmp_path / "a.txt", "x")
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(R3Error, match=f"cannot write {tmp_path / 'new'} "), store.claimed(tmp_path / "new"):
+        pass
+
+
+def test_a_folder_without_write_permission_is_not_claimed(tmp_path, monkeypatch):
+    """Asked of the system, since a root user may write whatever the bits say."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(R3Error, match=f"cannot write {tmp_path} .Permission denied"), store.claimed(tmp_path):
+        pass
+
+
+def test_a_file_elsewhere_that_is_denied_is_not_blamed_on_the_results(tmp_path):
+    with pytest.raises(PermissionError), store.room_for(tmp_path / "results" / "a.txt"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/model.safetensors")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from r3lib.store import claimed
+with claimed(Path(sys.argv[1]), sys.argv[2] == "shared"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def held(folder, how="alone"):
+    """Another process that holds `folder`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder), how], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_second_run_is_told_which_process_holds_the_folder_and_a_dead_one_holds_nothing(tmp_path):
+    folder = tmp_path / "results" / "nano"
+    with held(folder) as first:
+        for shared in (False, True):
+            with pytest.raises(R3Error) as error, store.claimed(folder, shared):
+                pass
+            words = str(error.value)
+            assert str(folder) in words and f"process {first.pid} " in words and "--set name=" in words
+        with store.claimed(tmp_path / "results" / "other"):
+            pass
+        first.kill()
+        first.wait()
+        with store.claimed(folder):
+            assert (folder / store.LOCK).read_text() == str(os.getpid())
+
+
+def test_processes_of_one_run_share_a_folder_and_keep_others_out(tmp_path):
+    with held(tmp_path, "shared"), store.claimed(tmp_path, shared=True):
+        with pytest.raises(R3Error, match="is running in"), store.claimed(tmp_path):
+            pass
+    with store.claimed(tmp_path):
+        pass
+
+
+def test_a_disk_without_locks_is_used_without_one(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(store.fcntl, "flock", unsupported)
+    with store.claimed(tmp_path), store.claimed(tmp_path):
+        pass
+
+
+def test_an_error_inside_the_block_frees_the_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), store.claimed(tmp_path):
+        raise KeyboardInterrupt
+    with store.claimed(tmp_path):
+        pass
 
 
 def test_failed_write_leaves_the_old_content(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The tasks that ship with the package, by name."""
 
 import difflib
+import inspect
 
 from ..errors import R3Error
 from .base import Task
@@ -16,10 +17,15 @@ def load_task(name: str, **options) -> Task:
         near = difflib.get_close_matches(name, TASKS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
         raise R3Error(f"unknown task {name!r}: {hint}")
+    known = list(inspect.signature(TASKS[name]).parameters)
+    if unknown := [option for option in options if option not in known]:
+        near = difflib.get_close_matches(str(unknown[0]), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise R3Error(f"task {name!r} has no option {unknown[0]!r}: {hint}")
     try:
         return TASKS[name](**options)
-    except TypeError as error:
-        raise R3Error(f"task {name!r}: {error}: see its class for the options") from error
+    except (TypeError, ValueError) as error:
+        raise R3Error(f"task {name!r}, options {options}: {error}: see its class for their types") from error
 
 
 __all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingProblem", "FunctionCallingTask", "Task", "load_task"]

@@ -8,6 +8,8 @@ reach every solvable target.
 import re
 from random import Random
 
+from .styles import most_said
+
 DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
 STYLES = {"vague": 0.23, "verbose": 0.20, "diagnosis": 0.20, "hint": 0.12, "search": 0.25}
 FOREIGN = 0.06  # share of reflections that were written for another problem
@@ -31,6 +33,9 @@ VERBOSE = (
     "If the answer is not {target} then the answer is wrong.",
 )
 SEARCH, GAVE_UP = "I try other ways.", "I did not find it."
+VERBOSE_OPENINGS = tuple(line.split("{")[0] for line in VERBOSE)
+COMPARED = re.compile(r"[0-9] [-+*/] [0-9]{1,9} = -?[0-9]{1,9}, need [0-9]")
+DIAGNOSED = re.compile(r"My equation (gives|was)|I used [0-9]|It is [0-9]+ too (big|small)")
 
 
 def solutions(nums, target) -> list[tuple[str, str]]:
@@ -166,20 +171,24 @@ def _tried(equation: str, target: int) -> str:
 
 
 def style(text: str) -> str:
-    """Name the style of a reflection by its opening words."""
-    openings = {
-        SEARCH: "search",
-        "A good first step": "hint",
-        "My equation": "diagnosis",
-        "I used": "diagnosis",
-    }
-    for opening, name in openings.items():
-        if text.startswith(opening) and not text.startswith("I used the numbers"):
-            return name
-    if text in VAGUE:
-        return "vague"
-    starts = tuple(line.split("{")[0] for line in VERBOSE)
-    return "verbose" if text.startswith(starts) else "other"
+    """Name the style of a reflection by what it says, not by its opening words, which training may drop.
+
+    "search": at least one computed try is compared with the target ("7 + 8 = 15, need 25"). Else the style of
+    most of its sentences: "diagnosis" (what the attempt gives or used), "hint" (a good first step), "verbose"
+    or "vague" (sentences that name no number of their own); "other" where most are of none.
+    """
+    return "search" if COMPARED.search(text) else most_said(text, _says)
+
+
+def _says(sentence: str) -> str:
+    """The style that a single sentence is written in."""
+    if "good first step is" in sentence:
+        return "hint"
+    if sentence.startswith(VERBOSE_OPENINGS):
+        return "verbose"
+    if DIAGNOSED.search(sentence):
+        return "diagnosis"
+    return "vague" if sentence in VAGUE else "other"
 
 
 def conversation(task, draw, random: Random) -> list[tuple[str, str, bool]]:

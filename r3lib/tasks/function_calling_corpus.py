@@ -5,11 +5,13 @@ nothing in training says which style of reflection helps.
 """
 
 import json
+import re
 from random import Random
 
 from ..errors import R3Error
 from .function_calling_records import FunctionCallingProblem
 from .function_calling_tools import KINDS, PARTS, SPLITS, Case, clock, draw
+from .styles import most_said
 
 DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
 STYLES = {"vague": 0.25, "verbose": 0.22, "diagnosis": 0.22, "hint": 0.09, "worked": 0.22}
@@ -35,6 +37,9 @@ VERBOSE = (
 )
 DIAGNOSES = ("My call was not", "I did not make", "The tool ", "I left out", "The value of", "I do not see")
 WORKED = "I work through it."
+VERBOSE_OPENINGS = tuple(line.split("{")[0] for line in VERBOSE)
+COMPUTES = re.compile(r"[0-9] [-+*/] [0-9:]{1,12} = [0-9]")
+CHOOSES = re.compile(r"\b[a-z_]{1,40}: [^\n]{1,200}?[.] So [a-z]+_[a-z]+")
 
 
 def problems(split: str, n: int, seed: int, parts: dict[str, float] = PARTS, hard: float = HARD) -> list:
@@ -167,14 +172,24 @@ def _near(case: Case, name: str) -> list[str]:
 
 
 def style(text: str) -> str:
-    """Name the style of a reflection by its opening words."""
-    if text.startswith((WORKED, "The right tool is")):
-        return "worked" if text.startswith(WORKED) else "hint"
-    if text.startswith(DIAGNOSES):
+    """Name the style of a reflection by what it says, not by its opening words, which training may drop.
+
+    "worked": it computes a step ("9 * 3600 = 32400") or gives the value of an argument ("person: Eva") and
+    then the tool ("So book_hall."). Else the style of most of its sentences: "diagnosis" (which part was
+    wrong), "hint" (the right tool), "verbose" or "vague"; "other" where most are of none.
+    """
+    return "worked" if COMPUTES.search(text) or CHOOSES.search(text) else most_said(text, _says)
+
+
+def _says(sentence: str) -> str:
+    """The style that a single sentence is written in."""
+    if sentence.startswith("The right tool is"):
+        return "hint"
+    if sentence.startswith(DIAGNOSES):
         return "diagnosis"
-    if text in VAGUE:
-        return "vague"
-    return "verbose" if text.startswith(tuple(line.split("{")[0] for line in VERBOSE)) else "other"
+    if sentence.startswith(VERBOSE_OPENINGS):
+        return "verbose"
+    return "vague" if sentence in VAGUE else "other"
 
 
 def exercise(random: Random) -> list[tuple[str, str, bool]]:

@@ -1,0 +1,95 @@
+"""One failure all the way through the loop, for notebook 00: a group of reflections, their rewards, the mask."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from .engines.base import Completion, Sampling
+from .episodes import Failure, Runner, seeds_for
+from .errors import R3Error
+
+
+@dataclass(frozen=True)
+class Group:
+    """G reflections on one failure and the greedy retry after each; `rewards` are 0 or 1, one a reflection."""
+
+    failure: Failure
+    asked: list[int]  # ids of task, attempt and the request to reflect
+    reflections: list[Completion]
+    retries: list[Completion]
+    turns: list[list[int]]  # ids between a reflection and its retry
+    verdicts: list[str]
+
+    @property
+    def rewards(self) -> list[float]:
+        """1 where the retry is right, else 0."""
+        return [float(reason == "ok") for reason in self.verdicts]
+
+    @property
+    def advantages(self) -> list[float]:
+        """Reward minus the group's mean, over its standard deviation (GRPO); all 0 without variance."""
+        rewards = pd.Series(self.rewards)
+        return ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
+
+    @property
+    def shown(self) -> list[int]:
+        """The first rewarded and the first unrewarded reflection; of a group without variance the first alone."""
+        return sorted({self.rewards.index(reward) for reward in self.rewards}, key=self.rewards.__getitem__)[::-1]
+
+    def table(self, runner: Runner) -> pd.DataFrame:
+        """A row a reflection: reflection, retry, verdict, reward, advantage."""
+        columns = {
+            "reflection": [runner.chat.text(reflection.ids) for reflection in self.reflections],
+            "retry": [runner.chat.text(retry.ids) for retry in self.retries],
+            "verdict": self.verdicts,
+            "reward": self.rewards,
+            "advantage": self.advantages,
+        }
+        return pd.DataFrame(columns).round(2)
+
+    def masked(self, index: int) -> tuple[list[int], list[int], list[str]]:
+        """(ids, mask, roles) of the conversation with reflection `index`, one of each a token."""
+        failure, reflection = self.failure, self.reflections[index].ids
+        request = self.asked[len(failure.prompt_ids) + len(failure.attempt_ids) :]
+        parts = [("task", failure.prompt_ids), ("attempt", failure.attempt_ids), ("request", request)]
+        parts += [("reflection", reflection), ("request", self.turns[index])]
+        parts += [("retry", self.retries[index].ids)]
+        roles = [role for role, ids in parts for _ in ids]
+        ids = [token for _, part in parts for token in part]
+        return ids, [int(role == "reflection") for role in roles], roles
+
+
+def sample_groups(runner: Runner, failures: Sequence[Failure], size: int, seed: int = 0) -> list[Group]:
+    """A group of `size` reflections at temperature 1 for each failure, all sampled together.
+
+    Raises R3Error where there are no failures.
+    """
+    if not failures:
+        raise R3Error("every first try is right, so there is nothing to reflect on: use a harder task")
+    asked = [runner.reflection_prompt(failure) for failure in failures]
+    seeds = seeds_for([failure.problem for failure in failures], seed, "tour")
+    sampling = Sampling(runner.limits.reflection, 1.0)
+    groups = runner.engine.generate(asked, size, sampling, seeds)
+    prompts = [runner.retry_prompt(f, c.ids) for f, group in zip(failures, groups) for c in group]
+    answers = runner.engine.generate(prompts, 1, Sampling(runner.limits.retry, 0.0), range(len(prompts)))
+    retries = [answer[0] for answer in answers]
+    found = []
+    for i, (failure, group) in enumerate(zip(failures, groups)):
+        own = slice(i * size, (i + 1) * size)
+        starts = [len(asked[i]) + len(reflection.ids) for reflection in group]
+        turns = [prompt[start:] for prompt, start in zip(prompts[own], starts)]
+        said = [runner.chat.text(retry.ids) for retry in retries[own]]
+        verdicts = [runner.task.verify(text, failure.problem).reason for text in said]
+        found.append(Group(failure, asked[i], group, retries[own], turns, verdicts))
+    return found
+
+
+def first_with_variance(groups: Sequence[Group]) -> tuple[Group, str]:
+    """The first group whose rewards differ, else the first; and a sentence on the groups without variance."""
+    chosen = next((group for group in groups if len(set(group.rewards)) > 1), None)
+    flat = sum(len(set(group.rewards)) == 1 for group in groups)
+    said = f"{flat} of {len(groups)} groups have no variance: their retries all agree, and they teach nothing."
+    if chosen is None:
+        return groups[0], f"{said} The first of them is shown, whose advantages are all 0."
+    return chosen, f"{said} The first of the others is shown."
