@@ -254,12 +254,12 @@ def misplace(answer: str, rng: Random) -> str:
 # ---------------------------------------------------------------- faults
 
 # Each is wrong wherever it stands: {} is the number or the equation, {r} any number.
-BAD_SIGNS = [*r"** // ^ % +* -- */ \times\times e . : < ± mod ·÷ ;".split(), " "]
+BAD_SIGNS = [*r"** // ^ % +* -- */ ***** **+** \times\times e . : < ± mod ·÷ ;".split(), " "]
 BAD_NUMBERS = r"0{} {}.0 {}.5 {}e0 {}! {}% {}² {}₂ ½ {}_0 ٣ -{} +{} 0x{} {}cm {}n five {}j √{}".split()
 BAD_NUMBERS += [r"\sqrt{{{}}}", "{}^{{2}}", "{}(1)", "({})({})", "{} {}", "{} apples"]
 BAD_EQUATIONS = """({}|{})|({}]|{} +|* {}|{} =|= {}|{} == {r}|{} = {r} =|{} = {r} apples|{} ≈ {r}
 {} → {r}|{} or {}|The answer is {}|{} ()|-({})|({}) ({})|{}, {r}|{} = {r} {r}|{}!|{}%|eval({})
-{}; {}|{} # {r}|{} = -{r} {r}|{} & {}""".replace("\n", "|").split("|")
+{}; {}|{} # {r}|{} = -{r} {r}|{} & {}|{}..|{}...""".replace("\n", "|").split("|")
 BAD_EQUATIONS += ["{}\n{}"]
 
 

@@ -25,7 +25,7 @@ from r3lib.tasks.countdown_corpus import (
     style,
     wrong_attempt,
 )
-from r3lib.verifiers.countdown import answer, numbers, value
+from r3lib.verifiers.countdown import answer, read
 
 TASK, COUNT = training_task(), 10_000
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
@@ -82,7 +82,7 @@ def of_style(reflections, name):
 
 def right(step):
     a, op, b, result = step
-    return value(f"{a} {op} {b}") == int(result)
+    return read(f"{a} {op} {b}")[0] == int(result)
 
 
 def asked(turns):
@@ -141,7 +141,7 @@ def test_a_search_computes_rightly_says_no_to_all_that_miss_and_yes_to_what_reac
         endings.add(text.split(", ")[-1] if hits[-1] else text[text.rindex(", no. ") + 6 :])
         if hits[-1] and own:
             (first, last), equation = steps_of(text)[-1], answer(talk.turns[-1][1])
-            assert f"({' '.join(first[:3])})" in equation and value(equation) == int(last[3])
+            assert f"({' '.join(first[:3])})" in equation and read(equation)[0] == int(last[3])
     assert endings == {"yes.", "I did not find it."}
 
 
@@ -165,9 +165,9 @@ def test_diagnoses_state_what_the_attempt_gives_and_by_how_much_it_misses(reflec
             assert right(first) and right(second) and first[3] in (second[0], second[2])
             assert text.endswith(f", not {problem.target}. It is {abs(gap)} too {'big' if gap > 0 else 'small'}.")
         if own and "gives" in text:
-            assert value(answer(talk.turns[1][1])) == int(second[3])
+            assert read(answer(talk.turns[1][1]))[0] == int(second[3])
         elif own and text.startswith("I used"):
-            assert text.startswith(f"I used {', '.join(map(str, numbers(answer(talk.turns[1][1]))))} but")
+            assert text.startswith(f"I used {', '.join(map(str, read(answer(talk.turns[1][1]))[1]))} but")
 
 
 def test_hints_name_a_right_first_step_of_a_solution_and_never_the_answer(reflections):
