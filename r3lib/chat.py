@@ -104,7 +104,7 @@ class Chat:
         return [*own, *self._closing]
 
     def text(self, ids: list[int]) -> str:
-        """The text of a reply as sampled, special tokens too, but not the end (or padding) behind it.
+        """The text of a reply as sampled, special tokens too, but not the end or padding behind it.
 
         Where the prompt has begun the reply's reasoning, the text starts with its tag `<think>`.
         """
@@ -159,8 +159,8 @@ class Chat:
         self._unseen = self.end_ids | {self.tokenizer.pad_token_id}
         opening = OPEN.search(prompt)
         self._opening = opening.group() if opening else ""
-        self._roles_checked = set()
-        self._check_roles(PROBE)
+        self._roles_checked = {("user",)}
+        self._refuse_rewriting(PROBE)
         self._turn("a")
 
     def _close(self, prompt: str, tail: list[int]) -> list[int]:
@@ -173,12 +173,12 @@ class Chat:
             if closes or tail[place] in self.end_ids:  # in GLM's the next turn's header closes one
                 return tail[: place + 1]
         raise R3Error(
-            f"the tokenizer of {self.name!r} has no end-of-turn token: its chat template must close "
-            "an assistant turn with a special token"
+            f"the tokenizer of {self.name!r} has no end-of-turn token: its chat template must "
+            "close an assistant turn with a special token"
         )
 
     def _split(self, first: list[dict], user_text: str, tools=None) -> tuple[str, str]:
-        """What the template makes of `first`, a reply, a user turn: up to the reply's end, the rest.
+        """What the template makes of `first`, a reply, a user turn: to the reply's end, the rest.
 
         Raises Rewrites unless the prompt that `first` gives and the reply stand there unchanged.
         """
@@ -190,28 +190,30 @@ class Chat:
             found = shown.match(whole, len(start)) if whole.startswith(start) else None
             if found:
                 return whole[: found.end()], whole[found.end() :]
-        raise Rewrites(
-            f"the chat template of {self.name!r} rewrites earlier turns: use a template that only "
-            "appends"
-        )
+        raise Rewrites(self._rewrites())
 
-    def _continues(self, first: list[dict], tools=None) -> bool:
-        """Whether two replies to `first` are each followed by what follows one to the probe."""
+    def _refuse_rewriting(self, first: list[dict], tools=None) -> None:
+        """Raise Rewrites unless what follows two replies to `first` is what follows the probe's."""
         reply = ANSWER if EMPTY.search(self._text(first, tools)) else REASONED
         _, one = self._split(first, "a", tools)
         _, two = self._split([*first, *answered(reply, "a")], "a", tools)
-        return one == two == self._after
+        if not one == two == self._after:
+            raise Rewrites(self._rewrites())
+
+    def _rewrites(self, when="") -> str:
+        template = f"the chat template of {self.name!r}"
+        return f"{template} rewrites earlier turns{when}: use a template that only appends"
 
     def _check_roles(self, messages: list[dict]) -> None:
         """Raise R3Error if a conversation with these roles is not continued as the probe is."""
         roles = tuple(message["role"] for message in messages)
         if roles[-1] != "user" or roles in self._roles_checked:
             return
-        if not self._continues(messages):
-            raise Rewrites(
-                f"the chat template of {self.name!r} rewrites earlier turns after a start by "
-                f"{', '.join(roles)}: put all into one user message, or use another template"
-            )
+        try:
+            self._refuse_rewriting(messages)
+        except Rewrites:
+            when = f" after a start by {', '.join(roles)}"
+            raise R3Error(f"{self._rewrites(when)}, or put all into one user message") from None
         self._roles_checked.add(roles)
 
     def _refuse_chance(self, tools=None) -> None:
@@ -222,7 +224,7 @@ class Chat:
         at = len(commonprefix(list(texts)))
         seen = " and ".join(repr(text[at : at + 20]) for text in sorted(texts)[:2])
         raise R3Error(
-            f"the chat template of {self.name!r} renders one conversation in several ways ({seen}): "
+            f"the chat template of {self.name!r} renders a conversation in several ways ({seen}): "
             "use one without a clock or random choice of its own, or fix it by chat_template_kwargs"
         )
 
@@ -231,7 +233,8 @@ class Chat:
         tools = [{"type": "function", "function": TOOL}]
         try:
             self._refuse_chance(tools)
-            return TOOL["name"] in self._text(PROBE, tools) and self._continues(PROBE, tools)
+            self._refuse_rewriting(PROBE, tools)
+            return TOOL["name"] in self._text(PROBE, tools)
         except R3Error:
             return False
 
@@ -250,14 +253,11 @@ class Chat:
         closed = [*self._said, *self._closing]
         whole = self._ids("".join(self._split(PROBE, user_text)))
         if whole[: len(closed)] != closed:
-            raise Rewrites(
-                f"the chat template of {self.name!r} rewrites earlier turns when told "
-                f"{user_text[:40]!r}: use a template that only appends"
-            )
+            raise Rewrites(self._rewrites(f" when told {user_text[:40]!r}"))
         return whole[len(closed) :]
 
 
 def answered(reply: list[str], user_text: str | None = None) -> list[dict]:
-    """The next messages of a conversation: a reply with these parts, and what the user says then."""
+    """The next messages of a conversation: a reply with these parts, what the user says then."""
     said = [{"role": "assistant", "content": "\n".join(reply)}]
     return said if user_text is None else [*said, {"role": "user", "content": user_text}]

@@ -27,7 +27,7 @@ class TransformersEngine:
     """Engine over a decoder-only transformers model or PeftModel; decodes `batch_size` rows together.
 
     A completion ends at the first of `end_ids`, by default those of
-    `Chat(tokenizer, model.generation_config)`; give those of your `Chat` if it has further arguments.
+    `Chat(tokenizer, model.generation_config)`; give those of your `Chat` if it has other arguments.
     """
 
     def __init__(

@@ -69,8 +69,8 @@ class VLLMEngine:
     `--logprobs-mode processed_logprobs` (otherwise log-probs are those at temperature 1), for `sync` also with
     `--enable-lora`, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and the disk that adapters are saved to.
 
-    A completion ends at the first of `end_ids`, by default those of `Chat(tokenizer)`; give those of
-    your `Chat` if it has further arguments, such as the model's generation config.
+    A completion ends at the first of `end_ids`, by default those of `Chat(tokenizer)`; give those
+    of your `Chat` if it has other arguments, such as the model's generation config.
     """
 
     def __init__(

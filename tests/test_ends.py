@@ -1,0 +1,174 @@
+"""One set of ends: what stops a sample is what a request asks for and what training takes for finished."""
+
+import json
+from random import Random
+
+import pytest
+import torch
+from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, tiny_model
+from fake_vllm import EOS, FakeServer
+from test_chat import PLAIN, dressed, with_marks, with_template
+from transformers import GenerationConfig
+
+from r3lib.chat import DATE, Chat
+from r3lib.engines import Completion, Sampling
+from r3lib.engines.transformers import TransformersEngine
+from r3lib.engines.vllm import VLLMEngine
+from r3lib.episodes import Runner
+from r3lib.errors import R3Error
+from r3lib.store import register
+from r3lib.study import Study, generation_config
+from r3lib.trainer import R3Trainer, completions_under
+
+LLAMA = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"
+LLAMA += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+class ForeignEnds(ScriptedEngine):
+    """Ends what it finishes with any of `ends`, often not the template's own."""
+
+    def __init__(self, tokenizer, ends):
+        super().__init__(tokenizer)
+        self.ends = sorted(ends)
+
+    def _one(self, random, sampling):
+        made = super()._one(random, sampling)
+        if not made.finished:
+            return made
+        return Completion([*made.ids[:-1], random.choice(self.ends)], made.logprobs, True)
+
+
+@pytest.fixture
+def llama(tokenizer):
+    """A tokenizer whose template ends a turn with <|eot_id|>, and which has other ends."""
+    return with_marks(tokenizer, LLAMA, "<|end_of_text|>", ["<|eom_id|>", "<|end_of_text|>"])
+
+
+def trained(tokenizer, folder, engine, **changes):
+    """A trainer after a step under the tokenizer, and how many of its 8 reflections were cut off."""
+    config = small_config(folder, max_steps=1, mask_truncated_completions=True, **changes)
+    failures = coin_failures(tokenizer, 4)
+    model = tiny_model("llama", len(tokenizer))
+    trainer = R3Trainer(model, config, CoinTask(), failures, None, tokenizer, engine)
+    trainer.train()
+    return trainer, sum(not c.finished for group in engine.calls[0][2] for c in group)
+
+
+@pytest.mark.parametrize("eos", ["<|eot_id|>", "<|end_of_text|>"])
+def test_a_reflection_that_ended_is_not_taken_for_cut_off(tokenizer, tmp_path, eos):
+    """Whichever of the ends it chose, and whichever of them is the tokenizer's eos."""
+    tokenizer = with_marks(tokenizer, LLAMA, eos, ["<|eom_id|>", "<|end_of_text|>"])
+    engine = ForeignEnds(tokenizer, Chat(tokenizer).end_ids)
+    trainer, cut = trained(tokenizer, tmp_path, engine)
+    [logged] = [row for row in trainer.state.log_history if "completions/clipped_ratio" in row]
+    assert 0 < cut < 8 and logged["completions/clipped_ratio"] == cut / 8
+    assert logged["grad_norm"] > 0
+    assert trainer.eos_token_ids == sorted(Chat(tokenizer).end_ids)
+
+
+def test_what_is_trained_is_what_was_sampled_though_another_end_is_joined(llama):
+    """Every trained position holds a sampled token with its log-probability, under every mask."""
+    chat = Chat(llama)
+    eom, random = llama.convert_tokens_to_ids("<|eom_id|>"), Random(0)
+    runner = Runner(None, chat, CoinTask())
+    [failure] = coin_failures(llama, 1)
+    asked = runner.reflection_prompt(failure)
+    for end in ([], [eom], [chat.end_id]):
+        ids = [random.randrange(20, 200) for _ in range(5)] + end
+        reflection = Completion(ids, [-random.random() for _ in ids], bool(end))
+        retry = Completion([30, chat.end_id], [-0.5, -0.25], True)
+        prompt = runner.retry_prompt(failure, ids)
+        sampled = dict(zip(reflection.ids, reflection.logprobs)) | dict(zip(retry.ids, retry.logprobs))
+        for mask, count in (("reflection+retry", len(ids) + 2 - (end == [eom])), ("retry", 2)):
+            made = completions_under(mask, [(failure, asked, reflection)], [prompt], [retry])
+            [row], [logprobs], [trains] = made["completion_ids"], made["logprobs"], made["env_mask"]
+            assert asked + row == prompt + retry.ids and len(row) == len(logprobs) == len(trains)
+            assert sum(trains) == count and eom not in row
+            assert all(p == sampled[t] for t, p, on in zip(row, logprobs, trains) if on)
+        made = completions_under("reflection", [(failure, asked, reflection)], [prompt], [retry])
+        assert made == {"completion_ids": [ids], "logprobs": [reflection.logprobs]}
+
+
+def test_the_transformers_engine_stops_at_the_ends_of_the_generation_config(tokenizer):
+    model = tiny_model("llama", len(tokenizer))
+    prompts, sampling = [[20 + i, 30] for i in range(8)], Sampling(16)
+    free = TransformersEngine(model, tokenizer).generate(prompts, 2, sampling)
+    often = max(set(sum((c.ids[:-1] for group in free for c in group), [])), default=5)
+    model.generation_config.eos_token_id = [often, 7]
+    engine = TransformersEngine(model, tokenizer)
+    assert engine.end_ids == Chat(tokenizer).end_ids | {often, 7}
+    for before, after in zip(sum(free, []), sum(engine.generate(prompts, 2, sampling), [])):
+        stop = next((i for i, t in enumerate(before.ids, 1) if t in engine.end_ids), None)
+        assert after.ids == before.ids[:stop] and after.finished == (stop is not None)
+    assert any(c.ids[-1] == often for c in sum(engine.generate(prompts, 2, sampling), []))
+
+
+def test_a_server_is_asked_to_stop_at_every_end(tokenizer):
+    server = FakeServer()
+    try:
+        ends = Chat(tokenizer, GenerationConfig(eos_token_id=[EOS])).end_ids
+        engine = VLLMEngine([server.url], tokenizer, end_ids=ends)
+        got = sum(engine.generate([[20, 21]], 32, Sampling(12)), [])
+    finally:
+        server.close()
+    assert server.asked[0][1]["stop_token_ids"] == sorted(ends)
+    assert any(c.ids[-1] == EOS and c.finished for c in got)
+    assert not any(EOS in c.ids[:-1] for c in got)
+
+
+def test_the_trainer_takes_the_arguments_of_the_template(tokenizer, tmp_path):
+    template = "{{ style | default('plain') }}" + PLAIN
+    tokenizer = with_template(tokenizer, template)
+    config = small_config(tmp_path, chat_template_kwargs={"style": "terse"})
+    chat, task = Chat(tokenizer, None, {"style": "terse"}), CoinTask(count=3, largest=20)
+    model, plain = tiny_model("llama", len(tokenizer)), coin_failures(tokenizer, 4, task)
+    terse = [type(f)(**{**vars(f), "prompt_ids": chat.start(task, f.problem)}) for f in plain]
+    trainer = R3Trainer(model, config, task, terse, None, tokenizer, ScriptedEngine(tokenizer))
+    asked = trainer.runner().chat.start(task, terse[0].problem)
+    assert asked == terse[0].prompt_ids != plain[0].prompt_ids
+    with pytest.raises(R3Error, match="mined with another tokenizer or task"):
+        R3Trainer(model, config, task, plain, None, tokenizer, ScriptedEngine(tokenizer))
+
+
+# in a study
+
+
+def test_a_study_knows_its_models_ends_before_the_weights_are_loaded(tmp_path, tokenizer):
+    study = Study("smoke", "countdown", tmp_path)
+    assert study.chat.end_ids == Chat(tokenizer).end_ids == {tokenizer.eos_token_id}
+    folder = tmp_path / "model"
+    tiny_model("llama", len(tokenizer)).save_pretrained(folder)
+    named = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(named | {"eos_token_id": [1, 9]}))
+    assert generation_config(str(folder)).eos_token_id == [1, 9]
+    (folder / "generation_config.json").unlink()
+    assert generation_config(str(folder)).eos_token_id == 1
+
+
+def test_a_study_hands_its_arguments_to_the_template_and_its_cache_depends_on_them(tmp_path, tokenizer):
+    off = Study("smoke", "countdown", tmp_path, chat_template_kwargs='{"enable_thinking": false}')
+    plain = Study("smoke", "countdown", tmp_path)
+    off.tokenizer = plain.tokenizer = dressed(tokenizer, "qwen3", "<|im_end|>")
+    assert off.profile.chat_template_kwargs == {"enable_thinking": False}
+    asked = off.tokenizer.decode(off.chat.prompt([{"role": "user", "content": "a"}]))
+    assert asked.endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(R3Error, match='or set chat_template_kwargs={"enable_thinking": false}'):
+        plain.chat  # noqa: B018
+    keys = off._config(), plain._config()
+    assert keys[0] != keys[1] and {key["prompt_date"] for key in keys} == {DATE}
+
+
+def test_the_manifest_names_the_date_that_prompts_have(tmp_path):
+    (tmp_path / "table.csv").write_text("a\n")
+    register(tmp_path, tmp_path / "table.csv", "01", "cell")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["prompt_date"] == manifest["artefacts"]["table.csv"]["prompt_date"] == DATE
+
+
+def test_a_run_goes_on_as_itself_whatever_ends_its_model_names(llama, tmp_path):
+    """Two trainers in a row over the same failures: the second starts from what the first asked."""
+    torch.manual_seed(0)
+    engines = [ForeignEnds(llama, Chat(llama).end_ids) for _ in range(2)]
+    for place, engine in enumerate(engines):
+        trained(llama, tmp_path / str(place), engine)
+    assert [call[0] for call in engines[0].calls] == [call[0] for call in engines[1].calls]
