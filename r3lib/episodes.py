@@ -15,7 +15,16 @@ import pyarrow.parquet as pq
 from .chat import Chat
 from .engines.base import Completion, Engine, Sampling, identity
 from .errors import R3Error
-from .identity import check_problems, check_task, content, differences, digest, read_note, task_facts, write_note
+from .identity import (
+    check_problems,
+    check_task,
+    content,
+    differences,
+    digest,
+    read_note,
+    task_facts,
+    write_note,
+)
 from .verifiers.verdict import Verdict
 
 SCHEMA_VERSION, SHARD = 1, 1024  # problems in a shard
@@ -179,7 +188,7 @@ def deranged(items: list, seed: int) -> list:
 
 
 def judge(task, text: str, problem) -> Verdict:
-    """The task's verdict on `text`; R3Error, naming the problem, if `verify` raises or returns another thing."""
+    """The task's verdict on `text`; R3Error, naming the problem, if `verify` gives none."""
     where = f"on problem {problem.id!r}"
     try:
         verdict = task.verify(text, problem)
@@ -187,9 +196,13 @@ def judge(task, text: str, problem) -> Verdict:
         raise
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise R3Error(f"{task.name}: verify raised {said} {where}: make it return a Verdict") from error
+        raise R3Error(
+            f"{task.name}: verify raised {said} {where}: make it return a Verdict"
+        ) from error
     if not isinstance(verdict, Verdict) or not isinstance(verdict.ok, bool):
-        raise R3Error(f"{task.name}: verify returned {verdict!r} {where}: return Verdict(ok, reason)")
+        raise R3Error(
+            f"{task.name}: verify returned {verdict!r} {where}: return Verdict(ok, reason)"
+        )
     return verdict
 
 
@@ -242,7 +255,9 @@ class MinedFailures(Sequence):
             return [self[i] for i in range(len(self))[index]]
         name, ids, reason, count = (column[index].as_py() for column in self._rows.columns)
         if name not in self._problems:
-            raise R3Error(f"failure {index} is of problem {name!r}, which is not among the problems")
+            raise R3Error(
+                f"failure {index} is of problem {name!r}, which is not among the problems"
+            )
         problem = self._problems[name]
         return Failure(problem, self._chat.start(self._task, problem), ids, self._chat.text(ids), reason, count)
 
@@ -264,12 +279,15 @@ def failures_digest(failures: Sequence[Failure]) -> str:
     """Hash of the failures in their order: problems, prompts and attempts."""
     if isinstance(failures, MinedFailures):
         return failures.digest()
-    kept = ([f.problem.id, list(f.prompt_ids), list(f.attempt_ids), content(f.problem)] for f in failures)
+    kept = (
+        [f.problem.id, list(f.prompt_ids), list(f.attempt_ids), content(f.problem)]
+        for f in failures
+    )
     return digest(kept)
 
 
 def check_failures(failures: Sequence[Failure], runner: Runner, context: int | None) -> None:
-    """R3Error for the first failure that is not of this chat and task, or too long for `context` tokens.
+    """R3Error for the first failure of another chat or task, or too long for `context` tokens.
 
     Of `MinedFailures`, made from chat and task, the longest of each problem stands for the others.
     """
@@ -282,13 +300,15 @@ def check_failures(failures: Sequence[Failure], runner: Runner, context: int | N
             again = runner.task.second_turn(runner.task.retry_prompt, problem, runner.retry_turn)
             turns[id(problem)] = len(runner.chat.follow([], [], again))
         if prompts[id(problem)] != list(failure.prompt_ids):
-            raise R3Error(f"{name} was mined with another tokenizer or task: mine it with this model")
+            raise R3Error(
+                f"{name} was mined with another tokenizer or task: mine it with this model"
+            )
         asked = len(runner.reflection_prompt(failure)) + runner.limits.reflection
         needed = asked + turns[id(problem)] + runner.limits.retry
         if context and needed > context:
             raise R3Error(
-                f"{name} needs up to {needed} tokens with its reflection and retry, the model's context "
-                f"has {context}: leave it out, or lower max_completion_length or max_retry_length"
+                f"{name} needs up to {needed} tokens with its reflection and retry, the model's "
+                f"context has {context}: leave it out, or lower max_completion_length or max_retry_length"
             )
 
 
@@ -306,10 +326,10 @@ def run_episodes(
 ) -> pd.DataFrame:
     """Run `problems` through the first try and each second-try condition; write shards to `out`; return all rows.
 
-    Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error, naming
-    what differs, when they are of another run (see `decisive`). `part` (i, n): every n-th shard from
-    the i-th on, for n processes that fill one folder together. `seed` seeds the sampling;
-    `policy.seed` is the training seed written into the rows.
+    Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error,
+    naming what differs, when they are of another run (see `decisive`). `part` (i, n): every n-th
+    shard from the i-th on, for n processes that fill one folder together. `seed` seeds the
+    sampling; `policy.seed` is the training seed written into the rows.
     """
     if unknown := [c for c in conditions if c not in tuple(Condition)]:
         raise R3Error(f"unknown condition {unknown[0]!r}: known: {', '.join(Condition)}")
@@ -340,27 +360,41 @@ def in_shards(out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say
 def decisive(runner: Runner, problems, policy: Policy, split, conditions, seed, shard) -> dict:
     """All that decides the rows of a run, by name; a hash of what is long (prompts, weights)."""
     task, chat = runner.task, runner.chat
-    facts = {"split": split, "conditions": [str(c) for c in conditions], "seed": seed, "shard": shard}
+    facts = {
+        "split": split,
+        "conditions": [str(c) for c in conditions],
+        "seed": seed,
+        "shard": shard,
+    }
     facts |= {f"policy.{name}": value for name, value in asdict(policy).items()} | task_facts(task)
     facts |= {f"limits.{name}": value for name, value in asdict(runner.limits).items()}
-    facts |= {"reflection_temperature": runner.reflection_temperature, "retry_turn": runner.retry_turn}
+    facts |= {
+        "reflection_temperature": runner.reflection_temperature,
+        "retry_turn": runner.retry_turn,
+    }
     told = (task.retry_prompt, task.blind_retry_prompt)
     again = ([task.second_turn(words, p, runner.retry_turn) for words in told] for p in problems)
     facts["problem ids"] = digest(p.id for p in problems)
     facts["problems' values"] = digest(content(p) for p in problems)
     facts["prompts (problems, tokenizer, template)"] = digest(chat.start(task, p) for p in problems)
-    facts["second turns"] = digest([*again, chat.follow([], [], task.reflection_prompt), sorted(chat.end_ids)])
+    facts["second turns"] = digest(
+        [*again, chat.follow([], [], task.reflection_prompt), sorted(chat.end_ids)]
+    )
     return facts | identity(runner.engine)
 
 
 def _claim(out: Path, facts: dict) -> None:
-    """Note in `out` whose shards it holds; R3Error, naming what differs, if they are another run's."""
+    """Note in `out` whose shards it holds; R3Error if they are of another run."""
     note = out / "run.json"
     if not note.exists() and any(out.glob("shard-*.parquet")):
-        raise R3Error(f"{out} holds episodes but no run.json that says of what: give an empty folder")
+        raise R3Error(
+            f"{out} holds episodes but no run.json that says of what: give an empty folder"
+        )
     differing = differences(read_note(note), facts) if note.exists() else ""
     if differing:
-        raise R3Error(f"{out} holds episodes of another run: {differing}: give an empty folder, or the same")
+        raise R3Error(
+            f"{out} holds episodes of another run: {differing}: give an empty folder, or the same"
+        )
     write_note(note, facts)
 
 

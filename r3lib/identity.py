@@ -10,7 +10,11 @@ from .errors import R3Error
 from .store import write_atomic
 
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
-UNLIKE = {"_name_or_path", "transformers_version", "base_model_name_or_path"}  # not the model itself
+UNLIKE = {
+    "_name_or_path",
+    "transformers_version",
+    "base_model_name_or_path",
+}  # not the model itself
 SHOWN = 60  # characters of a value that a message shows
 
 
@@ -23,7 +27,7 @@ def digest(items: Iterable) -> str:
 
 
 def task_facts(task) -> dict:
-    """The task's public values (prompts, options), of its class and its own, and its class's source."""
+    """The task's public values (prompts, options) and its class's source."""
     known = {}
     for owner in [*reversed(type(task).__mro__), task]:
         known |= getattr(owner, "__dict__", {})
@@ -38,7 +42,11 @@ def task_facts(task) -> dict:
 
 def content(problem) -> dict:
     """The values of a problem, the answers that its verifier knows among them."""
-    return {name: value for name, value in getattr(problem, "__dict__", {}).items() if not name.startswith("_")}
+    return {
+        name: value
+        for name, value in getattr(problem, "__dict__", {}).items()
+        if not name.startswith("_")
+    }
 
 
 def model_facts(model, trained: bool = True) -> dict:
@@ -65,7 +73,9 @@ def differences(old: dict, new: dict) -> str:
     """Name each fact in which `old` and `new` differ, with both values; "" when they agree."""
     new = json.loads(json.dumps(new, default=_plain))
     names = [name for name in new | old if old.get(name) != new.get(name)]
-    return "; ".join(f"{name} was {_cut(old.get(name))}, is {_cut(new.get(name))}" for name in names)
+    return "; ".join(
+        f"{name} was {_cut(old.get(name))}, is {_cut(new.get(name))}" for name in names
+    )
 
 
 def read_note(note: Path) -> dict:
@@ -87,11 +97,13 @@ def check_task(task) -> None:
     for attribute in ("name", "reflection_prompt"):
         value = getattr(task, attribute, None)
         if not isinstance(value, str) or not value:
-            raise R3Error(f"task {type(task).__name__} has no {attribute}: give its class {attribute} = '...'")
+            raise R3Error(
+                f"task {type(task).__name__} has no {attribute}: give its class {attribute} = '...'"
+            )
 
 
 def check_problems(problems) -> None:
-    """Raise R3Error, naming it, for a problem whose id is not a string or is another problem's too."""
+    """R3Error, naming it, for a problem whose id is not a string or is another problem's too."""
     seen = set()
     for place, problem in enumerate(problems):
         name = getattr(problem, "id", None)

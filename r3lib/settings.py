@@ -1,4 +1,4 @@
-"""Which of TRL's settings R3 honours: what is refused, and what may change between two parts of a run."""
+"""Which of TRL's settings R3 honours: what is refused, and what may change at a resume."""
 
 from dataclasses import MISSING, fields
 from typing import Any
@@ -15,11 +15,13 @@ REFUSED = {  # unless it has its default: why, or what to do instead
     **dict.fromkeys(["transformers_continuous_batching_config", "cache_implementation"], OWN),
     **dict.fromkeys(["ds3_gather_for_generation", "max_tool_calling_iterations"], OWN),
     **dict.fromkeys(["vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode"], OWN),
-    **dict.fromkeys(["vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host"], OWN),
+    **dict.fromkeys(
+        ["vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host"], OWN
+    ),
     **dict.fromkeys(["vllm_server_port", "vllm_server_timeout", "vllm_group_port"], OWN),
     **dict.fromkeys(["vllm_gpu_memory_utilization", "vllm_max_model_length"], OWN),
     "vllm_tensor_parallel_size": OWN,
-    "use_vllm": "it would merge the adapter into the weights at every step: pass engine=... instead",
+    "use_vllm": "it would merge the adapter into the weights: pass engine=... instead",
     **dict.fromkeys(["eval_strategy", "eval_on_start", "num_generations_eval"], EVAL),
     **dict.fromkeys(["do_eval", "bf16_full_eval", "fp16_full_eval"], EVAL),
     **dict.fromkeys(["load_best_model_at_end", "metric_for_best_model"], EVAL),
@@ -32,7 +34,7 @@ REFUSED = {  # unless it has its default: why, or what to do instead
     "ignore_data_skip": "a resumed run would train on the first failures again",
     "resume_from_checkpoint": "call resume_or_train(), or train(resume_from_checkpoint=...)",
     "save_only_model": "a run could not resume: use save_strategy='no' and save_model()",
-    "sync_ref_model": "a resumed run would lose the reference: use beta with the start as reference",
+    "sync_ref_model": "a resumed run would lose the reference: leave it off",
     "auto_find_batch_size": "a step holds whole groups: lower per_device_train_batch_size",
     "pad_to_multiple_of": "a learning forward drops the padding that its rows share",
     "label_smoothing_factor": "it is of no use in GRPO's loss",
@@ -43,7 +45,8 @@ REFUSED = {  # unless it has its default: why, or what to do instead
 FREE = set(  # decides no weight but by rounding, so that a resumed run may change it
     """output_dir sample_batch trust_remote_code gradient_accumulation_steps steps_per_generation
     generation_batch_size gradient_checkpointing gradient_checkpointing_kwargs use_cache use_cpu
-    torch_empty_cache_steps log_completions log_multimodal num_completions_to_print log_unique_prompts
+    torch_empty_cache_steps log_completions log_multimodal num_completions_to_print
+    log_unique_prompts
     log_completions_hub_repo logging_strategy logging_steps logging_first_step log_on_each_node
     logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project
     trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay
@@ -51,10 +54,12 @@ FREE = set(  # decides no weight but by rounding, so that a resumed run may chan
     eval_accumulation_steps include_for_metrics batch_eval_metrics save_strategy save_steps
     save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo
     hub_model_id hub_strategy hub_always_push hub_revision greater_is_better
-    restore_callback_states_from_checkpoint accelerator_config parallelism_config dataloader_drop_last
+    restore_callback_states_from_checkpoint accelerator_config parallelism_config
+    dataloader_drop_last
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
-    remove_unused_columns label_names length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb
+    remove_unused_columns label_names length_column_name ddp_find_unused_parameters
+    ddp_bucket_cap_mb
     ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug
     skip_memory_metrics do_train do_predict local_rank""".split()
 )
@@ -62,7 +67,7 @@ CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not look at
 
 
 def refuse_ignored(config) -> None:
-    """Raise R3Error for a setting that R3 could not honour; `config`: before TRL has filled it in."""
+    """R3Error for a setting that R3 could not honour; `config`: before TRL has filled it in."""
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in REFUSED and value not in (None, {}, default_of(field)):
@@ -75,7 +80,7 @@ def default_of(field) -> Any:
 
 
 def settings_facts(config) -> dict:
-    """The settings that decide what is learned. `max_steps` is one of them if the schedule looks at it."""
+    """The settings that decide what is learned; `max_steps` if the schedule looks at it."""
     facts = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
     facts = {name: value for name, value in facts.items() if name not in REFUSED}
     kind = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)

@@ -31,7 +31,15 @@ from .engines.base import RemoteEngine, Sampling
 from .engines.transformers import TransformersEngine, check_model, reach
 from .episodes import Failure, Limits, Runner, check_failures, failures_digest, judge
 from .errors import R3Error
-from .identity import check_task, differences, digest, model_facts, read_note, task_facts, write_note
+from .identity import (
+    check_task,
+    differences,
+    digest,
+    model_facts,
+    read_note,
+    task_facts,
+    write_note,
+)
 from .settings import refuse_ignored, settings_facts
 from .store import write_atomic
 from .tasks.base import RETRY_TURNS
@@ -92,7 +100,9 @@ class R3Config(GRPOConfig):
         if self.num_generations < 2:
             raise R3Error(f"group size {self.num_generations} has no variance to learn from: use at least 2")
         if not self.temperature > 0:
-            raise R3Error(f"temperature={self.temperature}: a group needs different reflections: use above 0")
+            raise R3Error(
+                f"temperature={self.temperature}: a group needs different reflections: use above 0"
+            )
         refuse_ignored(self)
         device = training_options(self.use_cpu)
         if self.bf16 is None and not self.fp16:
@@ -106,8 +116,9 @@ class R3Config(GRPOConfig):
         )
         if self.gradient_accumulation_steps not in (None, needed):
             raise R3Error(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: it follows from failures_per_step x "
-                f"num_generations / per_device_train_batch_size and is {needed} here: leave it unset"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: it follows from "
+                "failures_per_step x num_generations / per_device_train_batch_size and is "
+                f"{needed} here: leave it unset"
             )
         self.gradient_accumulation_steps = needed
         asked = self.steps_per_generation, self.generation_batch_size
@@ -135,12 +146,14 @@ class R3Trainer(GRPOTrainer):
     verdict, 0 or 1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a
     causal mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
 
-    What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates: full fine-tuning of
-    a bf16 model trains and saves fp32 weights, twice the memory. What is frozen keeps its dtype. With `bf16=True`
-    both compute in bf16; with `bf16=False` beside 16-bit neighbours only adapters learn, the rest is refused.
+    What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates: full
+    fine-tuning of a bf16 model trains and saves fp32 weights, twice the memory. What is frozen keeps
+    its dtype. With `bf16=True` both compute in bf16; with `bf16=False` beside 16-bit neighbours only
+    adapters learn, the rest is refused.
 
-    A run leaves `r3_run.json` beside its checkpoints: with other failures, weights or settings it does not resume
-    (saving, logging and the place may change; `max_steps` may grow under a constant schedule).
+    A run leaves `r3_run.json` beside its checkpoints: with other failures, weights or settings it
+    does not resume (saving, logging and the place may change; `max_steps` may grow under a constant
+    schedule).
 
     A `RemoteEngine` gets the adapter before each rollout, and each token's loss is multiplied by its probability
     under the trained model over that under the sampler, cut at `vllm_importance_sampling_clip_max`.
@@ -149,10 +162,14 @@ class R3Trainer(GRPOTrainer):
     def __init__(self, model, args: R3Config, task, failures: Sequence[Failure], peft_config=None,
                  processing_class=None, engine=None, callbacks=None):  # fmt: skip
         if not isinstance(args, R3Config):
-            raise R3Error(f"args is a {type(args).__name__}: give an R3Config, which takes what GRPOConfig takes")
+            raise R3Error(
+                f"args is a {type(args).__name__}: give an R3Config, with the same settings"
+            )
         check_task(task)
         if not failures:
             raise R3Error("no failures to train on: mine more problems, or a harder task")
+        if not isinstance(model, str):
+            check_model(model, peft_config)
         self.task, self.failures, self._engine = task, failures, engine
         order = training_order(len(self.failures), args.max_steps * args.failures_per_step, args.seed)
         start = dict(model.named_parameters()) if isinstance(model, PeftModel) else {}
@@ -205,14 +222,18 @@ class R3Trainer(GRPOTrainer):
         return min((length for length in (model, engine, self._reach) if length), default=None)
 
     def _decisive(self, fresh: bool) -> dict:
-        """All that decides the training, by name; the weights of a `fresh` adapter are those of a checkpoint."""
+        """All that decides the training, by name; a `fresh` adapter's weights come from a checkpoint."""
         turn = self._chat.follow([], [], self.task.reflection_prompt)
-        facts = settings_facts(self.args) | task_facts(self.task) | model_facts(self.model, trained=not fresh)
+        facts = (
+            settings_facts(self.args)
+            | task_facts(self.task)
+            | model_facts(self.model, trained=not fresh)
+        )
         facts["failures"] = failures_digest(self.failures)
         return facts | {"turns (tokenizer, template)": digest([turn, sorted(self._chat.end_ids)])}
 
     def _claim(self, checkpoint) -> None:
-        """Note in `output_dir` what this training is; R3Error if checkpoints there are of another."""
+        """Note in `output_dir` what this training is; R3Error if it has checkpoints of another."""
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
@@ -221,17 +242,20 @@ class R3Trainer(GRPOTrainer):
             if not (found := last_checkpoint(str(other))):
                 continue
             differing = differences(read_note(other / RUN_NOTE), self._facts)
-            if json.loads((Path(found) / "trainer_state.json").read_text())["global_step"] > self.args.max_steps:
+            if (
+                json.loads((Path(found) / "trainer_state.json").read_text())["global_step"]
+                > self.args.max_steps
+            ):
                 differing = f"{Path(found).name} is beyond max_steps={self.args.max_steps}"
             if differing:
                 raise R3Error(
-                    f"{other} holds checkpoints of another training: {differing}: give another output_dir, "
-                    "or delete its checkpoints"
+                    f"{other} holds checkpoints of another training: {differing}: give another "
+                    "output_dir, or delete its checkpoints"
                 )
         write_note(folder / RUN_NOTE, self._facts)
 
     def train(self, resume_from_checkpoint=None, *rest, **options):
-        """TRL's. R3Error, naming what differs, if `output_dir` holds checkpoints of another training."""
+        """TRL's. R3Error, naming what differs, if there are checkpoints of another training."""
         self._claim(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *rest, **options)
 
@@ -274,7 +298,9 @@ class R3Trainer(GRPOTrainer):
         The longest reflection of a whole step sets TRL's padding; the values are the same, with less work.
         """
         whole = super()._get_per_token_logps_and_entropies
-        if options.get("compute_aux_loss"):  # of a mixture of experts: balanced over all rows, not a quarter
+        if options.get(
+            "compute_aux_loss"
+        ):  # of a mixture of experts: balanced over all rows, not a quarter
             return whole(model, input_ids, attention_mask, logits_to_keep, *rest, **options)
         first_token = input_ids.size(1) - logits_to_keep
         values, order = [], attention_mask.sum(1).argsort(stable=True)
@@ -292,11 +318,12 @@ class R3Trainer(GRPOTrainer):
         return logps, entropies, None
 
     def _check_width(self, width: int) -> None:
-        """A longrope model takes other positions for all rows once the padded batch is wider than its reach."""
+        """A longrope model moves the positions of all rows once a batch is wider than its reach."""
         if width > (self._reach or width):
             raise R3Error(
-                f"a learning batch is {width} tokens wide, beyond the {self._reach} up to which this model's "
-                "positions are those of sampling: lower per_device_train_batch_size or leave out long failures"
+                f"a learning batch is {width} tokens wide, beyond the {self._reach} up to which this "
+                "model's positions are those of sampling: lower per_device_train_batch_size or leave "
+                "out long failures"
             )
 
     def _check_dtypes(self) -> None:
@@ -310,8 +337,8 @@ class R3Trainer(GRPOTrainer):
                 self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device))
         except RuntimeError as error:
             raise R3Error(
-                "what is trained is fp32 and its frozen neighbours are 16-bit, which without autocast do not go "
-                "together: set bf16=True, or load the model with dtype=torch.float32"
+                "what is trained is fp32 and its frozen neighbours are 16-bit, which without autocast "
+                "do not go together: set bf16=True, or load the model with dtype=torch.float32"
             ) from error
 
     def _save(self, output_dir=None, state_dict=None) -> None:
@@ -337,10 +364,12 @@ def training_order(size: int, wanted: int, seed: int) -> list[int]:
     return order[:wanted]
 
 
-def verified(completions, reward, prompts=(), conversation=None, log_extra=None, **columns) -> list[float]:
-    """The reward, as `rollout` found it: the verdict on the retry, less `truncation_penalty` for a cut reflection.
+def verified(
+    completions, reward, prompts=(), conversation=None, log_extra=None, **columns
+) -> list[float]:
+    """The reward, as `rollout` found it: the verdict on the retry, less a cut reflection's penalty.
 
-    With `log_completions` TRL's table gets the conversation for a prompt, and the retry with its verdict.
+    With `log_completions` TRL's table gets the conversation as the prompt, and retry and verdict.
     """
     for prompt, text in zip(prompts, conversation or ()):
         prompt[0]["content"] = text
@@ -368,7 +397,10 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     retry_seeds = [Random(f"{seeds[i // size]}/{i % size}").getrandbits(32) for i in range(len(rows))]
     sampling = Sampling(args.max_retry_length, args.retry_temperature)
     retries = [r[0] for r in runner.engine.generate(retry_prompts, 1, sampling, retry_seeds)]
-    verdicts = [judge(runner.task, runner.chat.text(r.ids), f.problem) for (f, _, _), r in zip(rows, retries)]
+    verdicts = [
+        judge(runner.task, runner.chat.text(r.ids), f.problem)
+        for (f, _, _), r in zip(rows, retries)
+    ]
     cut = [not c.finished for _, _, c in rows]
     trainer.r3_metrics = {
         "retry_success": sum(v.ok for v in verdicts) / len(rows),

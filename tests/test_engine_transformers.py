@@ -428,14 +428,20 @@ def llama4(chunk):
 
 def longrope(original):
     """Phi-3's: all positions change once the text is longer than `original` tokens."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": original}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": original,
+    }
     rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "partial_rotary_factor": 1.0}
     return Phi3Config(**SHAPE, original_max_position_embeddings=original, rope_parameters=rope)
 
 
 EXPERTS = dict(num_experts_per_tok=2)
 SERVED = {
-    "Qwen3-MoE": Qwen3MoeConfig(**SHAPE, **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=16),
+    "Qwen3-MoE": Qwen3MoeConfig(
+        **SHAPE, **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=16
+    ),
     "Mixtral": MixtralConfig(**SHAPE, **EXPERTS, num_local_experts=4),
     "Llama 4 inside a chunk": llama4(54),
     "longrope inside its original length": longrope(54),
@@ -446,7 +452,9 @@ SERVED = {
 def test_a_family_is_served_as_generate_serves_it(tokenizer, name):
     model, prompts = tiny(SERVED[name]), random_prompts([3, 30, 17, 38])  # and 16 tokens more: 54
     got = TransformersEngine(model, tokenizer).generate(prompts, 1, Sampling(16, 0.0))
-    assert [group[0].ids for group in got] == [reference(model, [prompt], 16)[0] for prompt in prompts]
+    assert [group[0].ids for group in got] == [
+        reference(model, [prompt], 16)[0] for prompt in prompts
+    ]
 
 
 BEYOND = {
@@ -472,13 +480,17 @@ def test_a_family_that_is_not_served_is_refused_by_name(tokenizer, name):
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
 def test_virtual_tokens_are_refused_by_name(llama, tokenizer, kind):
     adapted = get_peft_model(llama, kind(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    with pytest.raises(R3Error, match="(PROMPT|PREFIX)_TUNING puts virtual tokens before a prompt: use LoRA"):
+    with pytest.raises(
+        R3Error, match="(PROMPT|PREFIX)_TUNING puts virtual tokens before a prompt: use LoRA"
+    ):
         TransformersEngine(adapted, tokenizer)
 
 
 def test_an_encoder_decoder_is_refused_by_name(tokenizer):
     config = T5Config(vocab_size=VOCABULARY, d_model=32, d_ff=32, num_layers=2, num_heads=4, d_kv=8)
-    with pytest.raises(R3Error, match="t5 is an encoder-decoder model: R3 needs a decoder-only one"):
+    with pytest.raises(
+        R3Error, match="t5 is an encoder-decoder model: R3 needs a decoder-only one"
+    ):
         TransformersEngine(T5ForConditionalGeneration(config), tokenizer)
 
 
@@ -486,8 +498,13 @@ def test_an_encoder_decoder_is_refused_by_name(tokenizer):
 
 
 @pytest.mark.parametrize("most", [1, 700, 5000])
-def test_queries_that_take_turns_give_the_same_tokens_and_log_probs(model, tokenizer, monkeypatch, most):
-    prompts, sampler = retry_prompts() + random_prompts([70, 3]), TransformersEngine(model, tokenizer)
+def test_queries_that_take_turns_give_the_same_tokens_and_log_probs(
+    model, tokenizer, monkeypatch, most
+):
+    prompts, sampler = (
+        retry_prompts() + random_prompts([70, 3]),
+        TransformersEngine(model, tokenizer),
+    )
     for sampling in (Sampling(8, 0.0), Sampling(8, 1.0)):
         whole = sampler.generate(prompts, 2, sampling)
         with monkeypatch.context() as patch:
@@ -498,16 +515,22 @@ def test_queries_that_take_turns_give_the_same_tokens_and_log_probs(model, token
             assert a.logprobs == pytest.approx(b.logprobs, abs=2e-6)
 
 
-def test_the_memory_of_a_prefill_grows_with_the_prompt_and_not_with_its_square(llama, tokenizer, monkeypatch):
+def test_the_memory_of_a_prefill_grows_with_the_prompt_and_not_with_its_square(
+    llama, tokenizer, monkeypatch
+):
     """The largest tensor of an attention, in elements, for prompts of 64 and 128 tokens."""
     monkeypatch.setattr(engine, "MAX_SCORES", 4096)
     largest = {}
     for length in (64, 128):
         with Largest() as seen:
-            engine.TransformersEngine(llama, tokenizer).generate(random_prompts([length]), 1, Sampling(1))
+            engine.TransformersEngine(llama, tokenizer).generate(
+                random_prompts([length]), 1, Sampling(1)
+            )
         largest[length] = seen.scores
         assert seen.scores <= 4096
-    assert 64 * 64 * 4 > 4096 and largest[64] > 2048, "a whole score matrix would be larger, a turn is not tiny"
+    assert 64 * 64 * 4 > 4096 and largest[64] > 2048, (
+        "a whole score matrix would be larger, a turn is not tiny"
+    )
 
 
 class Largest(TorchDispatchMode):

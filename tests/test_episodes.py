@@ -383,7 +383,14 @@ OTHER_RUNS = {
 
 def run_sums(engine, tokenizer, out, **changes):
     given = SAME_RUN | changes
-    runner = Runner(engine, Chat(tokenizer), given["task"], given["limits"], given["temperature"], given["retry_turn"])
+    runner = Runner(
+        engine,
+        Chat(tokenizer),
+        given["task"],
+        given["limits"],
+        given["temperature"],
+        given["retry_turn"],
+    )
     rest = {name: given[name] for name in ("split", "conditions", "seed", "shard")}
     return run_episodes(runner, given["problems"], given["policy"], out, **rest)
 
@@ -407,13 +414,17 @@ def test_what_decides_no_row_may_change(tokenizer, tmp_path):
     assert idle.calls == []
 
 
-@pytest.mark.parametrize("change", ["one weight", "adapter", "disabled adapter", "scaling", "architecture"])
+@pytest.mark.parametrize(
+    "change", ["one weight", "adapter", "disabled adapter", "scaling", "architecture"]
+)
 def test_a_folder_of_another_model_is_refused(tiny, tokenizer, tmp_path, change):
     def adapted(**changes):
         torch.manual_seed(1)
         return get_peft_model(tiny(), small_lora(init_lora_weights=False, **changes))
 
-    start, other = (tiny(), tiny()) if change in ("one weight", "adapter") else (adapted(), adapted())
+    start, other = (
+        (tiny(), tiny()) if change in ("one weight", "adapter") else (adapted(), adapted())
+    )
     if change == "one weight":
         other.model.layers[1].mlp.up_proj.weight.data[17, 5] += 1e-3
     elif change == "adapter":
@@ -431,10 +442,14 @@ def test_a_folder_of_another_model_is_refused(tiny, tokenizer, tmp_path, change)
     pd.testing.assert_frame_equal(run_sums(engines[0], tokenizer, tmp_path), rows)
 
 
-def test_a_model_is_the_same_wherever_it_was_loaded_from_and_on_any_number_of_threads(tiny, tmp_path):
+def test_a_model_is_the_same_wherever_it_was_loaded_from_and_on_any_number_of_threads(
+    tiny, tmp_path
+):
     one = get_peft_model(tiny(), small_lora())
     facts = model_facts(one)
-    one.peft_config["default"].base_model_name_or_path = one.config._name_or_path = "/elsewhere/model"
+    one.peft_config["default"].base_model_name_or_path = one.config._name_or_path = (
+        "/elsewhere/model"
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     assert model_facts(one) == facts
@@ -443,7 +458,9 @@ def test_a_model_is_the_same_wherever_it_was_loaded_from_and_on_any_number_of_th
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(place=st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_one_value_of_any_weight_changes_the_models_facts(tiny, dtype, place):
     model = tiny().to(dtype)
     facts, parameters = model_facts(model), list(model.parameters())
@@ -452,7 +469,9 @@ def test_any_one_value_of_any_weight_changes_the_models_facts(tiny, dtype, place
     assert "model's weights" in differences(facts, model_facts(model))
 
 
-def test_engines_that_say_nothing_of_their_policy_are_known_by_their_class(runner, tokenizer, tmp_path):
+def test_engines_that_say_nothing_of_their_policy_are_known_by_their_class(
+    runner, tokenizer, tmp_path
+):
     assert not isinstance(ScriptedEngine(tokenizer), IdentifiedEngine)
     run(runner(), tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["engine"] == "TableEngine"
@@ -490,11 +509,16 @@ def test_facts_are_the_same_in_every_process():
     ("problems", "words"),
     [
         ([*SUMS, replace(SUMS[2], text="new")], "problem id 's2' occurs twice"),
-        ([Sum(i, "1 + 1") for i in range(2)], "problem 0 has id 0, which is no string: make it str"),
+        (
+            [Sum(i, "1 + 1") for i in range(2)],
+            "problem 0 has id 0, which is no string: make it str",
+        ),
         ([object()], "problem 0 has id None"),
     ],
 )
-def test_ids_that_are_not_unique_strings_are_refused_at_the_start(tokenizer, tmp_path, use, problems, words):
+def test_ids_that_are_not_unique_strings_are_refused_at_the_start(
+    tokenizer, tmp_path, use, problems, words
+):
     engine = ScriptedEngine(tokenizer)
     with pytest.raises(R3Error, match=words):
         if use == "run":
@@ -523,7 +547,10 @@ class Careless(SumTask):
         (lambda: {}["city"], "sum: verify raised KeyError: 'city' on problem 's2'"),
         (lambda: int("four\n"), "sum: verify raised ValueError: .* on problem 's2'"),
         (lambda: True, "verify returned True on problem 's2': return Verdict"),
-        (lambda: Verdict(0.5, "half"), "verify returned Verdict.ok=0.5, reason='half'. on problem 's2'"),
+        (
+            lambda: Verdict(0.5, "half"),
+            "verify returned Verdict.ok=0.5, reason='half'. on problem 's2'",
+        ),
     ],
 )
 def test_a_verifier_that_fails_names_the_problem(tokenizer, tmp_path, answer, words):
@@ -539,6 +566,9 @@ def test_a_task_without_a_name_is_refused_at_the_start(tokenizer, tmp_path):
         reflection_prompt = "Reflect."
 
     runner = Runner(ScriptedEngine(tokenizer), Chat(tokenizer), Nameless())
-    for use in (lambda: mine_failures(runner, SUMS, k=2), lambda: run_episodes(runner, SUMS, Policy(), tmp_path)):
+    for use in (
+        lambda: mine_failures(runner, SUMS, k=2),
+        lambda: run_episodes(runner, SUMS, Policy(), tmp_path),
+    ):
         with pytest.raises(R3Error, match="task Nameless has no name: give its class name"):
             use()

@@ -26,10 +26,13 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import PromptTuningConfig
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
     Qwen3MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -442,7 +445,10 @@ def test_accumulation_follows_from_the_failures_of_a_step(tmp_path):
 
 REFUSED = [
     ({"temperature": 0.0}, ["temperature=0.0", "different reflections"]),
-    ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps=4", "is 1 here", "leave it unset"]),
+    (
+        {"gradient_accumulation_steps": 4},
+        ["gradient_accumulation_steps=4", "is 1 here", "leave it unset"],
+    ),
     ({"num_train_epochs": 1}, ["num_train_epochs=1", "max_steps"]),
     ({"num_iterations": 2}, ["num_iterations=2", "one step a rollout"]),
     ({"use_transformers_continuous_batching": True}, ["continuous_batching=True", "engine"]),
@@ -456,7 +462,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[next(iter(changes)) for changes, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("changes", "words"), REFUSED, ids=[next(iter(changes)) for changes, _ in REFUSED]
+)
 def test_what_r3_cannot_honour_it_refuses_by_name(tmp_path, changes, words):
     with pytest.raises(R3Error) as error:
         small_config(tmp_path, **changes)
@@ -484,9 +492,17 @@ def train_on(failures, tiny, tokenizer, folder, **changes):
                      ScriptedEngine(tokenizer))  # fmt: skip
 
 
-@given(place=st.integers(0, 5), at=st.integers(0, 20), kind=st.sampled_from(["changed", "cut", "longer"]))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_foreign_failure_is_found_at_the_start_wherever_it_is(tiny, tokenizer, tmp_path, place, at, kind):
+@given(
+    place=st.integers(0, 5),
+    at=st.integers(0, 20),
+    kind=st.sampled_from(["changed", "cut", "longer"]),
+)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_foreign_failure_is_found_at_the_start_wherever_it_is(
+    tiny, tokenizer, tmp_path, place, at, kind
+):
     failures = coin_failures(tokenizer, 6)
     ids = list(failures[place].prompt_ids)
     if kind == "changed":
@@ -501,15 +517,23 @@ def test_a_foreign_failure_is_found_at_the_start_wherever_it_is(tiny, tokenizer,
         train_on(failures, tiny, tokenizer, tmp_path)
 
 
-def test_a_failure_that_does_not_fit_into_the_context_is_found_at_the_start_and_named(tiny, tokenizer, tmp_path):
+def test_a_failure_that_does_not_fit_into_the_context_is_found_at_the_start_and_named(
+    tiny, tokenizer, tmp_path
+):
     """The longest that fits is sampled; with one token more it is refused."""
     failures, model = coin_failures(tokenizer, 4), tiny()
     task, chat = CoinTask(count=3, largest=20), Chat(tokenizer)
     spare = model.config.max_position_embeddings
-    for asked in (task.reflection_prompt, f"{task.retry_prompt}\n{task.question(failures[2].problem)}"):
+    for asked in (
+        task.reflection_prompt,
+        f"{task.retry_prompt}\n{task.question(failures[2].problem)}",
+    ):
         spare -= len(chat.follow([], [], asked))
     spare -= len(failures[2].prompt_ids) + 12 + 6
-    fits, long = ([*failures[:2], replace(failures[2], attempt_ids=[30] * n), failures[3]] for n in (spare, spare + 1))
+    fits, long = (
+        [*failures[:2], replace(failures[2], attempt_ids=[30] * n), failures[3]]
+        for n in (spare, spare + 1)
+    )
     engine = TransformersEngine(model, tokenizer)
     trainer = R3Trainer(model, small_config(tmp_path), task, fits, small_lora(), tokenizer, engine)
     places = [place for place, index in enumerate(trainer.order) if index == 2][:1]
@@ -524,8 +548,12 @@ def test_a_verifier_that_raises_in_training_names_the_problem(tiny, tokenizer, t
         def verify(self, text, problem):
             raise ZeroDivisionError("no digits")
 
-    trainer = make(tiny(), tokenizer, tmp_path, Breaking(count=3, largest=20), engine=ScriptedEngine(tokenizer))
-    with pytest.raises(R3Error, match="countdown: verify raised ZeroDivisionError: no digits on problem '"):
+    trainer = make(
+        tiny(), tokenizer, tmp_path, Breaking(count=3, largest=20), engine=ScriptedEngine(tokenizer)
+    )
+    with pytest.raises(
+        R3Error, match="countdown: verify raised ZeroDivisionError: no digits on problem '"
+    ):
         trainer.train()
 
 
@@ -534,7 +562,9 @@ def test_a_verifier_that_raises_in_training_names_the_problem(tiny, tokenizer, t
 
 def started(tiny, tokenizer, folder, steps=2, **changes):
     """A training that has left checkpoints 1 to `steps`; (its settings)."""
-    options = dict(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=None) | changes
+    options = (
+        dict(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=None) | changes
+    )
     train = make(tiny(), tokenizer, folder, engine=ScriptedEngine(tokenizer), lora=small_lora(),
                  callbacks=[StopAfter(steps)], **options)  # fmt: skip
     train.resume_or_train()
@@ -543,7 +573,9 @@ def started(tiny, tokenizer, folder, steps=2, **changes):
 
 def again(tiny, tokenizer, folder, options):
     """The trainer of a second process."""
-    return make(tiny(), tokenizer, folder, engine=ScriptedEngine(tokenizer), lora=small_lora(), **options)
+    return make(
+        tiny(), tokenizer, folder, engine=ScriptedEngine(tokenizer), lora=small_lora(), **options
+    )
 
 
 OTHER_TRAININGS = {
@@ -566,24 +598,34 @@ OTHER_TRAININGS = {
 
 
 @pytest.mark.parametrize("mask", ["reflection", "retry"])
-def test_logged_completions_show_conversation_reflection_retry_and_verdict(tiny, tokenizer, tmp_path, mask, capsys):
+def test_logged_completions_show_conversation_reflection_retry_and_verdict(
+    tiny, tokenizer, tmp_path, mask, capsys
+):
     engine = ScriptedEngine(tokenizer)
-    trainer = make(tiny(), tokenizer, tmp_path, engine=engine, max_steps=1, log_completions=True, mask=mask)
+    trainer = make(
+        tiny(), tokenizer, tmp_path, engine=engine, max_steps=1, log_completions=True, mask=mask
+    )
     trainer.train()
     [path] = (tmp_path / "completions").glob("*.parquet")
     table, (asked, _, groups), (_, _, retries) = pd.read_parquet(path), *engine.calls
-    assert [p[0]["content"] for p in table.prompt] == [tokenizer.decode(p) for p in asked for _ in range(4)]
+    assert [p[0]["content"] for p in table.prompt] == [
+        tokenizer.decode(p) for p in asked for _ in range(4)
+    ]
     assert list(table.retry) == [tokenizer.decode(r[0].ids) for r in retries]
     texts = [tokenizer.decode(r[0].ids, skip_special_tokens=True) for r in retries]
     assert list(table.verdict) == [trainer.task.verify(text, None).reason for text in texts]
     assert list(table.verified) == [float(reason == "ok") for reason in table.verdict]
     if mask == "reflection":
-        shown = [tokenizer.decode(c.ids, skip_special_tokens=True) for group in groups for c in group]
+        shown = [
+            tokenizer.decode(c.ids, skip_special_tokens=True) for group in groups for c in group
+        ]
         assert [c[0]["content"] for c in table.completion] == shown
     assert "failure 2" not in capsys.readouterr().out
 
 
-def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(model, tokenizer, tmp_path):
+def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(
+    model, tokenizer, tmp_path
+):
     trainer = make(model, tokenizer, tmp_path / "run", engine=ScriptedEngine(tokenizer), lora=small_lora(),
                    max_steps=1, save_strategy="steps", save_steps=1)  # fmt: skip
     old = os.umask(0o027)
@@ -595,12 +637,18 @@ def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(model, 
     for folder in (tmp_path / "adapter", tmp_path / "run" / "checkpoint-1", tmp_path / "run"):
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: peft\n") and f"# {folder.name}\n" in card
-        assert all(word in card for word in ("base_model`", "countdown", "LoraConfig, 1 steps on 4 failures"))
-        assert all(word in card for word in ("| learning_rate | 0.002 |", "| lr_scheduler_type | constant |", "trl 1."))
+        assert all(
+            word in card
+            for word in ("base_model`", "countdown", "LoraConfig, 1 steps on 4 failures")
+        )
+        assert all(
+            word in card
+            for word in ("| learning_rate | 0.002 |", "| lr_scheduler_type | constant |", "trl 1.")
+        )
         assert str(tmp_path) not in card and str(Path.cwd()) not in card
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == (
-        plain_name(str(BASE_MODEL))
-    )
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == (plain_name(str(BASE_MODEL)))
     assert {oct(p.stat().st_mode)[-3:] for p in (tmp_path / "adapter").glob("adapter*")} == {"640"}
 
 
@@ -632,10 +680,14 @@ def test_a_mixture_of_experts_learns_with_trls_auxiliary_loss(tokenizer, tmp_pat
     trainer = make(AutoModelForCausalLM.from_config(EXPERTS[name]), tokenizer, tmp_path, max_steps=1,
                    engine=ScriptedEngine(tokenizer), router_aux_loss_coef=0.5, learning_rate=0.0)  # fmt: skip
     ours, compute = [], trainer.compute_loss
-    trainer.compute_loss = lambda *given, **options: ours.append(compute(*given, **options)) or ours[-1]
+    trainer.compute_loss = lambda *given, **options: (
+        ours.append(compute(*given, **options)) or ours[-1]
+    )
     trainer.train()
     [(inputs, _)] = trainer.seen
-    trainer._get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies.__get__(trainer)
+    trainer._get_per_token_logps_and_entropies = (
+        GRPOTrainer._get_per_token_logps_and_entropies.__get__(trainer)
+    )
     theirs = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     assert trainer.aux_loss_enabled and abs(float(theirs)) > 0.1
     torch.testing.assert_close(ours[0].float(), theirs.detach().float(), atol=1e-5, rtol=1e-4)
@@ -644,7 +696,9 @@ def test_a_mixture_of_experts_learns_with_trls_auxiliary_loss(tokenizer, tmp_pat
 def test_what_is_trained_is_fp32_and_what_is_frozen_keeps_its_dtype(tiny, tokenizer, tmp_path):
     whole = make(tiny().bfloat16(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
     assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
-    adapted = make(tiny().bfloat16(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), lora=small_lora())
+    adapted = make(
+        tiny().bfloat16(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), lora=small_lora()
+    )
     dtypes = {p.requires_grad: p.dtype for p in adapted.model.parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     adapted.train()
@@ -658,7 +712,9 @@ def test_fp32_weights_beside_frozen_16_bit_ones_learn_under_autocast_and_are_ref
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "layers.1" in name
     if not bf16:
-        with pytest.raises(R3Error, match="set bf16=True, or load the model with dtype=torch.float32"):
+        with pytest.raises(
+            R3Error, match="set bf16=True, or load the model with dtype=torch.float32"
+        ):
             make(model, tokenizer, tmp_path, bf16=False)
         return
     trainer = make(model, tokenizer, tmp_path, bf16=True, max_steps=1)
@@ -667,8 +723,25 @@ def test_fp32_weights_beside_frozen_16_bit_ones_learn_under_autocast_and_are_ref
     assert not torch.equal(before, model.model.layers[1].mlp.up_proj.weight)
 
 
+def test_families_and_adapters_that_cannot_be_sampled_are_refused_before_anything_is_built(
+    tiny, tokenizer, tmp_path
+):
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
+    )
+    prompts = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    for model, adapter, words in (
+        (t5, None, "t5 is an encoder-decoder"),
+        (tiny(), prompts, "virtual tokens.*LoRA"),
+    ):
+        with pytest.raises(R3Error, match=words):
+            make(model, tokenizer, tmp_path, lora=adapter)
+
+
 def test_a_longrope_model_learns_no_batch_that_is_wider_than_its_reach(tokenizer, tmp_path):
-    trainer = make(tiny_model("llama", len(tokenizer)), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
+    trainer = make(
+        tiny_model("llama", len(tokenizer)), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer)
+    )
     trainer._reach = 20
     with pytest.raises(R3Error, match="tokens wide, beyond the 20 up to which"):
         trainer.train()
@@ -682,7 +755,9 @@ def test_checkpoints_of_another_training_are_not_resumed(tiny, tokenizer, tmp_pa
         model.lm_head.weight.data[3, 3] += 0.1
     other = make(model, tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), **given)
     for start in (other.resume_or_train, other.train):
-        with pytest.raises(R3Error, match="checkpoints of another training.*give another output_dir") as error:
+        with pytest.raises(
+            R3Error, match="checkpoints of another training.*give another output_dir"
+        ) as error:
             start()
         assert f"{name} was " in str(error.value)
     assert other._engine.calls == []
@@ -690,7 +765,9 @@ def test_checkpoints_of_another_training_are_not_resumed(tiny, tokenizer, tmp_pa
 
 def test_how_it_logs_and_saves_may_change_at_a_resume(tiny, tokenizer, tmp_path):
     options = started(tiny, tokenizer, tmp_path)
-    changed = options | dict(logging_steps=2, save_steps=2, save_total_limit=1, run_name="b", sample_batch=3)
+    changed = options | dict(
+        logging_steps=2, save_steps=2, save_total_limit=1, run_name="b", sample_batch=3
+    )
     engine = ScriptedEngine(tokenizer)
     make(tiny(), tokenizer, tmp_path, engine=engine, lora=small_lora(), **changed).resume_or_train()
     assert len(engine.calls) == 4, "two steps, of two calls each, were left"

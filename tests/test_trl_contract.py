@@ -211,17 +211,23 @@ ANOTHER = {  # values that TRL takes, of settings whose type does not tell one
 @pytest.mark.parametrize("name", REFUSED)
 def test_each_refused_setting_is_refused_by_its_name_with_advice(tmp_path, name):
     default = next(default_of(field) for field in fields(R3Config) if field.name == name)
-    value = ANOTHER[name] if name in ANOTHER else 1.5 if type(default) in (int, float) else not default
+    value = (
+        ANOTHER[name] if name in ANOTHER else 1.5 if type(default) in (int, float) else not default
+    )
     with pytest.raises(R3Error, match=rf"^{name}=.* is not supported: \w") as error:
         small_config(tmp_path, **{name: value})
     assert "\n" not in str(error.value)
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_what_a_training_is_depends_on_each_honoured_setting_and_on_no_free_one(tmp_path, data):
     config = small_config(tmp_path, lr_scheduler_type="cosine")
-    name = data.draw(st.sampled_from(sorted((HONOURED | FREE) & {field.name for field in fields(config)})))
+    name = data.draw(
+        st.sampled_from(sorted((HONOURED | FREE) & {field.name for field in fields(config)}))
+    )
     facts = settings_facts(config)
     setattr(config, name, "another value")
     assert (settings_facts(config) != facts) == (name in HONOURED)

@@ -43,10 +43,10 @@ class Engine(Protocol):
 
 @runtime_checkable
 class IdentifiedEngine(Engine, Protocol):
-    """An engine that can tell its policy from others, so that no folder mixes the results of two."""
+    """An engine that tells its policy from others, so that no folder mixes the results of two."""
 
     def identity(self) -> dict:
-        """Facts by name, each a value that JSON knows: equal exactly for engines that sample the same."""
+        """Facts by name, as JSON has them: equal exactly for engines that sample the same."""
 
 
 @runtime_checkable
@@ -62,7 +62,11 @@ class RemoteEngine(Engine, Protocol):
 
 def identity(engine: Engine) -> dict:
     """What tells the engine's policy from others; of an engine that does not say it, its class."""
-    return engine.identity() if isinstance(engine, IdentifiedEngine) else {"engine": type(engine).__name__}
+    return (
+        engine.identity()
+        if isinstance(engine, IdentifiedEngine)
+        else {"engine": type(engine).__name__}
+    )
 
 
 def check(prompts, n: int, sampling: Sampling, seeds, longest: int) -> None:

@@ -84,9 +84,9 @@ class TransformersEngine:
         return ids, logprobs
 
 
-def check_model(model) -> None:
-    """Raise R3Error for a model that this engine cannot sample, as far as its configuration says so."""
-    kind, adapter = model.config.model_type, getattr(model, "active_peft_config", None)
+def check_model(model, adapter=None) -> None:
+    """R3Error for a model, or one with the PEFT config `adapter`, whose config rules sampling out."""
+    kind, adapter = model.config.model_type, adapter or getattr(model, "active_peft_config", None)
     if model.config.is_encoder_decoder:
         raise R3Error(f"{kind} is an encoder-decoder model: R3 needs a decoder-only one")
     if adapter is not None and adapter.is_prompt_learning:
@@ -96,14 +96,16 @@ def check_model(model) -> None:
 
 
 def reach(model) -> int | None:
-    """Tokens up to which every token sees all before it, all with one kind of positions; None: no limit.
+    """Tokens up to which each sees all before it, with one kind of positions; None: no limit.
 
-    Beyond it `attention_chunk_size` (Llama 4) hides tokens, and longrope (Phi-3) turns all positions anew.
+    Beyond it `attention_chunk_size` (Llama 4) hides tokens, and longrope (Phi-3) moves positions.
     """
     config = model.config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or {}
     ropes = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
-    limits = [r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope"]
+    limits = [
+        r["original_max_position_embeddings"] for r in ropes if r.get("rope_type") == "longrope"
+    ]
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         limits.append(config.attention_chunk_size)
     return min(limits, default=None)
@@ -176,7 +178,9 @@ class Level:
         keys, values = (slab[self.rows, :, : self.used].float() for slab in self.slabs[layer])
         (rows, kv), (_, heads, size) = keys.shape[:2], query.shape
         query = query.new_zeros(rows * self.slots, heads, size).index_copy_(0, self.slot, query)
-        query = query.float().view(rows, self.slots, kv, -1, size)  # 16 bits round scores, or overflow
+        query = query.float().view(
+            rows, self.slots, kv, -1, size
+        )  # 16 bits round scores, or overflow
         step = max(1, MAX_SCORES // (rows * heads * self.used))
         if step >= self.slots:
             if self.bias is None:
@@ -213,8 +217,8 @@ class Tree:
         self.model, self.levels, self.longest = model, [], max(len(ids) for ids, _ in texts) + room
         if self.longest > (reach(model) or self.longest):
             raise R3Error(
-                f"{model.config.model_type}: {self.longest} tokens reach beyond its first {reach(model)}, "
-                f"where chunked attention or longrope changes what is seen: {NOT_HERE}"
+                f"{model.config.model_type}: {self.longest} tokens reach beyond its first "
+                f"{reach(model)}, where chunked attention or longrope begins: {NOT_HERE}"
             )
         texts, owner = distinct(texts)
         prefixes, above = distinct([ids[:shared] for ids, shared in texts])
@@ -246,7 +250,9 @@ class Tree:
         ids, at, last, *where = (tensor.to(device, non_blocking=True) for tensor in moved)
         self.where = (level.rows, int(place[0])) if level.slots == 1 else where  # a slice is written faster
         try:
-            output = self.model(ids, position_ids=at, use_cache=False, logits_to_keep=last, tree=self)
+            output = self.model(
+                ids, position_ids=at, use_cache=False, logits_to_keep=last, tree=self
+            )
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise

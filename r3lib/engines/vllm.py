@@ -87,8 +87,12 @@ class VLLMEngine:
         self.longest = base["max_model_len"]
 
     def identity(self) -> dict:
-        """See `IdentifiedEngine`: the served model's name and, with an adapter, the name that holds its hash."""
-        return {"engine": "vllm", "model": self.base, "adapter": "" if self.adapter is None else self.policy}
+        """See `IdentifiedEngine`: the served model, and the adapter's name, which holds its hash."""
+        return {
+            "engine": "vllm",
+            "model": self.base,
+            "adapter": "" if self.adapter is None else self.policy,
+        }
 
     def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Completion]]:
         """See `Engine`. R3Error: bad n, sampling, seeds or prompt; a server refuses, or none answers.
