@@ -29,7 +29,7 @@ from r3lib.trainer import R3Metrics, R3Trainer, last_checkpoint, metrics_file, r
 
 METRICS = [
     "task", "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens",
-    "reflection_tokens retry_success truncated_share", "seconds_sampling", "seconds_learning",
+    "reflection_tokens", "retry_success", "truncated_share", "seconds_sampling", "seconds_learning",
 ]  # fmt: skip
 
 
