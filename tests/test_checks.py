@@ -40,7 +40,7 @@ def test_a_model_that_is_nowhere_is_named(tmp_path):
 def test_an_empty_folder_is_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "ROOT", tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert "has no config.json: name the folder of a model" in refused(model="models/mine")
+    assert "has no config.json: name a model's folder" in refused(model="models/mine")
     (tmp_path / "models" / "mine" / "config.json").touch()
     checks.check_model("models/mine")
 

@@ -25,7 +25,8 @@ def load_task(name: str, **options) -> Task:
     try:
         return TASKS[name](**options)
     except (TypeError, ValueError) as error:
-        raise R3Error(f"task {name!r}, options {options}: {error}: see its class for their types") from error
+        why = f"task {name!r}, options {options}: {error}"
+        raise R3Error(f"{why}: see its class for their types") from error
 
 
 __all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingProblem", "FunctionCallingTask", "Task", "load_task"]

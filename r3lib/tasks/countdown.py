@@ -128,8 +128,8 @@ class CountdownTask(Task):
             return None
         numbers, targets = range(1, self.largest + 1), range(1, self.largest_target + 1)
         drawn = (nums for k in self.count for nums in combinations_with_replacement(numbers, k))
-        problems = (CountdownProblem(nums, t) for nums in drawn for t in reachable(nums) if t in targets)
-        return sum(split_of(problem) == split for problem in problems)
+        problems = (CountdownProblem(nums, t) for nums in drawn for t in reachable(nums))
+        return sum(p.target in targets and split_of(p) == split for p in problems)
 
     def draw(self, random: Random) -> CountdownProblem:
         """Draw one problem, of any split."""
