@@ -34,7 +34,7 @@ class Group:
 
     @property
     def shown(self) -> list[int]:
-        """Index of the first rewarded and of the first unrewarded reflection, where there is one."""
+        """Indices of the first rewarded and the first unrewarded reflection, if there is one."""
         return [self.rewards.index(reward) for reward in (1.0, 0.0) if reward in self.rewards]
 
     def table(self, runner: Runner) -> pd.DataFrame:
@@ -66,7 +66,7 @@ def sample_groups(runner: Runner, failures: Sequence[Failure], size: int, seed=0
     Raises R3Error where there are no failures.
     """
     if not failures:
-        raise R3Error("every first try is right: to have something to reflect on, use a harder task")
+        raise R3Error("every first try is right: use a harder task to have failures")
     asked = [runner.reflection_prompt(failure) for failure in failures]
     seeds = seeds_for([failure.problem for failure in failures], seed, "tour")
     sampling = Sampling(runner.limits.reflection, 1.0)
@@ -87,10 +87,10 @@ def sample_groups(runner: Runner, failures: Sequence[Failure], size: int, seed=0
 
 
 def first_with_variance(groups: Sequence[Group]) -> tuple[Group, str]:
-    """The first group whose rewards differ, else the first; a sentence on those without variance."""
+    """The first group whose rewards differ, else the first; a sentence on the others."""
     chosen = next((group for group in groups if len(set(group.rewards)) > 1), None)
     flat = sum(len(set(group.rewards)) == 1 for group in groups)
-    said = f"{flat} of {len(groups)} groups have no variance: their retries all agree, which teaches nothing."
+    said = f"{flat} of {len(groups)} groups have no variance: their retries all agree."
     if chosen is None:
         return groups[0], f"{said} The first of them is shown, whose advantages are all 0."
     return chosen, f"{said} The first of the others is shown."
