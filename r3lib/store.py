@@ -148,10 +148,10 @@ def save_figure(results: Path, figure, name: str, data, notebook, cell, inputs=(
 
 @contextmanager
 def claimed(folder: Path, shared: bool = False):
-    """Make `folder` of results and hold it for the block: alone, or `shared` with other processes that share it.
+    """Make a `folder` of results and hold it for the block: alone, or `shared` with others that share.
 
-    The lock ends with the process, however it ends. On a disk without locks there is none. Raises R3Error when
-    the folder cannot be written, or another run holds it.
+    The lock ends with the process, however it ends. On a disk without locks there is none. Raises
+    R3Error when the folder cannot be written, or another run holds it.
     """
     with _lock_file(folder) as file:
         try:
@@ -159,7 +159,8 @@ def claimed(folder: Path, shared: bool = False):
         except BlockingIOError as error:
             file.seek(0)
             why = f"process {file.read().strip() or 'unknown'} is running in {folder}"
-            raise R3Error(f"{why}: wait for it, or give this run another folder with --set name=...") from error
+            fix = "wait for it, or give this run another folder with --set name=..."
+            raise R3Error(f"{why}: {fix}") from error
         except OSError:  # a disk that knows no locks
             pass
         file.truncate(0)
@@ -181,7 +182,7 @@ def _lock_file(folder: Path):
 def room_for(path: Path):
     """Turn what a full disk, or one without write permission, raises in the block into one R3Error.
 
-    A full disk is told from whatever library raised; of a denial the error names the file or folder.
+    Any library may raise what tells of a full disk; the R3Error of a denial names file or folder.
     """
     try:
         yield
@@ -197,7 +198,7 @@ def room_for(path: Path):
 
 
 def _is_beside(path: Path, denied: str | None) -> bool:
-    """Whether what was `denied` is the folder of `path`, one above it, or lies in it; also if that is not known."""
+    """Whether what was `denied` is the folder of `path`, above it or in it; also if not known."""
     if not isinstance(denied, str):
         return True
     folder, denied = path.absolute().parent, Path(denied).absolute()

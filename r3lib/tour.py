@@ -1,4 +1,4 @@
-"""One failure all the way through the loop, for notebook 00: a group of reflections, their rewards, the mask."""
+"""One failure through the loop, for notebook 00: a group of reflections, its rewards, the mask."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .errors import R3Error
 
 @dataclass(frozen=True)
 class Group:
-    """G reflections on one failure and the greedy retry after each; `rewards` are 0 or 1, one a reflection."""
+    """G reflections on one failure and the greedy retry after each; a reward, 0 or 1, for each."""
 
     failure: Failure
     asked: list[int]  # ids of task, attempt and the request to reflect
@@ -28,14 +28,14 @@ class Group:
 
     @property
     def advantages(self) -> list[float]:
-        """Reward minus the group's mean, over its standard deviation (GRPO); all 0 without variance."""
+        """Reward minus the group's mean, over its standard deviation (GRPO); 0 without variance."""
         rewards = pd.Series(self.rewards)
         return ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
 
     @property
     def shown(self) -> list[int]:
-        """The first rewarded and the first unrewarded reflection; of a group without variance the first alone."""
-        return sorted({self.rewards.index(reward) for reward in self.rewards}, key=self.rewards.__getitem__)[::-1]
+        """Indices of the first rewarded and the first unrewarded reflection, if there is one."""
+        return [self.rewards.index(reward) for reward in (1.0, 0.0) if reward in self.rewards]
 
     def table(self, runner: Runner) -> pd.DataFrame:
         """A row a reflection: reflection, retry, verdict, reward, advantage."""
@@ -52,27 +52,28 @@ class Group:
         """(ids, mask, roles) of the conversation with reflection `index`, one of each a token."""
         failure, reflection = self.failure, self.reflections[index].ids
         request = self.asked[len(failure.prompt_ids) + len(failure.attempt_ids) :]
-        parts = [("task", failure.prompt_ids), ("attempt", failure.attempt_ids), ("request", request)]
-        parts += [("reflection", reflection), ("request", self.turns[index])]
-        parts += [("retry", self.retries[index].ids)]
+        parts = [("task", failure.prompt_ids), ("attempt", failure.attempt_ids)]
+        parts += [("request", request), ("reflection", reflection)]
+        parts += [("request", self.turns[index]), ("retry", self.retries[index].ids)]
         roles = [role for role, ids in parts for _ in ids]
         ids = [token for _, part in parts for token in part]
         return ids, [int(role == "reflection") for role in roles], roles
 
 
-def sample_groups(runner: Runner, failures: Sequence[Failure], size: int, seed: int = 0) -> list[Group]:
+def sample_groups(runner: Runner, failures: Sequence[Failure], size: int, seed=0) -> list[Group]:
     """A group of `size` reflections at temperature 1 for each failure, all sampled together.
 
     Raises R3Error where there are no failures.
     """
     if not failures:
-        raise R3Error("every first try is right, so there is nothing to reflect on: use a harder task")
+        raise R3Error("every first try is right: use a harder task to have failures")
     asked = [runner.reflection_prompt(failure) for failure in failures]
     seeds = seeds_for([failure.problem for failure in failures], seed, "tour")
     sampling = Sampling(runner.limits.reflection, 1.0)
     groups = runner.engine.generate(asked, size, sampling, seeds)
     prompts = [runner.retry_prompt(f, c.ids) for f, group in zip(failures, groups) for c in group]
-    answers = runner.engine.generate(prompts, 1, Sampling(runner.limits.retry, 0.0), range(len(prompts)))
+    greedy = Sampling(runner.limits.retry, 0.0)
+    answers = runner.engine.generate(prompts, 1, greedy, range(len(prompts)))
     retries = [answer[0] for answer in answers]
     found = []
     for i, (failure, group) in enumerate(zip(failures, groups)):
@@ -86,10 +87,10 @@ def sample_groups(runner: Runner, failures: Sequence[Failure], size: int, seed: 
 
 
 def first_with_variance(groups: Sequence[Group]) -> tuple[Group, str]:
-    """The first group whose rewards differ, else the first; and a sentence on the groups without variance."""
+    """The first group whose rewards differ, else the first; a sentence on the others."""
     chosen = next((group for group in groups if len(set(group.rewards)) > 1), None)
     flat = sum(len(set(group.rewards)) == 1 for group in groups)
-    said = f"{flat} of {len(groups)} groups have no variance: their retries all agree, and they teach nothing."
+    said = f"{flat} of {len(groups)} groups have no variance: their retries all agree."
     if chosen is None:
         return groups[0], f"{said} The first of them is shown, whose advantages are all 0."
     return chosen, f"{said} The first of the others is shown."

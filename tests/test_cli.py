@@ -1,5 +1,7 @@
 """The command `r3`: arguments reach the functions, errors are one line, help is quick."""
 
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 from r3lib import base_model, cli, doctor, pipeline
 from r3lib.errors import R3Error
+from r3lib.store import claimed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,13 +99,13 @@ def test_base_model_passes_seed_steps_and_folder(monkeypatch, tmp_path, capsys):
 
 
 @pytest.fixture
-def study(monkeypatch):
+def study(monkeypatch, tmp_path):
     """What was asked of which study."""
     calls = []
 
     class Spy:
         def __init__(self, profile, task, results, **overrides):
-            self.made = (profile, task, overrides)
+            self.made, self.results = (profile, task, overrides), tmp_path / "results"
 
         def __getattr__(self, stage):
             return lambda *arguments: calls.append((*self.made, stage, arguments)) or "path"
@@ -122,6 +125,15 @@ def test_sample_asks_for_a_share_and_merge_for_the_whole(study, capsys):
     ]
 
 
+def test_shares_run_side_by_side_but_not_beside_a_whole_run(study, tmp_path, capsys):
+    line = "sample mine --task countdown --shard 0/2".split()
+    with claimed(tmp_path / "results", shared=True):
+        assert cli.main(line) == 0
+    with claimed(tmp_path / "results"):
+        assert cli.main(line) == 2
+    assert "is running in" in capsys.readouterr().err and len(study) == 1
+
+
 @pytest.mark.parametrize("share", ["4/4", "1", "a/2", "-1/2"])
 def test_a_share_that_is_none_is_refused(share, capsys):
     with pytest.raises(SystemExit):
@@ -134,6 +146,16 @@ def test_help_loads_nothing_heavy_and_names_every_command():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert all(name in done.stdout for name in ("reproduce", "doctor", "report", "base-model", "badges"))
     assert not any(f"'{heavy}'" in done.stdout for heavy in ("torch", "papermill", "pandas", "matplotlib"))
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="reads the Makefile with make")
+def test_make_hands_a_profile_with_a_space_over_as_one_word():
+    for target in ("reproduce", "doctor"):
+        made = ["make", "-n", target, "PROFILE=a b.yaml", "TASK=countdown"]
+        lines = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        (line,) = [line for line in lines if "--profile" in line]
+        words = shlex.split(line.removeprefix("@"))
+        assert words[words.index("--profile") + 1] == "a b.yaml"
 
 
 def test_module_and_command_are_the_same():

@@ -234,9 +234,9 @@ def test_any_text_has_a_known_style(text):
 
 def test_a_style_is_told_in_no_time():
     for text in ("9" * 10**6, "1 + 1 = " * 10**5, "I used " * 10**5, ". " * 10**5):
-        started = time.perf_counter()
+        started = time.process_time()
         style(text)
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
 
 
 def test_text_of_no_style_is_other():

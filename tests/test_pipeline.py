@@ -14,8 +14,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from r3lib import pipeline
+from r3lib import checks, cli, pipeline
 from r3lib.errors import R3Error
+from r3lib.store import claimed
 
 DECLARED = 'profile = "nano"\ntask = "all"\noverrides = "{}"\nresults = "results"'
 LOG = 'open("log.txt", "a").write(__NAME__ + "\\n")'
@@ -46,6 +47,7 @@ def checkout(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "r3lib.report", types.SimpleNamespace(write_report=write_report))
     monkeypatch.setattr(pipeline, "check_memory", lambda profile, overrides: None)
+    monkeypatch.setattr(pipeline, "check", lambda profile, tasks: None)
     monkeypatch.delenv("R3_FRESH", raising=False)
     return tmp_path
 
@@ -163,13 +165,40 @@ def test_parameters_that_a_notebook_does_not_know_stop_everything_before_it_star
         ({"profile": "smok"}, "unknown profile 'smok': did you mean 'smoke'"),
         ({"task": "countdwn"}, "unknown task 'countdwn': did you mean 'countdown'"),
         ({"overrides": {"group_size": "1"}}, "group_size=1 is out of range"),
+        ({"overrides": {"failures_per_step": "3"}}, "= 12 rows do not divide into learning batches of 32"),
+        ({"overrides": {"model": "/no/such/folder"}}, "model '/no/such/folder' has no config.json"),
+        ({"overrides": {"task_options": {"countdown": {"larges": 9}}}}, "did you mean 'largest'"),
+        ({"overrides": {"test_problems": "9999"}, "task": "countdown"}, "countdown test holds only about 2503"),
     ],
 )
-def test_bad_arguments_stop_everything_before_it_starts(checkout, arguments, words):
+def test_bad_arguments_stop_everything_before_it_starts(checkout, arguments, words, monkeypatch):
+    monkeypatch.setattr(pipeline, "check", checks.check)
     write(checkout / "notebooks", "00_fine")
     with pytest.raises(R3Error, match=words):
         pipeline.reproduce(**{"profile": "smoke", **arguments})
     assert ran(checkout) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(checkout, monkeypatch, capsys):
+    write(checkout / "notebooks", "00_fine")
+    folder = checkout / "results" / "smoke"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    assert cli.main(["reproduce", "--profile", "smoke", "--results", str(folder.parent)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"r3: error: cannot write {folder} (Permission denied): ") and error.count("\n") == 1
+    assert ran(checkout) == []
+
+
+def test_a_second_run_in_a_folder_is_one_line_and_leaves_the_first_alone(checkout, capsys):
+    write(checkout / "notebooks", "00_fine")
+    folder = checkout / "results" / "smoke"
+    with claimed(folder):
+        assert cli.main(["reproduce", "--profile", "smoke", "--results", str(folder.parent)]) == 2
+    error = capsys.readouterr().err
+    assert f"process {os.getpid()} is running in {folder}: " in error and "--set name=" in error
+    assert error.count("\n") == 1 and ran(checkout) == []
+    pipeline.reproduce("smoke", results=folder.parent, say=lambda line: None)
+    assert ran(checkout) == ["00"]
 
 
 def test_a_vllm_that_is_not_there_is_named_before_anything_runs(checkout, monkeypatch, capsys):
@@ -204,13 +233,17 @@ def test_one_fresh_run_has_one_id_in_all_its_notebooks(checkout):
     assert first == second and third == fourth and first != third and first and none == last == ""
 
 
-def test_hub_stays_open_for_hub_models_and_hub_problems(checkout):
+def test_hub_stays_open_for_hub_models_and_hub_problems(checkout, monkeypatch):
+    monkeypatch.setattr(pipeline, "reaches_hub", lambda: True)
+
     def env(**overrides):
         return pipeline.kernel_of(pipeline.load_profile("smoke", **overrides), False).kernel_spec.env
 
     assert env()["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in env(model="some/model")
     assert "HF_HUB_OFFLINE" not in env(task_options={"countdown": {"source": "hub"}})
+    monkeypatch.setattr(pipeline, "reaches_hub", lambda: False)
+    assert env(model="some/model")["HF_HUB_OFFLINE"] == "1"  # what is cached is taken without retries
 
 
 def test_progress_names_the_cell_and_the_last_line_it_printed(checkout, monkeypatch):

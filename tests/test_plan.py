@@ -105,10 +105,11 @@ def test_a_t4_holds_the_colab_profile_with_its_weights_in_four_bits(t4):
 @pytest.mark.parametrize(
     "overrides, phase, setting",
     [
-        ({"micro_batch": 64, "mask": "retry", "attempt_tokens": 8192}, "learning", "micro_batch"),
+        ({"micro_batch": 64, "mask": "retry", "retry_temperature": 1.0, "attempt_tokens": 8192}, "learning",
+         "micro_batch"),
         ({"sample_batch": 1024, "test_problems": 2000}, "sampling", "sample_batch"),
     ],
-)
+)  # fmt: skip
 def test_a_refusal_names_the_setting_and_its_advice_fits(t4, overrides, phase, setting):
     made = t4(**overrides)
     assert made.state(phase) == "fail" and made.mend(phase).startswith(f"set {setting}=")

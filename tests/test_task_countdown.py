@@ -122,6 +122,17 @@ def test_asking_for_more_than_there_are_says_how_many_there_are():
         task.problems("train", 400, 0)
 
 
+@pytest.mark.parametrize("count", [2, 3, (2, 3)])
+def test_what_a_split_of_few_problems_holds_is_counted_exactly(count):
+    task = CountdownTask(count=count, largest=5, largest_target=9)
+    for split in SPLITS:
+        there = task._count(split)
+        assert len(task.problems(split, there, 0)) == there
+        with pytest.raises(R3Error, match=f"only about {there} distinct problems .* {there + 1} were asked"):
+            task.problems(split, there + 1, 0)
+    assert CountdownTask()._count("test") is None
+
+
 @pytest.mark.parametrize(
     "split, n, said", [("tset", 3, "'tset': use one of pretrain, train"), ("test", 0, "n=0"), ("test", -2, "n=-2")]
 )

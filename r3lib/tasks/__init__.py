@@ -21,11 +21,12 @@ def load_task(name: str, **options) -> Task:
     if unknown := [option for option in options if option not in known]:
         near = difflib.get_close_matches(str(unknown[0]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise R3Error(f"task {name!r} has no option {unknown[0]!r}: {hint}")
+        raise R3Error(f"task {name!r}: no option {unknown[0]!r}: {hint}")
     try:
         return TASKS[name](**options)
     except (TypeError, ValueError) as error:
-        raise R3Error(f"task {name!r}, options {options}: {error}: see its class for their types") from error
+        why = f"task {name!r}, options {options}: {error}"
+        raise R3Error(f"{why}: see its class for their types") from error
 
 
 __all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingProblem", "FunctionCallingTask", "Task", "load_task"]

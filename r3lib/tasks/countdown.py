@@ -5,8 +5,8 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-from math import gcd
+from itertools import accumulate, combinations_with_replacement
+from math import comb, gcd
 from pathlib import Path
 from random import Random
 
@@ -19,6 +19,7 @@ from .base import Task
 SPLITS = {"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}  # share of the problems
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 BATCH = 1000  # rows of it that are read at once
+COUNTED = 5000  # most sets of numbers whose problems are counted (0.1 s for 1,540 of three)
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,28 @@ class CountdownTask(Task):
 
     def _generate(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
         found: dict[str, CountdownProblem] = {}
-        for index in range(200 * n + 2000):
+        there = self._count(split)
+        for index in range(200 * n + 2000 if there is None or there >= n else 0):
             problem = self.draw(Random(f"{seed}/{index}"))
             if split_of(problem) == split:
                 found.setdefault(problem.id, problem)
             if len(found) == n:
                 return list(found.values())
+        most = len(found) if there is None else there
         raise R3Error(
-            f"countdown {split} holds only about {len(found)} distinct problems with numbers up to {self.largest}, "
+            f"countdown {split} holds only about {most} distinct problems with numbers up to {self.largest}, "
             f"{n} were asked for: ask for fewer, or raise largest or largest_target"
         )
+
+    def _count(self, split: str) -> int | None:
+        """The distinct problems of `split`, None where counting would take more than a moment."""
+        sets = sum(comb(self.largest + k - 1, k) for k in self.count)
+        if max(self.count) > 3 or sets > COUNTED:
+            return None
+        numbers, targets = range(1, self.largest + 1), range(1, self.largest_target + 1)
+        drawn = (nums for k in self.count for nums in combinations_with_replacement(numbers, k))
+        problems = (CountdownProblem(nums, t) for nums in drawn for t in reachable(nums))
+        return sum(p.target in targets and split_of(p) == split for p in problems)
 
     def draw(self, random: Random) -> CountdownProblem:
         """Draw one problem, of any split."""
