@@ -152,7 +152,9 @@ SYNTAXES = {
             "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>", "\n",
         )
     ),
-    "DeepSeek V3.1": Syntax(each(lambda name, a: f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{dumps(a)}<｜tool▁call▁end｜>")),
+    "DeepSeek V3.1": Syntax(
+        each(lambda name, a: f"<｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{dumps(a)}<｜tool▁call▁end｜>")
+    ),
     "Kimi": Syntax(
         each(
             lambda name, a: (
@@ -176,7 +178,8 @@ SYNTAXES = {
         each(xml("<function={}>", "<parameter={}>{}</parameter>", "</function>")), "</function>", typed=False
     ),
     "MiniMax": Syntax(
-        each(xml('<invoke name="{}">\n', '<parameter name="{}">{}</parameter>\n', "</invoke>")), "</invoke>", typed=False
+        each(xml('<invoke name="{}">\n', '<parameter name="{}">{}</parameter>\n', "</invoke>")),
+        "</invoke>", typed=False,
     ),
     "Muse": Syntax(
         each(xml('<atem:invoke name="{}">\n', '<atem:parameter name="{}">{}</atem:parameter>\n', "</atem:invoke>")),
@@ -283,9 +286,11 @@ KINDS += ("wrong_value", "default left out", "default given", "invalid_json", "n
 
 BEFORE = (
     "", "", "Sure, I can help with that.\n", 'The "name": key is set.\n', "Use {curly} and [square] brackets (1).\n",
-    '{"temperature": 21.5, "unit": "C"}\n', '```json\n{"name": "demo", "version": 2}\n```\n', "I put it in <tool_call> tags.\n",
+    '{"temperature": 21.5, "unit": "C"}\n', '```json\n{"name": "demo", "version": 2}\n```\n',
+    "I put it in <tool_call> tags.\n",
     '<think>I could write {"name": "f", "arguments": {"a": 9}} or\n<tool_call>{"name": ...}</tool_call></think>\n',
-    '[{"name": "Ann", "age": 7}, {"name": "Bob", "age": 8}]\n', "f(x) is a function of x.\n", "a < b and c > d: {x, y}\n",
+    '[{"name": "Ann", "age": 7}, {"name": "Bob", "age": 8}]\n', "f(x) is a function of x.\n",
+    "a < b and c > d: {x, y}\n",
 )  # fmt: skip
 AFTER = (
     "", "", "\nDone.", '\nSample:\n```json\n{"name": "demo", "version": 2}\n```', "\nThe result is in [0, 1).",
@@ -327,7 +332,7 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    verify('{"name": "f", "arguments": {}}', [], [{"name": "f", "arguments": {}}])  # the first verdict imports a library
+    verify('{"name": "f", "arguments": {}}', [], [{"name": "f", "arguments": {}}])  # the first one imports a library
     rng, right, wrong, slowest, slow = random.Random(options.seed), Counter(), [], 0.0, 0
     while right.total() + len(wrong) < options.n:
         made = case(rng)

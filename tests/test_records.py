@@ -16,7 +16,7 @@ import pytest
 from r3lib.errors import R3Error
 from r3lib.tasks import function_calling_records as records
 from r3lib.tasks.function_calling_records import FunctionCallingProblem, function_tool, skeleton, split_of
-from r3lib.verifiers.function_calling import render, verify
+from r3lib.verifiers.function_calling import verify
 
 PLACE = {"type": "str", "description": "A town."}
 TOOL = {
@@ -48,7 +48,7 @@ def as_text(row):
 
 def reasons_of_gold(problem):
     """What both rules say of the answers, against themselves and against BFCL's accepted values."""
-    text, tools, plain = render(list(problem.answers)), list(problem.tools), list(problem.answers)
+    text, tools, plain = json.dumps(list(problem.answers)), list(problem.tools), list(problem.answers)
     golds = [plain, list(problem.possible or plain)]
     return {verify(text, tools, gold, rule).reason for gold in golds for rule in ("strict", "lenient")}
 

@@ -17,7 +17,7 @@ from r3lib.tasks import function_calling_corpus
 from r3lib.tasks import function_calling_records as records
 from r3lib.tasks.function_calling import CATEGORIES, FunctionCallingTask
 from r3lib.tasks.function_calling_records import FunctionCallingProblem, split_of
-from r3lib.verifiers.function_calling import REASONS, render, verify
+from r3lib.verifiers.function_calling import REASONS, verify
 
 TOOL = {
     "name": "get_weather",
@@ -94,9 +94,9 @@ def test_tools_are_json_schema_functions_beside_the_bare_query():
 @pytest.mark.parametrize("rule, reason", [("strict", "wrong_value"), ("lenient", "ok")])
 def test_what_else_is_possible_counts_only_under_the_lenient_rule(rule, reason):
     task = FunctionCallingTask("bfcl", rule)
-    assert task.verify(render([CALL]), PROBLEM).reason == "ok"
-    assert task.verify(render([{**CALL, "arguments": {"place": "Cancun"}}]), PROBLEM).reason == reason
-    assert task.verify(render([CALL]), replace(PROBLEM, possible=None)).ok
+    assert task.verify(json.dumps([CALL]), PROBLEM).reason == "ok"
+    assert task.verify(json.dumps([{**CALL, "arguments": {"place": "Cancun"}}]), PROBLEM).reason == reason
+    assert task.verify(json.dumps([CALL]), replace(PROBLEM, possible=None)).ok
 
 
 def test_a_local_copy_gives_distinct_problems_of_its_split_as_a_function_of_the_arguments(source):

@@ -2,12 +2,18 @@
 
 import copy
 import json
+import os
 import random
+import runpy
 import time
+from pathlib import Path
 
 import pytest
+import trl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from r3lib.errors import R3Error
 from r3lib.verifiers.function_calling import (
@@ -19,7 +25,6 @@ from r3lib.verifiers.function_calling import (
     Unread,
     calls,
     gold,
-    render,
     verify,
 )
 
@@ -41,6 +46,7 @@ TOOLS = [  # xlam's form
 PARIS = {"name": "forecast", "arguments": {"city": "Paris", "days": 3}}
 ROME = {"name": "forecast", "arguments": {"city": "Rome", "days": 5}}
 ALERT = {"name": "alert", "arguments": {"on": True}}
+NOW = {"name": "now", "arguments": {}}
 WRITTEN = '{"name": "forecast", "arguments": {"city": "Paris", "days": 3}}'
 
 
@@ -48,6 +54,10 @@ def schema(types, required, wrap=False):
     """A tool f in JSON schema."""
     tool = {"name": "f", "parameters": {"type": "dict", "properties": types, "required": required}}
     return [{"type": "function", "function": tool}] if wrap else [tool]
+
+
+def dumped(made):
+    return json.dumps(made, ensure_ascii=False)
 
 
 def reason(text, answers=(PARIS,), rule="strict", tools=TOOLS):
@@ -66,24 +76,13 @@ def one(value, wanted, declared, rule="strict"):
 
 # ---------------------------------------------------------------- how a text is read
 
-FORMATS = {
-    "JSON list": render,
-    "indented list": lambda made: json.dumps(made, indent=2),
-    "JSON lines": lambda made: "\n".join(map(json.dumps, made)),
-    "one after another": lambda made: "".join(map(json.dumps, made)),
-    "Llama, semicolons": lambda made: "; ".join(json.dumps(parameters(call)) for call in made),
-    "Llama, python tag": lambda made: (
-        "<|python_tag|>" + ";".join(json.dumps(parameters(c)) for c in made) + "<|eom_id|>"
-    ),
-    "Qwen, Hermes": lambda made: "\n".join(f"<tool_call>\n{json.dumps(c)}\n</tool_call>" for c in made),
-    "list in a tag": lambda made: f"<tool_call>{json.dumps(made)}</tool_call>",
-    "unclosed tag": lambda made: f"<tool_call>{json.dumps(made)}",
-    "Phi, fence": lambda made: f"Sure:\n```json\n{json.dumps(made, indent=1)}\n```\nDone [1, 2).",
-    "plain fence": lambda made: f"```\n{json.dumps(made)}\n```",
-    "xlam wrapper": lambda made: json.dumps([{"function": call} for call in made]),
-    "OpenAI": lambda made: json.dumps([{"id": "c1", "type": "function", "function": stringed(call)} for call in made]),
-    "prose around": lambda made: f'I "think {{x}} of [y] it\'s 5":\n{json.dumps(made)}\nThat is {{"a": 1}} and ]}}.',
-}
+FUZZ = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "fuzz_calls.py"))
+SYNTAXES = FUZZ["SYNTAXES"]
+
+
+def written(made):
+    """`made` in every syntax that can hold it: (name, text)."""
+    return [(name, s.render(made)) for name, s in SYNTAXES.items() if s.many or len(made) == 1]
 
 
 def parameters(call):
@@ -94,10 +93,43 @@ def stringed(call):
     return {"name": call["name"], "arguments": json.dumps(call["arguments"])}
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("made", [[PARIS], [PARIS, ALERT, ROME]], ids=["one call", "three calls"])
-def test_every_familys_format_is_read(name, made):
-    assert calls(FORMATS[name](made)) == made
+@pytest.mark.parametrize("made", [[PARIS], [NOW], [PARIS, ALERT, NOW, ROME]], ids=["one", "no arguments", "four"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_familys_syntax_is_read(made, rule):
+    assert len(SYNTAXES) >= 24
+    for name, text in written(made):
+        assert reason(text, made, rule) == "ok", name
+        assert not SYNTAXES[name].typed or calls(text, {"now"}) == made
+
+
+def assistants_turn(path, call):
+    """What a template writes for an assistant's call after a user's turn; None where it has no place for calls."""
+    tool = {"name": call["name"], "description": "", "parameters": {"type": "object", "properties": {}}}
+    turns = [{"role": "user", "content": "Weather?"}]
+    for arguments in (call["arguments"], json.dumps(call["arguments"])):
+        function = {"type": "function", "id": "a1", "function": {"name": call["name"], "arguments": arguments}}
+        made = {"role": "assistant", "content": "", "tool_calls": [function]}
+        try:
+            tools = [{"type": "function", "function": tool}]
+            options = {"chat_template": path.read_text(), "tools": tools, "bos_token": "", "eos_token": ""}
+            (before,), _ = render_jinja_template([turns], **options, add_generation_prompt=True)
+            (after,), _ = render_jinja_template([[*turns, made]], **options)
+        except (TemplateError, TypeError, ValueError):
+            continue
+        return after[len(os.path.commonprefix([before, after])) :]
+    return None
+
+
+@pytest.mark.parametrize("call", [PARIS, NOW], ids=["arguments", "no arguments"])
+def test_what_the_templates_that_trl_ships_write_for_a_call_is_read(call):
+    read = set()
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")):
+        text = assistants_turn(path, call)
+        if text and call["name"] in text:
+            assert reason(text, [call]) == "ok", (path.stem, text)
+            read.add(path.stem)
+    families = {"deepseekv3", "gemma4", "glm4moe", "gptoss", "lfm2_v2", "lfm2_2_5", "llama3_1", "llama3_2"}
+    assert families | {"muse_glimmer", "nemotron_3_nano", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_8"} <= read
 
 
 @pytest.mark.parametrize(
@@ -120,11 +152,12 @@ def test_which_blocks_of_a_text_count(text, expected):
 
 def test_tags_and_fences_inside_a_string_are_only_text():
     made = [{"name": "f", "arguments": {"a": '</tool_call> ```json {"x": "]"} <tool_call> \\" { ['}}]
-    assert all(calls(write(made)) == made for write in FORMATS.values())
+    for name, text in written(made):
+        assert reason(text, made) == "ok", name
 
 
 @pytest.mark.parametrize(
-    "text", ["", "The weather is fine.", None, "forecast(city='Paris')", "{}", "[[]]", "[1, 2]", "{"]
+    "text", ["", "The weather is fine.", None, "forecast('Paris')", "Is it now()?", "{}", "[[]]", "[1]", "{"]
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_a_text_without_an_object_that_has_a_name_is_no_call(text, rule):
@@ -136,17 +169,13 @@ def test_a_text_without_an_object_that_has_a_name_is_no_call(text, rule):
 @pytest.mark.parametrize(
     "text",
     [
-        '{"name": "now"}',
         '{"name": "now", "arguments": []}',
-        '{"name": "now", "arguments": null}',
         '{"name": "now", "arguments": "soon"}',
         '{"name": "now", "arguments": "[]"}',
         '{"name": "now", "arguments": "{"}',
         '{"name": "now", "arguments": "{} {}"}',
         '{"name": 7, "arguments": {}}',
         '{"name": ["now"], "arguments": {}}',
-        '{"tool": {"name": "now", "arguments": {}}}',
-        '[["name", {}]]',
         '[{"name": "now", "arguments": {}}, 7]',
         '[[{"name": "now", "arguments": {}}]]',
     ],
@@ -238,22 +267,22 @@ def test_text_of_another_type_is_a_clear_error(text):
 
 
 def changed(**arguments):
-    return render([{"name": "forecast", "arguments": PARIS["arguments"] | arguments}])
+    return dumped([{"name": "forecast", "arguments": PARIS["arguments"] | arguments}])
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "text, expected",
     [
-        (render([PARIS]), "ok"),
+        (dumped([PARIS]), "ok"),
         ("It will rain.", "no_call"),
-        (render([PARIS])[:-1], "invalid_json"),
-        (render([PARIS | {"name": "weather"}]), "wrong_function"),
-        (render([ALERT]), "wrong_function"),
-        (render([PARIS, ALERT]), "wrong_function"),
-        (render([PARIS, PARIS]), "wrong_call_count"),
-        (render([{"name": "forecast", "arguments": {"city": "Paris"}}]), "missing_argument"),
-        (render([{"name": "forecast", "arguments": {"city": 7, "date": 3}}]), "missing_argument"),
+        (dumped([PARIS])[:-1], "invalid_json"),
+        (dumped([PARIS | {"name": "weather"}]), "wrong_function"),
+        (dumped([ALERT]), "wrong_function"),
+        (dumped([PARIS, ALERT]), "wrong_function"),
+        (dumped([PARIS, PARIS]), "wrong_call_count"),
+        (dumped([{"name": "forecast", "arguments": {"city": "Paris"}}]), "missing_argument"),
+        (dumped([{"name": "forecast", "arguments": {"city": 7, "date": 3}}]), "missing_argument"),
         (changed(month=5, city="Rome"), "unexpected_argument"),
         (changed(scale=1.0), "unexpected_argument"),
         (changed(city="Rome", days="3"), "wrong_type"),
@@ -280,11 +309,11 @@ def test_the_empty_list_is_an_answer_of_no_calls(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_order_of_calls_is_free_and_their_number_is_not(rule):
     three = [PARIS, ALERT, ROME]
-    assert all(reason(render(made), three, rule) == "ok" for made in ([ROME, PARIS, ALERT], [ALERT, ROME, PARIS]))
-    assert reason(render([PARIS, ALERT]), three, rule) == "wrong_call_count"
-    assert reason(render([PARIS, PARIS, ALERT, ROME]), three, rule) == "wrong_call_count"
-    assert reason(render([PARIS, PARIS, ALERT]), three, rule) == "wrong_value"  # Rome's pair is a second Paris
-    assert reason(render([PARIS, ALERT, ALERT]), three, rule) == "wrong_function"  # a second alert cannot be Rome's
+    assert all(reason(dumped(made), three, rule) == "ok" for made in ([ROME, PARIS, ALERT], [ALERT, ROME, PARIS]))
+    assert reason(dumped([PARIS, ALERT]), three, rule) == "wrong_call_count"
+    assert reason(dumped([PARIS, PARIS, ALERT, ROME]), three, rule) == "wrong_call_count"
+    assert reason(dumped([PARIS, PARIS, ALERT]), three, rule) == "wrong_value"  # Rome's pair is a second Paris
+    assert reason(dumped([PARIS, ALERT, ALERT]), three, rule) == "wrong_function"  # a second alert cannot be Rome's
 
 
 def test_several_calls_of_one_function_are_paired_at_best():
@@ -294,7 +323,7 @@ def test_several_calls_of_one_function_are_paired_at_best():
     assert reason(text, possible, "lenient", tools) == "ok"
     assert reason(text.replace("2", "3"), possible, "lenient", tools) == "wrong_value"
     mixed = [{"name": "f", "arguments": arguments} for arguments in ({"a": 1, "b": 1}, {"a": 2})]
-    assert reason(render([mixed[1], {"name": "f", "arguments": {"a": 3, "b": 1}}]), mixed, tools=tools) == "wrong_value"
+    assert reason(dumped([mixed[1], {"name": "f", "arguments": {"a": 3, "b": 1}}]), mixed, tools=tools) == "wrong_value"
 
 
 def test_an_unknown_rule_names_the_rules():
@@ -351,7 +380,7 @@ def test_the_arguments_are_not_changed():
         ({"a": 2}, {"a": 1}, "dict", "wrong_value"),
         ("a", ["a"], "Union[str, List[str]]", "wrong_value"),
         (1, None, "Optional[int]", "wrong_value"),
-        (None, 1, "Optional[int]", "wrong_type"),
+        (None, 1, "Optional[int]", "wrong_value"),
         (None, 1, "int or None", "wrong_value"),
         (1, "x", "Any", "wrong_type"),  # the tool does not say, so gold does
         ("y", "x", "", "wrong_value"),
@@ -366,8 +395,9 @@ def test_strict_values_are_exact_and_typed(value, wanted, declared, expected):
 
 def test_strict_wants_an_argument_of_gold_even_where_the_tool_has_a_default():
     full = [{"name": "forecast", "arguments": PARIS["arguments"] | {"tags": ["rain"]}}]
-    assert reason(WRITTEN, full) == "missing_argument"
-    assert reason(WRITTEN, full, "lenient") == "ok"
+    assert reason(WRITTEN, full) == reason(WRITTEN, full, "lenient") == "missing_argument"
+    empty = [{"name": "forecast", "arguments": PARIS["arguments"] | {"tags": []}}]
+    assert reason(WRITTEN, empty) == "missing_argument" and reason(WRITTEN, empty, "lenient") == "ok"
 
 
 def test_strict_takes_the_first_of_bfcls_accepted_values():
@@ -375,9 +405,9 @@ def test_strict_takes_the_first_of_bfcls_accepted_values():
     possible = [{"f": {"a": [1, 2], "b": ["", "x"], "c": [c], "h": [h]}}]
     plain = [{"name": "f", "arguments": {"a": 1, "c": {"d": [3]}, "h": [{"i": 6}]}}]
     assert gold(possible) == gold(json.dumps(possible)) == gold(plain) == plain
-    assert reason(render(plain), possible, tools=[]) == "ok"
-    assert reason(render(plain).replace("1", "2"), possible, tools=[]) == "wrong_value"
-    assert reason(render(plain).replace('"a"', '"b": "x", "a"'), possible, tools=[]) == "unexpected_argument"
+    assert reason(dumped(plain), possible, tools=[]) == "ok"
+    assert reason(dumped(plain).replace("1", "2"), possible, tools=[]) == "wrong_value"
+    assert reason(dumped(plain).replace('"a"', '"b": "x", "a"'), possible, tools=[]) == "unexpected_argument"
 
 
 def test_gold_may_be_written_as_any_call_may():
@@ -453,26 +483,54 @@ BFCL = schema(
     ],
 )
 def test_lenient_follows_bfcl(arguments, accepted, expected):
-    assert reason(render([{"name": "f", "arguments": arguments}]), [{"f": accepted}], "lenient", BFCL) == expected
+    assert reason(dumped([{"name": "f", "arguments": arguments}]), [{"f": accepted}], "lenient", BFCL) == expected
+
+
+CITY = {"name": "forecast", "arguments": {"city": "Rome"}}
+FEW = {"name": "forecast", "arguments": {"city": "Rome", "days": 1}}
+MANY = {"name": "forecast", "arguments": {"city": "Rome", "days": 3}}
 
 
 @pytest.mark.parametrize(
-    "spec, optional",
+    "wanted, called, lenient",
     [
-        ({"type": "int"}, False),
-        ({"type": "int", "default": 3}, True),
-        ({"type": "int, optional"}, True),
-        ({"type": "Optional[int]"}, True),
+        (MANY, CITY, "missing_argument"),  # leaving out days means 1
+        (MANY, FEW, "wrong_value"),
+        (CITY, FEW, "ok"),
+        (CITY, MANY, "wrong_value"),  # not the default
+        (FEW, CITY, "ok"),
+        (FEW, FEW, "ok"),
     ],
 )
-def test_lenient_lets_a_plain_golds_argument_be_left_out_where_the_tool_says_so(spec, optional):
+@pytest.mark.parametrize("form", ["xlam", "JSON Schema", "a default as text"])
+def test_lenient_takes_an_argument_that_is_left_out_as_its_default_and_the_reverse(wanted, called, lenient, form):
+    days = {"type": "int", "default": "1" if form == "a default as text" else 1}
+    tools = [{"name": "forecast", "parameters": {"city": {"type": "str"}, "days": days}}]
+    if form == "JSON Schema":
+        types = {"city": {"type": "string"}, "days": {"type": "integer", "default": 1}}
+        tools = schema(types, ["city"])
+        tools[0]["name"] = "forecast"
+    assert reason(dumped([called]), [wanted], "lenient", tools) == lenient
+    strict = {True: "ok", False: "missing_argument" if called == CITY else "unexpected_argument"}[wanted == called]
+    assert reason(dumped([called]), [wanted], "strict", tools) == ("wrong_value" if lenient == "wrong_value" and wanted
+                                                                   == MANY else strict)
+
+
+def test_lenient_pairs_calls_that_differ_by_a_default():
+    tools = [{"name": "g", "parameters": {"type": {"type": "str", "default": "game"}}}]
+    wanted = [{"name": "g", "arguments": {"type": kind}} for kind in ("beta", "game")]
+    empty = {"name": "g", "arguments": {}}
+    assert reason(dumped([empty, empty]), wanted, "lenient", tools) == "missing_argument"
+    assert reason(dumped([empty, wanted[0]]), wanted, "lenient", tools) == "ok"
+
+
+@pytest.mark.parametrize("spec", ["int", {"type": "int"}, {"type": "int, optional"}, {"type": "Optional[int]"}])
+def test_an_argument_of_gold_without_a_default_may_not_be_left_out(spec):
     text, answers = '{"name": "f", "arguments": {}}', [{"name": "f", "arguments": {"type": 5}}]
-    expected = "ok" if optional else "missing_argument"
-    assert reason(text, answers, "lenient", [{"name": "f", "parameters": {"type": spec}}]) == expected
-    for wrap in (False, True):
-        tools = schema({"type": {"type": "integer"}}, [] if optional else ["type"], wrap)
-        assert reason(text, answers, "lenient", tools) == expected
-    assert reason(text, answers, "strict", tools) == "missing_argument"
+    for rule in RULES:
+        assert reason(text, answers, rule, [{"name": "f", "parameters": {"type": spec}}]) == "missing_argument"
+        for wrap in (False, True):
+            assert reason(text, answers, rule, schema({"type": {"type": "integer"}}, [], wrap)) == "missing_argument"
 
 
 @pytest.mark.parametrize(
@@ -522,14 +580,14 @@ ADVERSARIAL |= {
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_an_adversarial_text_is_rejected_within_10_ms(name):
-    text, looks = ADVERSARIAL[name], '"name":' in ADVERSARIAL[name]
+    text, looks = ADVERSARIAL[name], WRITTEN in ADVERSARIAL[name]
     for rule in RULES:
         best = float("inf")
         for _ in range(9):  # the best of a few: other work on the machine only ever adds time
-            start = time.perf_counter()
+            start = time.process_time()
             verdict = verify(text, TOOLS, [PARIS], rule)
-            best = min(best, time.perf_counter() - start)
-        assert not verdict.ok and (verdict.reason == "no_call") != looks
+            best = min(best, time.process_time() - start)
+        assert not verdict.ok and (looks or verdict.reason in ("no_call", "invalid_json"))
         assert best < 0.010
 
 
@@ -541,9 +599,9 @@ def test_five_large_calls_are_paired_within_10_ms(value):
     for rule in RULES:
         best = float("inf")
         for _ in range(9):
-            start = time.perf_counter()
+            start = time.process_time()
             verdict = verify(text, TOOLS, [PARIS, PARIS, ROME, ROME, ROME], rule)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.process_time() - start)
         assert verdict.reason == "wrong_type" and len(text) < MAX_LENGTH
         assert best < 0.010
 
@@ -598,8 +656,9 @@ def test_gold_is_ok_under_both_rules_in_every_format(problem, rng):
     tools, made = problem
     shuffled = rng.sample(made, len(made))
     for rule in RULES:
-        assert all(reason(write(shuffled), made, rule, tools) == "ok" for write in FORMATS.values())
-    assert reason(render(gold(made)), made, "lenient", tools) == "ok"
+        for name, text in written(shuffled):
+            assert reason(text, made, rule, tools) == "ok", name
+    assert reason(dumped(gold(made)), made, "lenient", tools) == "ok"
 
 
 @settings(deadline=None, max_examples=100)
@@ -608,7 +667,7 @@ def test_gold_of_bfcl_is_ok_under_both_rules(problem):
     tools, made = problem
     possible = possible_answers(made)
     for rule in RULES:
-        assert reason(render(gold(possible)), possible, rule, tools) == "ok"
+        assert reason(dumped(gold(possible)), possible, rule, tools) == "ok"
 
 
 def perturb(made, kind, rng):
@@ -651,14 +710,16 @@ def test_a_perturbed_gold_scores_its_own_reason(problem, rng, kind, rule):
     tools, made = problem
     spoiled = perturb(made, kind, rng)
     if spoiled is not None:
-        assert {reason(write(spoiled), made, rule, tools) for write in FORMATS.values()} == {kind}
+        for name, text in written(spoiled):
+            if SYNTAXES[name].typed:
+                assert reason(text, made, rule, tools) == kind, name
 
 
 @settings(deadline=None)
 @given(problems(), st.integers(1, 10**6))
 def test_gold_cut_short_or_unbalanced_is_invalid_json(problem, at):
     tools, made = problem
-    text = render(made)
+    text = dumped(made)
     cut = 8 + at % (len(text) - 8)  # after [{"name"
     assert reason(text[:cut] if cut < len(text) else text[1:], made, tools=tools) == "invalid_json"
     assert reason(text[:-1], made, tools=tools) == reason(text[1:], made, tools=tools) == "invalid_json"
@@ -694,4 +755,4 @@ def test_any_text_gets_a_verdict(text, rule):
     except Unread as error:
         assert verdict == str(error) and verdict in ("no_call", "invalid_json")
     else:
-        assert verdict not in ("no_call", "invalid_json") and calls(render(made)) == made
+        assert verdict not in ("no_call", "invalid_json") and calls(dumped(made)) == made

@@ -17,7 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from ..errors import R3Error
-from ..verifiers.function_calling import gold, is_optional
+from ..verifiers.function_calling import gold, unwrapped
+from ..verifiers.schemas import is_optional, is_schema, json_schema, read_type, unknown_word
 
 HUB_DATASET = "Salesforce/xlam-function-calling-60k"
 GATED_MEND = f"accept the terms at https://huggingface.co/datasets/{HUB_DATASET}, then run `hf auth login`"
@@ -25,13 +26,6 @@ BFCL_INSTALL = "pip install --no-deps bfcl-eval==2026.3.23"
 BFCL = ("simple_python", "multiple", "parallel", "parallel_multiple")  # categories of Python functions
 BFCL += ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
 SPLITS = {"train": 0.76, "validation": 0.04, "test": 0.20}  # 80/20 as in the paper; validation is 5% of the 80
-TYPES = {  # first word of a type -> its JSON Schema type, None for any
-    "string": "str string text char date datetime", "integer": "int integer long",
-    "number": "float number double complex decimal", "boolean": "bool boolean",
-    "array": "list array tuple set sequence iterable ndarray", "object": "dict object map mapping hashmap json",
-    None: "any union callable none null",
-}  # fmt: skip
-TYPES = {word: kind for kind, words in TYPES.items() for word in words.split()}
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 NUMBERS += " seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million"
 MASKED = re.compile(r'"[^"]*"|(?<!\w)\'[^\']*\'(?!\w)|\b(?:' + NUMBERS.replace(" ", "|") + r")\b|\d+(?:[.,:/-]\d+)*")
@@ -82,7 +76,8 @@ def check(problem: FunctionCallingProblem) -> str | None:
     for tool in problem.tools:
         if absent := set(tool.get("required", ())) - set(tool["parameters"]):
             return f"{tool['name']} requires undeclared {sorted(absent)}"
-        if odd := [s["type"] for s in tool["parameters"].values() if _word(s["type"]) not in TYPES]:
+        odd = [spec["type"] for spec in tool["parameters"].values() if unknown_word(spec.get("type", "any"))]
+        if odd:
             return f"{tool['name']} has an argument of unknown type {odd[0]!r}"
     accepted = [call for answer in problem.possible or () for call in answer.items()]
     for name, arguments in accepted or [(call["name"], call["arguments"]) for call in problem.answers]:
@@ -121,8 +116,22 @@ def read_xlam(source: str = "hub") -> Records:
 
 
 def _xlam(id: str, row: dict) -> FunctionCallingProblem:
-    tools, answers = (tuple(json.loads(x) if isinstance(x, str) else x) for x in (row["tools"], row["answers"]))
-    return FunctionCallingProblem(id, row["query"], tools, answers, kind="xlam")
+    tools, answers = (json.loads(x) if isinstance(x, str) else x for x in (row["tools"], row["answers"]))
+    return FunctionCallingProblem(id, row["query"], tuple(map(_tool, tools)), tuple(gold(answers)), kind="xlam")
+
+
+def _tool(written: dict) -> dict:
+    """A tool in xlam's form, from xlam's, JSON Schema or OpenAI's {"type": "function", "function": ...}."""
+    tool = unwrapped(written)
+    if is_schema(tool):
+        return to_xlam(tool)
+    parameters = {name: _spec(spec) for name, spec in (tool.get("parameters") or {}).items()}
+    return {**tool, "parameters": parameters}
+
+
+def _spec(spec) -> dict:
+    """An argument's schema as an object: a bare type is one, and `true` allows anything."""
+    return spec if isinstance(spec, dict) else {"type": spec} if isinstance(spec, str) else {}
 
 
 def read_bfcl(source: str = "bfcl") -> Records:
@@ -194,21 +203,32 @@ def _collect(source: str, rows: Iterable[tuple[str, dict]], make: Callable) -> R
 
 
 def to_xlam(schema: dict) -> dict:
-    """A function's schema as a tool of xlam's form; nothing is lost, `to_schema` gives it back."""
+    """A function's schema as a tool of xlam's form; `to_schema` gives it back."""
     body = dict(schema["parameters"])
-    required, arguments = body.pop("required", []), body.pop("properties", {})
+    required = body.pop("required", None) or []
+    arguments = {name: _spec(spec) for name, spec in (body.pop("properties", None) or {}).items()}
     body.pop("type", None)
-    optional = {name: {**s, "type": f"{s['type']}, optional"} for name, s in arguments.items() if name not in required}
-    tool = {**schema, "parameters": {**arguments, **optional}, **body}
-    return tool if required == _required(tool) else {**tool, "required": required}
+    parameters = {name: spec if name in required else _optional(spec) for name, spec in arguments.items()}
+    tool = {**body, **schema, "parameters": parameters}
+    return tool if set(required) == set(_required(tool)) else {**tool, "required": required}
+
+
+def _optional(spec: dict) -> dict:
+    written = spec.get("type")
+    return {**spec, "type": f"{written}, optional"} if isinstance(written, str) else spec
 
 
 def to_schema(tool: dict) -> dict:
     """The inverse of `to_xlam`, in BFCL's words for types ("dict", "float" ...)."""
     extra = {key: value for key, value in tool.items() if key not in ("name", "description", "parameters", "required")}
-    arguments = {name: {**s, "type": s["type"].removesuffix(", optional")} for name, s in tool["parameters"].items()}
+    arguments = {name: _without_optional(spec) for name, spec in tool["parameters"].items()}
     body = {"type": "dict", "properties": arguments, "required": tool.get("required", _required(tool)), **extra}
     return {"name": tool["name"], "description": tool.get("description", ""), "parameters": body}
+
+
+def _without_optional(spec: dict) -> dict:
+    written = spec.get("type")
+    return {**spec, "type": written.removesuffix(", optional")} if isinstance(written, str) else spec
 
 
 def _required(tool: dict) -> list[str]:
@@ -221,20 +241,15 @@ def function_tool(tool: dict) -> dict:
     return {"type": "function", "function": {**schema, "parameters": _json_types(schema["parameters"])}}
 
 
-def _json_types(schema: dict) -> dict:
-    schema = dict(schema)
-    written = schema.pop("type", "any")
-    if kind := TYPES.get(_word(written)):
-        schema = {"type": kind, **schema}
-    if "properties" in schema:
-        schema["properties"] = {name: _json_types(s) for name, s in schema["properties"].items()}
-    inner = re.search(r"(?:list|set|sequence)\[(.*)\]", written, re.IGNORECASE)
-    if kind == "array" and ("items" in schema or inner):
-        schema["items"] = _json_types(schema.get("items") or {"type": inner[1]} if inner else schema["items"])
+def _json_types(schema):
+    """A schema with its types in JSON Schema's words, throughout."""
+    if not isinstance(schema, dict):
+        return {}
+    written = schema.get("type")
+    if isinstance(written, str):
+        schema = json_schema(read_type(written)) | {key: part for key, part in schema.items() if key != "type"}
+    if isinstance(schema.get("properties"), dict):
+        schema = schema | {"properties": {name: _json_types(part) for name, part in schema["properties"].items()}}
+    if isinstance(schema.get("items"), dict):
+        schema = schema | {"items": _json_types(schema["items"])}
     return schema
-
-
-def _word(written: str) -> str:
-    """The first word of a type that says what it is: "int" of "Optional[int]" and of "int, optional"."""
-    words = re.findall("[a-z]+", written.lower())
-    return next((word for word in words if word not in ("typing", "optional", "np")), "")

@@ -65,7 +65,8 @@ _START = re.compile(
 )
 _SURPLUS = re.compile(r"(?:\s*[\]}])*+")
 _UNOPENED = re.compile(
-    r"""["']?name["']?\s*:\s*["'][^"'\n]{1,200}["']\s*,\s*["']?(?:arguments|parameters)["']?\s*:"""
+    rf"""(?P<tag>(?:{_TAG})\s*+)?["']?name["']?\s*:\s*["'][^"'\n]{{1,200}}["']\s*,"""
+    r"""\s*["']?(?:arguments|parameters)["']?\s*:"""
 )
 _NAMED = re.compile(r"\s*+(?:[\w.\-]++\s*+=(?!=)|\Z)")  # what follows the parenthesis of a call
 
@@ -122,8 +123,9 @@ def _parts(text: str, declared: Collection[str]) -> Iterator[_Part]:
     blocks, broken = 0, 0
     while position is not None and broken < MAX_BROKEN:
         start = reader.next(position)
-        if _UNOPENED.search(text, position, start.start() if start else len(text)):
-            yield _Part(None)
+        unopened = _UNOPENED.search(text, position, start.start() if start else len(text))
+        if unopened:
+            yield _Part(None, "tag" if unopened["tag"] else "")
         if start is None:
             return
         is_python = start.lastgroup == "python"
@@ -194,7 +196,8 @@ class _Reader:
 
     def _may_be_python(self, start: re.Match) -> bool:
         groups = ("tag", "fence", "list", "line")
-        return start["python"] in self.declared or any(start[group] is not None for group in groups)
+        is_likely = start["python"] in self.declared or any(start[group] is not None for group in groups)
+        return is_likely and (self.python_left > 0 or _NAMED.match(self.text, start.end()) is not None)
 
     def _python(self, start: re.Match) -> tuple[list[dict] | None, int]:
         at = start.start("list") if start["list"] else start.start("python")
@@ -211,7 +214,7 @@ class _Reader:
         return None if is_mention else calls, end
 
     def _parsed(self, at: int) -> tuple[list[dict], int]:
-        if self.python_left < 0:
+        if self.python_left <= 0:
             raise ValueError("too long")
         end = python_calls.end_of(self.text, at, MAX_DEPTH)
         self.python_left -= (end or len(self.text)) - at + 80  # a short one takes as long as 80 characters

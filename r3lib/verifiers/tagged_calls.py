@@ -27,7 +27,9 @@ _XML = re.compile(r"""\s*+<(?P<tag>(?:\w{1,20}:)?param(?:eter)?)(?:=|\s+name=)["
 _GLM = re.compile(r"\s*+<arg_key>(?P<key>[^<]+)</arg_key>\s*+<(?P<tag>arg_value)>")
 _CLOSED = re.compile(r"\s*+</(?:\w{1,20}:)?(?:function|invoke|tool_call)>")
 _GEMMA_END = re.compile(r"<tool_call\|>|<end_function_call>")
-_GEMMA = re.compile(r'<\|"\|>(?P<a>.*?)<\|"\|>|<escape>(?P<b>.*?)<escape>|(?P<key>[^\s{}\[\]:,"]++)(?=\s*:)', re.DOTALL)
+_GEMMA = re.compile(
+    r'<\|"\|>(?P<a>.*?)<\|"\|>|<escape>(?P<b>.*?)<escape>|(?<=[{,])\s*+(?P<key>[^\s{}\[\]:,"]++)(?=\s*:)', re.DOTALL
+)
 _SURPLUS = re.compile(r"\s*+[\]}]")
 _CONSTANTS = {"True": True, "False": False, "None": None}
 
