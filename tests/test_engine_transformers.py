@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CodeGenConfig,
+    FalconConfig,
     Gemma2Config,
     Lfm2Config,
     Llama4TextConfig,
@@ -443,9 +445,14 @@ SERVED = {
         **SHAPE, **EXPERTS, head_dim=8, num_experts=4, moe_intermediate_size=16
     ),
     "Mixtral": MixtralConfig(**SHAPE, **EXPERTS, num_local_experts=4),
+    "OPT": OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_attention_heads=4, eos_token_id=END,
+        word_embed_proj_dim=32, num_hidden_layers=2, max_position_embeddings=160, pad_token_id=PAD,
+        init_std=0.25,
+    ),
     "Llama 4 inside a chunk": llama4(54),
     "longrope inside its original length": longrope(54),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -462,8 +469,10 @@ BEYOND = {
     "longrope across its length": (longrope(53), "phi3: 54 tokens reach beyond its first 53.*use vLLM"),
     "StableLM": (StableLmConfig(**SHAPE), "StableLmAttention keeps what the engine hands it.*use vLLM"),
     "MPT": (MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCABULARY), "mpt names no max_position.*vLLM"),
-    "OPT": (OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32,
-                      num_hidden_layers=2, max_position_embeddings=160, pad_token_id=0), "opt.*use vLLM"),
+    "CodeGen": (CodeGenConfig(vocab_size=VOCABULARY, n_embd=32, n_head=4, n_layer=2, n_positions=160,
+                              rotary_dim=4), "codegen.*use vLLM"),
+    "Falcon": (FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_attention_heads=4,
+                            num_hidden_layers=2), "falcon.*use vLLM"),
 }  # fmt: skip
 
 
@@ -512,35 +521,30 @@ def test_queries_that_take_turns_give_the_same_tokens_and_log_probs(
             cut = sampler.generate(prompts, 2, sampling)
         assert [c.ids for c in flat(cut)] == [c.ids for c in flat(whole)]
         for a, b in zip(flat(cut), flat(whole), strict=True):
-            assert a.logprobs == pytest.approx(b.logprobs, abs=2e-6)
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
-def test_the_memory_of_a_prefill_grows_with_the_prompt_and_not_with_its_square(
+def test_the_scores_of_a_prefill_stay_below_a_bound_however_long_the_prompt(
     llama, tokenizer, monkeypatch
 ):
-    """The largest tensor of an attention, in elements, for prompts of 64 and 128 tokens."""
+    """For prompts of 64 and 128 tokens, whose whole score matrices have 16,384 and 65,536 elements."""
     monkeypatch.setattr(engine, "MAX_SCORES", 4096)
-    largest = {}
     for length in (64, 128):
-        with Largest() as seen:
-            engine.TransformersEngine(llama, tokenizer).generate(
-                random_prompts([length]), 1, Sampling(1)
-            )
-        largest[length] = seen.scores
-        assert seen.scores <= 4096
-    assert 64 * 64 * 4 > 4096 and largest[64] > 2048, (
-        "a whole score matrix would be larger, a turn is not tiny"
-    )
+        with Largest(length) as seen:
+            TransformersEngine(llama, tokenizer).generate(random_prompts([length]), 1, Sampling(1))
+        assert 2048 < seen.scores <= 4096
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor of attention scores, or of what hides them, that any operation makes."""
+    """Elements of the largest tensor with a place for each of `keys` keys, scores or what hides them."""
 
-    scores = 0
+    def __init__(self, keys):
+        super().__init__()
+        self.keys, self.scores = keys, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor) and tensor.dim() == 5:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() >= 3 and tensor.shape[-1] == self.keys:
                 self.scores = max(self.scores, tensor.numel())
         return made

@@ -664,7 +664,7 @@ def test_a_models_name_is_what_was_given_or_has_no_absolute_path(tmp_path, monke
 # families and dtypes
 
 
-EXPERTS = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+EXPERTS = dict(vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, pad_token_id=0, bos_token_id=None,
                num_experts_per_tok=2, initializer_range=0.2)  # fmt: skip
 EXPERTS = {

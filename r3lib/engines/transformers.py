@@ -85,7 +85,7 @@ class TransformersEngine:
 
 
 def check_model(model, adapter=None) -> None:
-    """R3Error for a model, or one with the PEFT config `adapter`, whose config rules sampling out."""
+    """R3Error for a model, also with the PEFT config `adapter`, that cannot be sampled."""
     kind, adapter = model.config.model_type, adapter or getattr(model, "active_peft_config", None)
     if model.config.is_encoder_decoder:
         raise R3Error(f"{kind} is an encoder-decoder model: R3 needs a decoder-only one")
@@ -226,7 +226,7 @@ class Tree:
             self._prefill(prefixes, [0] * len(prefixes))
         self.logits = self._prefill([ids[shared:] for ids, shared in texts], above)[owner]
         if len(self.levels[0].slabs) < model.config.get_text_config().num_hidden_layers:
-            raise R3Error(f"{model.config.model_type}: its attention cannot be replaced, sample it with vLLM")
+            raise R3Error(f"{model.config.model_type}: its attention cannot be replaced: {NOT_HERE}")
         self.levels.append(Level(owner, self.levels[-1], room))
 
     def _prefill(self, texts: list[tuple], owner: list[int]) -> Tensor:
