@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from random import Random
 
 from r3lib.verifiers.countdown import MAX_LENGTH, verify
@@ -88,7 +88,7 @@ def truth(tree, nums, target) -> str:
     return "ok" if value == target else "missed_target"
 
 
-@lru_cache(maxsize=None)
+@cache
 def reachable(nums: tuple[int, ...]) -> frozenset[Fraction]:
     """Every value that sorted `nums` reach, each used once: two are joined at a time."""
     return frozenset(_joined(tuple(map(Fraction, nums))))
@@ -116,6 +116,7 @@ SIGNS = {
     "-": "- - - − – — ‐ ‑ － ➖".split(),
     "*": r"* * × · ⋅ • ∙ ∗ ＊ ✕ ✖ \times \cdot \ast \* \\times $\times$ \(\cdot\)".split(),
     "/": r"/ / / ÷ ∕ ⁄ ／ ➗ \div".split(),
+    "frac": [r"\frac", r"\dfrac"],
     "=": ["=", " = ", " = ", "＝", "\n= "],
 }
 SIGNS["*"] += [" x ", " X ", "✖\ufe0f"]
@@ -163,8 +164,8 @@ class Writer:
             tokens = [self.number(tree)]
             needed = False
         elif tree[0] == "/" and not self.plain and rng.random() < 0.3:
-            inner = [self.space().join(self.tokens(side)) for side in tree[1:]]
-            tokens = [rng.choice((r"\frac", r"\dfrac")) + "{%s}{%s}" % tuple(inner)]
+            above, below = (self.space().join(self.tokens(side)) for side in tree[1:])
+            tokens = [f"{rng.choice(SIGNS['frac'])}{{{above}}}{{{below}}}"]
             needed = False
         else:
             tokens = [
