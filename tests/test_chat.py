@@ -3,8 +3,8 @@
 import copy
 import json
 import re
-from importlib.util import find_spec
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -391,9 +391,9 @@ def test_white_space_that_a_template_adds_or_strips_is_no_rewriting(tokenizer, k
     space = " " if kind in ("v0.3", "llama 2") else ""  # the model writes it
     ids = chat.prompt(TASK)
     for reply, told in turns:
-        whole, asked = tokenizer.encode(rendered(chat, TASK) + space + reply, add_special_tokens=False), chat.prompt(TASK)
-        ids = chat.follow(ids, whole[len(asked) :], told)
-    assert ids == tokenizer.encode(wanted, add_special_tokens=False)
+        whole = ids_of(tokenizer, rendered(chat, TASK) + space + reply)
+        ids = chat.follow(ids, whole[len(chat.prompt(TASK)) :], told)
+    assert ids == ids_of(tokenizer, wanted)
 
 
 def test_a_system_message_that_moves_with_the_last_turn_is_refused_at_the_first_such_prompt(tokenizer):
@@ -404,10 +404,8 @@ def test_a_system_message_that_moves_with_the_last_turn_is_refused_at_the_first_
 
 
 def test_a_template_that_counts_turns_is_refused(tokenizer):
-    counts = "{% for m in messages %}<|{{ m.role }}|>{{ messages | length }}{{ m.content }}<|end|>{% endfor %}"
-    later = "{% for m in messages %}<|{{ m.role }}|>{{ loop.index if loop.index > 3 }}{{ m.content }}<|end|>{% endfor %}"
-    header = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    for template in (counts + header, later + header):
+    for count in ("{{ messages | length }}", "{{ loop.index if loop.index > 3 }}"):
+        template = PLAIN.replace("{{ m.content }}", count + "{{ m.content }}")
         with pytest.raises(R3Error, match="rewrites earlier turns"):
             Chat(with_template(tokenizer, template))
 
