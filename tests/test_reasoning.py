@@ -164,10 +164,10 @@ def test_a_long_text_takes_less_than_10_ms(tag, length):
     most = min(MAX_TAGS // brackets, length // len(tag)) if brackets else length // len(tag)
     for count in (most, length // len(tag)):
         best = float("inf")
-        for _ in range(7):  # the best of a few: other work on the machine only ever adds time
-            start = time.perf_counter()
+        for _ in range(7):  # the best of a few, in processor time: other work only ever adds
+            start = time.thread_time()
             answer_text(tag * count)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, time.thread_time() - start)
         assert best < 0.010
 
 

@@ -366,10 +366,10 @@ ADVERSARIAL = {
 def test_an_adversarial_text_is_rejected_within_10_ms(name):
     text, expected = ADVERSARIAL[name]
     best = float("inf")
-    for _ in range(7):  # the best of a few: other work on the machine only ever adds time
-        start = time.perf_counter()
+    for _ in range(7):  # the best of a few, in processor time: other work only ever adds
+        start = time.thread_time()
         verdict = verify(text, (1, 2), 4)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     assert verdict.reason == expected and not verdict.ok
     assert best < 0.010
 
