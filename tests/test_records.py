@@ -76,7 +76,7 @@ def test_a_local_copy_of_xlam_is_read_with_its_tools_as_they_stand(tmp_path, sha
 
 BROKEN = {
     "malformed: JSONDecodeError": {"tools": "[{"},
-    "malformed: KeyError": {"answers": '[{"nom": "what_time"}]'},
+    "malformed: R3Error an answer is neither a call nor": {"answers": '[{"nom": "what_time"}]'},
     "malformed: AttributeError": {"query": None},
     "no query, no tools or no answers": {"answers": "[]"},
     "the answer calls 'get_wether', which is no tool": {"answers": [{**CALL, "name": "get_wether"}]},
@@ -236,9 +236,12 @@ def test_a_system_message_stands_before_the_question(bfcl):
         ("Optional[float]", {"type": "number"}),
         ("List[int]", {"type": "array", "items": {"type": "integer"}}),
         ("List[List[str]]", {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}),
-        ("Tuple[int, str]", {"type": "array"}),
+        ("Tuple[int, str]", {"type": "array", "items": {"type": ["string", "integer"]}}),
         ("Dict[str, List[int]]", {"type": "object"}),
-        ("Union[int, str]", {}),
+        ("Union[int, str]", {"type": ["string", "integer"]}),
+        ("int or str", {"type": ["string", "integer"]}),
+        ("int | None", {"type": "integer"}),
+        ("list of strings", {"type": "array", "items": {"type": "string"}}),
         ("Callable[[float], float]", {}),
     ],
 )

@@ -173,9 +173,12 @@ def test_the_files_that_problems_come_from_are_named(source, tmp_path):
     assert {path.parent.name for path in files} == {"data", "possible_answer"}
 
 
-@pytest.mark.parametrize("written", ["int, optional", "Optional[int]"])
-def test_prompt_and_verifier_agree_on_what_is_optional(written):
-    tool = {"name": "f", "description": "", "parameters": {"a": {"type": "int"}, "b": {"type": written}}}
-    assert records.function_tool(tool)["function"]["parameters"]["required"] == ["a"]
+@pytest.mark.parametrize("written", ["int, optional", "Optional[int]", "int | None", "int or null", "Union[int, None]"])
+def test_what_may_be_left_out_is_not_required_and_has_its_type(written):
+    tool = {"name": "f", "description": "", "parameters": {"a": {"type": "int or str"}, "b": {"type": written}}}
+    parameters = records.function_tool(tool)["function"]["parameters"]
+    assert parameters["required"] == ["a"] and parameters["properties"]["b"] == {"type": "integer"}
     answers = [{"name": "f", "arguments": {"a": 1, "b": 2}}]
-    assert verify('[{"name": "f", "arguments": {"a": 1}}]', [tool], answers, "lenient").ok
+    for b, reason in ((3, "wrong_value"), ("2", "wrong_type")):
+        text = json.dumps([{"name": "f", "arguments": {"a": 1, "b": b}}])
+        assert verify(text, [tool], answers, "lenient").reason == reason

@@ -249,7 +249,7 @@ def test_length_depth_and_number_of_blocks_have_limits():
     deep = '{"name": "f", "arguments": {"a": %s}}'
     assert calls(deep % ("[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2)))
     assert reason(deep % ("[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1))) == "invalid_json"
-    assert reason(json.dumps({"name": "f", "arguments": "[" * 9999 + "]" * 9999})) == "invalid_json"
+    assert reason(json.dumps({"name": "f", "arguments": "[" * 3999 + "]" * 3999})) == "invalid_json"
     assert reason(WRITTEN.rjust(MAX_LENGTH)) == "ok"
     assert reason(WRITTEN.rjust(MAX_LENGTH + 1)) == "invalid_json"
     assert reason("word " * MAX_LENGTH + f"<tool_call>{WRITTEN}</tool_call>") == "ok"  # the prose before is not read
@@ -619,7 +619,7 @@ SCALARS = {
 VALUES = SCALARS | {
     "List[int]": st.lists(SCALARS["int"], max_size=3),
     "List[str]": st.lists(WORDS, max_size=3),
-    "Dict[str, Any]": st.dictionaries(WORDS, st.one_of(*SCALARS.values()), max_size=3),
+    "Dict[str, Any]": st.dictionaries(NAMES, st.one_of(*SCALARS.values()), max_size=3),
     "List[Dict]": st.lists(st.dictionaries(NAMES, WORDS, max_size=2), max_size=2),
 }
 
@@ -656,7 +656,7 @@ def test_gold_is_ok_under_both_rules_in_every_format(problem, rng):
     tools, made = problem
     shuffled = rng.sample(made, len(made))
     for rule in RULES:
-        for name, text in written(shuffled):
+        for name, text in rng.sample(written(shuffled), 8):
             assert reason(text, made, rule, tools) == "ok", name
     assert reason(dumped(gold(made)), made, "lenient", tools) == "ok"
 
@@ -710,7 +710,7 @@ def test_a_perturbed_gold_scores_its_own_reason(problem, rng, kind, rule):
     tools, made = problem
     spoiled = perturb(made, kind, rng)
     if spoiled is not None:
-        for name, text in written(spoiled):
+        for name, text in rng.sample(written(spoiled), 8):
             if SYNTAXES[name].typed:
                 assert reason(text, made, rule, tools) == kind, name
 

@@ -210,7 +210,7 @@ def to_xlam(schema: dict) -> dict:
     body.pop("type", None)
     parameters = {name: spec if name in required else _optional(spec) for name, spec in arguments.items()}
     tool = {**body, **schema, "parameters": parameters}
-    return tool if set(required) == set(_required(tool)) else {**tool, "required": required}
+    return tool if required == _required(tool) else {**tool, "required": required}
 
 
 def _optional(spec: dict) -> dict:
