@@ -74,10 +74,71 @@ def test_a_local_copy_of_xlam_is_read_with_its_tools_as_they_stand(tmp_path, sha
         assert reasons_of_gold(problem) == {"ok"}
 
 
+OPENAI_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a place.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "place": {"type": "string", "description": "A town."},
+                "days": {"type": ["integer", "null"], "default": 1},
+                "unit": {"anyOf": [{"type": "string", "enum": ["C", "F"]}, {"type": "null"}]},
+                "spot": {"$ref": "#/$defs/Spot"},
+                "other": True,
+            },
+            "required": ["place"],
+            "$defs": {"Spot": {"type": "array", "items": {"type": "number"}}},
+            "additionalProperties": False,
+        },
+    },
+}
+OPENAI_CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather"}}
+OPENAI_CALL["function"]["arguments"] = json.dumps({"place": "Lima", "days": 3, "spot": [1.5, 2]})
+
+
+@pytest.mark.parametrize("form", ["OpenAI", "JSON Schema", "no type", "required: null"])
+@pytest.mark.parametrize("as_lists", [True, False])
+def test_records_in_json_schema_and_openai_form_are_read_as_xlams_are(tmp_path, form, as_lists):
+    tool = json.loads(json.dumps(OPENAI_TOOL))
+    parameters = tool["function"]["parameters"]
+    if form == "no type":
+        del parameters["type"]
+    if form == "required: null":
+        parameters["required"] = None
+    written = tool if form == "OpenAI" else tool["function"]
+    row = {"id": 1, "query": "Weather in Lima for 3 days?", "tools": [written], "answers": [OPENAI_CALL]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row if as_lists else as_text(row)))
+    [problem], skipped = records.read(str(tmp_path / "data.jsonl"))
+    assert skipped == [] and reasons_of_gold(problem) == {"ok"}
+    assert problem.answers == ({"name": "get_weather", "arguments": {"place": "Lima", "days": 3, "spot": [1.5, 2]}},)
+    shown = function_tool(problem.tools[0])["function"]
+    assert shown["parameters"]["required"] == ([] if form == "required: null" else ["place"])
+    assert shown["parameters"]["type"] == "object" and shown["description"] == "The weather of a place."
+    properties = shown["parameters"]["properties"]
+    assert properties.keys() == parameters["properties"].keys()
+    assert properties["unit"] == parameters["properties"]["unit"] and properties["days"] == {
+        "type": ["integer", "null"], "default": 1,
+    }  # fmt: skip
+    assert shown["parameters"]["$defs"] == parameters["$defs"]
+
+
+def test_xlams_bare_types_are_read(tmp_path):
+    tool = {"name": "f", "description": "", "parameters": {"a": "int", "b": "str, optional", "c": None}}
+    row = {"query": "f of 1", "tools": [tool], "answers": [{"name": "f", "arguments": {"a": 1}}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(as_text(row)))
+    [problem], skipped = records.read(str(tmp_path / "data.jsonl"))
+    assert skipped == [] and problem.tools[0]["parameters"]["a"] == {"type": "int"}
+    assert function_tool(problem.tools[0])["function"]["parameters"]["required"] == ["a", "c"]
+
+
 BROKEN = {
     "malformed: JSONDecodeError": {"tools": "[{"},
     "malformed: R3Error an answer is neither a call nor": {"answers": '[{"nom": "what_time"}]'},
     "malformed: AttributeError": {"query": None},
+    "malformed: R3Error the parameters of tool 'get_weather'": {"tools": [{**TOOL, "parameters": "none"}]},
     "no query, no tools or no answers": {"answers": "[]"},
     "the answer calls 'get_wether', which is no tool": {"answers": [{**CALL, "name": "get_wether"}]},
     "the answer gives get_weather undeclared ['town']": {"answers": [{**CALL, "arguments": {"town": "Lima"}}]},

@@ -5,6 +5,8 @@ import json
 import os
 import random
 import runpy
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -76,8 +78,8 @@ def one(value, wanted, declared, rule="strict"):
 
 # ---------------------------------------------------------------- how a text is read
 
-FUZZ = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "fuzz_calls.py"))
-SYNTAXES = FUZZ["SYNTAXES"]
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SYNTAXES = runpy.run_path(str(BENCHMARKS / "call_syntaxes.py"))["SYNTAXES"]
 
 
 def written(made):
@@ -148,6 +150,130 @@ def test_what_the_templates_that_trl_ships_write_for_a_call_is_read(call):
 )
 def test_which_blocks_of_a_text_count(text, expected):
     assert reason(text) == expected
+
+
+CALENDAR = 'Sample:\n```json\n{"name": "demo", "version": 2}\n```'
+DATA = ['{"temperature": 21.5}', '[{"name": "Ann", "age": 7}]', '{"name": "model", "parameters": 7000000}', CALENDAR]
+DATA += ['It returns {"message": "your name is known"}.', '{"name": "my-app", "version": "1.0.0"}', '{"tool": 1}']
+DATA += ['The "name": key is set.', '{"name": "forecast", "description": "", "parameters": {"city": {"type": "str"}}}']
+DATA += ["Use {curly} braces.", "{'name': 'a set'}", "f(x) = x + 1", "forecast(city) is a function."]
+DATA += ['{"name": "x", "b": }']
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_json_that_is_no_call_is_passed_over(data):
+    assert reason(data) == reason(f"```json\n{data}\n```") == "no_call"
+    for name, text in written([PARIS]):
+        assert reason(f"{data}\n{text}") == reason(f"{text}\n{data}") == "ok", name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "now"}',
+        '{"name": "now", "arguments": ""}',
+        '{"name": "now", "arguments": " "}',
+        '{"name": "now", "arguments": null}',
+        '{"name": "now", "parameters": {}}',
+        '{"name": "now", "arguments": "{}"}',
+        '{"name": "now", "arguments": "null"}',
+        '{"function": "now", "arguments": {}}',
+        '{"tool_calls": [{"id": "1", "type": "function", "function": {"name": "now"}}]}',
+        '{"function_call": {"name": "now", "arguments": ""}}',
+        "now()",
+        "[now()]",
+        "<|python_tag|>now()<|eom_id|>",
+        "<function=now>\n</function>",
+        "<function=now>{}</function>",
+        "<tool_call>now</tool_call>",
+    ],
+)
+def test_a_tool_without_arguments_may_be_called_in_many_ways(text):
+    assert reason(text, [NOW]) == "ok"
+
+
+@pytest.mark.parametrize("text", ['{"name": "then"}', '{"name": "now", "version": 2}', '{"name": "now", "x": {}}'])
+def test_a_name_alone_is_a_call_only_of_a_declared_tool_and_with_nothing_else(text):
+    assert reason(text, [NOW]) == "no_call"
+
+
+@pytest.mark.parametrize("times, expected", [(0, "ok"), (1, "ok"), (2, "ok"), (3, "invalid_json")])
+def test_arguments_may_be_encoded_as_a_string_up_to_twice(times, expected):
+    arguments = PARIS["arguments"]
+    for _ in range(times):
+        arguments = json.dumps(arguments)
+    assert reason(json.dumps({"name": "forecast", "arguments": arguments})) == expected
+
+
+BAD = WRITTEN.replace("Paris", "Rome")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>I try <tool_call>{WRITTEN}</tool_call></think>\n<tool_call>{WRITTEN}</tool_call>",
+        f"<think>I could write {WRITTEN}</think>\n{WRITTEN}",
+        f'<think>format is <tool_call>{{"name": ...}}</tool_call></think>\n<tool_call>{WRITTEN}</tool_call>',
+        f"so {BAD} it is</think>{WRITTEN}",
+        f"{WRITTEN}<|eom_id|><|start_header_id|>ipython<|end_header_id|>\n\n{BAD}",
+        f"{WRITTEN}<|im_end|>\n<|im_start|>assistant\n{BAD}",
+        f"<|channel|>analysis<|message|>{BAD}<|end|><|start|>assistant to=functions.forecast<|channel|>commentary json"
+        '<|message|>{"city": "Paris", "days": 3}<|call|>',
+    ],
+)
+def test_reasoning_and_what_follows_the_end_of_the_turn_are_not_read(text):
+    assert reason(text) == "ok"
+
+
+def test_a_call_only_inside_reasoning_is_no_call():
+    assert reason(f"<think>{WRITTEN}</think>Done.") == reason(f"<think>{WRITTEN}") == "no_call"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Sure: [forecast(city='Paris', days=3)].", "ok"),
+        ("I call forecast(city='Paris', days=3) now.", "ok"),
+        ("forecast(\n  city = 'Paris',\n  days = 3,\n)", "ok"),
+        (f"{WRITTEN}\nforecast(city='Paris', days=3)", "ok"),  # a mention
+        ("forecast(city='Paris', days=3)\nforecast(city='Paris', days=3)", "wrong_call_count"),
+        ("rain(city='Paris')", "wrong_function"),
+        ("forecast(city='Paris', days=3.0)", "wrong_type"),
+        ("forecast(city='Paris', days=three)", "invalid_json"),
+        ("forecast(city='Paris', days=1+2)", "invalid_json"),
+        ("forecast(city='Paris', city='Paris', days=3)", "invalid_json"),
+        ("forecast(city=open('x'), days=3)", "invalid_json"),
+        ("forecast(city=f'{3}', days=3)", "invalid_json"),
+        ("forecast(city='Paris', days=1e999)", "invalid_json"),
+        ("forecast(city='Paris', days={1: 2})", "invalid_json"),
+        ("forecast(city='Paris', days=3", "invalid_json"),
+        ("[forecast(city='Paris', days=3)", "invalid_json"),
+        ("<|python_tag|>forecast('Paris', 3)", "invalid_json"),
+        ("<|python_tag|>forecast(**{'city': 'Paris'})", "invalid_json"),
+        ("<tool_call>forecast</tool_call>", "missing_argument"),
+        ("<function=forecast><parameter=city>Paris</parameter>", "invalid_json"),
+        ("<function=forecast>{'city': 'Paris'}</function>", "invalid_json"),
+        ("<function=forecast><parameter=city>Paris</parameter><parameter=days>x</parameter></function>", "wrong_type"),
+        ("<|tool_call>call:forecast{city:Paris}<tool_call|>", "invalid_json"),
+        ('[TOOL_CALLS]forecast{"city": "Paris", "days": 4}', "wrong_value"),
+    ],
+)
+def test_the_other_syntaxes_have_the_same_reasons(text, expected):
+    assert reason(text) == expected
+
+
+def test_python_names_and_constants_may_be_jsons():
+    made = [{"name": "a.b-c", "arguments": {"from": True, "class": [None, False], "x-y": {"true": "true"}}}]
+    assert calls('[a.b-c(from=true, class=[null, False], x-y={"true": "true"})]') == made
+
+
+def test_a_value_in_xml_is_read_as_the_type_that_is_wanted():
+    text = "<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"
+    values = {"3": [3, "3"], "3.0": [3.0, "3.0"], "True": [True, "True"], "null": [None, "null"], "[1]": [[1], "[1]"]}
+    for written_value, readings in values.items():
+        for value in readings:
+            assert reason(text.format(written_value), [{"name": "f", "arguments": {"a": value}}], tools=[]) == "ok"
+    assert reason(text.format("3.0"), [{"name": "f", "arguments": {"a": 3}}], tools=[]) == "wrong_type"
 
 
 def test_tags_and_fences_inside_a_string_are_only_text():
@@ -492,18 +618,18 @@ MANY = {"name": "forecast", "arguments": {"city": "Rome", "days": 3}}
 
 
 @pytest.mark.parametrize(
-    "wanted, called, lenient",
+    "wanted, called, lenient, strict",
     [
-        (MANY, CITY, "missing_argument"),  # leaving out days means 1
-        (MANY, FEW, "wrong_value"),
-        (CITY, FEW, "ok"),
-        (CITY, MANY, "wrong_value"),  # not the default
-        (FEW, CITY, "ok"),
-        (FEW, FEW, "ok"),
+        (MANY, CITY, "missing_argument", "missing_argument"),  # leaving out days means 1
+        (MANY, FEW, "wrong_value", "wrong_value"),
+        (CITY, FEW, "ok", "unexpected_argument"),
+        (CITY, MANY, "wrong_value", "unexpected_argument"),  # not the default
+        (FEW, CITY, "ok", "missing_argument"),
+        (FEW, FEW, "ok", "ok"),
     ],
 )
 @pytest.mark.parametrize("form", ["xlam", "JSON Schema", "a default as text"])
-def test_lenient_takes_an_argument_that_is_left_out_as_its_default_and_the_reverse(wanted, called, lenient, form):
+def test_lenient_takes_an_argument_left_out_as_its_default_and_the_reverse(wanted, called, lenient, strict, form):
     days = {"type": "int", "default": "1" if form == "a default as text" else 1}
     tools = [{"name": "forecast", "parameters": {"city": {"type": "str"}, "days": days}}]
     if form == "JSON Schema":
@@ -511,9 +637,7 @@ def test_lenient_takes_an_argument_that_is_left_out_as_its_default_and_the_rever
         tools = schema(types, ["city"])
         tools[0]["name"] = "forecast"
     assert reason(dumped([called]), [wanted], "lenient", tools) == lenient
-    strict = {True: "ok", False: "missing_argument" if called == CITY else "unexpected_argument"}[wanted == called]
-    assert reason(dumped([called]), [wanted], "strict", tools) == ("wrong_value" if lenient == "wrong_value" and wanted
-                                                                   == MANY else strict)
+    assert reason(dumped([called]), [wanted], "strict", tools) == strict
 
 
 def test_lenient_pairs_calls_that_differ_by_a_default():
@@ -555,14 +679,24 @@ def test_lenient_compares_a_plain_gold_alike(value, wanted, declared, expected):
 
 CALL = '{"name": "forecast", "arguments": %s}'
 LIST = CALL % '{"city": "Paris", "days": [%s]}'
-UNITS = ["{", "[", '"', "\\", "<tool_call>", "```json", "```", "\n", "\0", "\ud800", "😀", "٣", "name", "}", "]", " "]
-UNITS += ['{"', '["', "[{", "{}", "[]", "[[]]", '{"a":', "[{},", '"\\"', "{'", '"name":', '{"name":', "``\n", "1e999,"]
+UNITS = ["{", "[", '"', "\\", "<tool_call>", "```json", "```", "\n", "\0", "\ud800", "😀", "٣", "name", "}", "]"]
+UNITS += [" ", '{"', '["', "[{", "{}", "[]", "[[]]", '{"a":', "[{},", '"\\"', "{'", '"name":', '{"name":', "``\n"]
+UNITS += ["1e999,", "f(", "\nf()", "\nf(a=1)", "[f(", "f('", "<function=", "<function=f>{", "<tool_call>f", "a(\n"]
+UNITS += ["<function=f><parameter=a>", "<tool_call>f<arg_key>a</arg_key>", "to=functions.f {", "[TOOL_CALLS]f{"]
+UNITS += ['<tool_call>{"a', "\nf(a=-", "\nf(a=[", '<|tool_call>call:f{a:<|"|>', "a:", "aaaa", '["name","arguments"]']
+UNITS += ["<｜tool▁call▁begin｜>f", '"name":"']
 ADVERSARIAL = {f"a megabyte of {unit!a}": unit * (MEGA // len(unit)) for unit in UNITS}
 ADVERSARIAL |= {f"all that is read is {unit!a}": unit * (MAX_LENGTH // len(unit)) for unit in UNITS}
 ADVERSARIAL |= {f"inside a call, {unit!a}": (LIST % (unit * (9800 // len(unit)))) for unit in UNITS}
 ADVERSARIAL |= {f"as a string, {unit!a}": LIST % json.dumps(unit * (3000 // len(unit))) for unit in UNITS}
 ADVERSARIAL |= {f"an open call, then {unit!a}": CALL[:-3] + "[" + unit * (MEGA // len(unit)) for unit in UNITS}
+ADVERSARIAL |= {f"before a call, {unit!a}": unit * (9800 // len(unit)) + BAD for unit in UNITS}
+ADVERSARIAL |= {f"in Python, {unit!a}": f"forecast(city={unit * (3800 // len(unit))}, days=3)" for unit in UNITS}
+ADVERSARIAL |= {f"for Gemma, {unit!a}": "<|tool_call>call:f{a:" + unit * (9000 // len(unit)) for unit in UNITS}
 ADVERSARIAL |= {
+    "a long list in Python": "forecast(city=[" + "1," * 1900 + "])",
+    "many arguments in Python": "forecast(" + "city=1," * 500 + ")",
+    "a long sum in Python": "forecast(city=" + "1+" * 1900 + "1)",
     "10,000 deep": LIST % ("[" * 10_000 + "]" * 10_000),
     "10,000 objects deep": CALL % ('{"a":' * 10_000 + "1" + "}" * 10_000),
     "100,000 digits": LIST % ("9" * 100_000),
@@ -580,15 +714,16 @@ ADVERSARIAL |= {
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_an_adversarial_text_is_rejected_within_10_ms(name):
-    text, looks = ADVERSARIAL[name], WRITTEN in ADVERSARIAL[name]
+    text = ADVERSARIAL[name]
     for rule in RULES:
         best = float("inf")
         for _ in range(9):  # the best of a few: other work on the machine only ever adds time
             start = time.process_time()
             verdict = verify(text, TOOLS, [PARIS], rule)
             best = min(best, time.process_time() - start)
-        assert not verdict.ok and (looks or verdict.reason in ("no_call", "invalid_json"))
-        assert best < 0.010
+            if best < 0.010:
+                break
+        assert not verdict.ok and best < 0.010
 
 
 @pytest.mark.parametrize(
@@ -649,7 +784,7 @@ def possible_answers(made):
     return [{call["name"]: {arg: [wrap(value)] for arg, value in call["arguments"].items()}} for call in made]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(problems(), st.randoms(use_true_random=False))
 @example(([], [{"name": "f", "arguments": {"a": "\ud800"}}]), random.Random(0))
 def test_gold_is_ok_under_both_rules_in_every_format(problem, rng):
@@ -756,3 +891,10 @@ def test_any_text_gets_a_verdict(text, rule):
         assert verdict == str(error) and verdict in ("no_call", "invalid_json")
     else:
         assert verdict not in ("no_call", "invalid_json") and calls(dumped(made)) == made
+
+
+def test_the_fuzzer_finds_no_disagreement_in_1000_texts():
+    command = [sys.executable, "fuzz_calls.py", "--n", "1000", "--seed", "3"]
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "disagreements: 0" in done.stdout, done.stdout + done.stderr

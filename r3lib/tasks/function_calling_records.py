@@ -18,7 +18,14 @@ from pathlib import Path
 
 from ..errors import R3Error
 from ..verifiers.function_calling import gold, unwrapped
-from ..verifiers.schemas import is_optional, is_schema, json_schema, read_type, unknown_word
+from ..verifiers.schemas import (
+    is_optional,
+    is_schema,
+    json_schema,
+    parameters_of,
+    read_type,
+    unknown_word,
+)
 
 HUB_DATASET = "Salesforce/xlam-function-calling-60k"
 GATED_MEND = f"accept the terms at https://huggingface.co/datasets/{HUB_DATASET}, then run `hf auth login`"
@@ -125,7 +132,7 @@ def _tool(written: dict) -> dict:
     tool = unwrapped(written)
     if is_schema(tool):
         return to_xlam(tool)
-    parameters = {name: _spec(spec) for name, spec in (tool.get("parameters") or {}).items()}
+    parameters = {name: _spec(spec) for name, spec in parameters_of(tool).items()}
     return {**tool, "parameters": parameters}
 
 

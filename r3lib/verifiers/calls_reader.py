@@ -1,6 +1,7 @@
 r"""The function calls in a model's text, in the syntax of any family; nothing is evaluated.
 
-Reasoning, and what follows the end of the turn, is removed first (`reasoning.answer_text`). Then these are read:
+Reasoning, and what follows the end of the turn, is removed first (`reasoning.answer_text`). Then
+these are read:
 
 | syntax | families | example |
 |---|---|---|
@@ -34,10 +35,11 @@ Which of them count:
 | other JSON: without a name or arguments, or the declaration of a tool | passed over |
 | the empty list `[]` | an answer that makes no calls |
 
-What is meant as a call but cannot be read spoils the text ("invalid_json"): all that a mark announces, a broken block
-of JSON with a name and arguments or with a declared tool, one cut short in its beginning, a list of calls and other
-things, a repeated key, NaN and infinities, more than `MAX_DEPTH` nested brackets, `MAX_BLOCKS` blocks, or `MAX_LENGTH`
-characters from the first mark on. Any other text without a call is "no_call".
+What is meant as a call but cannot be read spoils the text ("invalid_json"): all that a mark
+announces, a broken block of JSON with a name and arguments or with a declared tool, one cut short
+in its beginning, a list of calls and other things, a repeated key, NaN and infinities, more than
+`MAX_DEPTH` nested brackets, `MAX_BLOCKS` blocks, or `MAX_LENGTH` characters from the first mark
+on. Any other text without a call is "no_call".
 """
 
 import re
@@ -55,7 +57,9 @@ _TAG = (
     r"<tool_calls?>|<\|tool_call\|>|<\|python_tag\|>|<\|tool_call_start\|>|<TOOLCALL>|\[TOOL_CALLS\]"
     r"|<\|START_ACTION\|>|<\|action_start\|>|functools(?=\[)"
 )
-_MARK = re.compile(rf"{_FENCE}|{_TAG}|<function=|<\|?tool_call|<｜tool▁call|<\w*:?invoke name=|to=functions\.")
+_MARK = re.compile(
+    rf"{_FENCE}|{_TAG}|<function=|<\|?tool_call|<｜tool▁call|<\w*:?invoke name=|to=functions\."
+)
 _START = re.compile(
     rf"{tagged_calls.START}"
     rf"|(?:(?P<tag>{_TAG})\s*+|(?P<fence>{_FENCE})\s*+|(?P<line>^[ \t`]*+|(?<=\)[,;])\s*+))?"
@@ -81,10 +85,11 @@ class _Part:
 
 
 def calls(text: str | None, declared: Collection[str] = ()) -> list[dict]:
-    """Return the calls of `text` in order, each {"name": str, "arguments": dict}; none for the text `[]`.
+    """Return the calls of `text` in order, each {"name": str, "arguments": dict}; none for the
+    text `[]`.
 
-    `declared` are the names of the tools. Raises Unread when nothing looks like a call or one cannot be read,
-    TypeError for no string and not None.
+    `declared` are the names of the tools. Raises Unread when nothing looks like a call or one
+    cannot be read, TypeError for no string and not None.
     """
     if not isinstance(text, str | None):
         raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
@@ -97,7 +102,8 @@ def calls(text: str | None, declared: Collection[str] = ()) -> list[dict]:
 
 
 def _readable(text: str) -> str:
-    """Return what is read of a text: if it is long, from the first mark on. Raises Unread if that is too long."""
+    """Return what is read of a text: if it is long, from the first mark on. Raises Unread if that
+    is too long."""
     if len(text) <= MAX_LENGTH:
         return text
     mark = _MARK.search(text) if len(text) <= MAX_TEXT else None
@@ -168,7 +174,8 @@ class _Reader:
         return mark.start() if mark else None
 
     def read(self, start: re.Match) -> tuple[list[dict] | None, int | None]:
-        """Return the calls of a block, None if it is something else, and where it ends (None: at the text's end)."""
+        """Return the calls of a block, None if it is something else, and where it ends (None: at
+        the text's end)."""
         if start.lastgroup == "json":
             return self._json(start.start("json"), start["tag"] is not None)
         if start.lastgroup == "python":
@@ -196,8 +203,12 @@ class _Reader:
 
     def _may_be_python(self, start: re.Match) -> bool:
         groups = ("tag", "fence", "list", "line")
-        is_likely = start["python"] in self.declared or any(start[group] is not None for group in groups)
-        return is_likely and (self.python_left > 0 or _NAMED.match(self.text, start.end()) is not None)
+        is_likely = start["python"] in self.declared or any(
+            start[group] is not None for group in groups
+        )
+        return is_likely and (
+            self.python_left > 0 or _NAMED.match(self.text, start.end()) is not None
+        )
 
     def _python(self, start: re.Match) -> tuple[list[dict] | None, int]:
         at = start.start("list") if start["list"] else start.start("python")
@@ -217,7 +228,9 @@ class _Reader:
         if self.python_left <= 0:
             raise ValueError("too long")
         end = python_calls.end_of(self.text, at, MAX_DEPTH)
-        self.python_left -= (end or len(self.text)) - at + 80  # a short one takes as long as 80 characters
+        self.python_left -= (
+            (end or len(self.text)) - at + 80
+        )  # a short one takes as long as 80 characters
         if end is None or self.python_left < 0:
             raise ValueError("cut short, nested too deep or too long")
         return python_calls.parse(self.text[at:end]), end

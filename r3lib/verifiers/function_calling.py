@@ -1,7 +1,7 @@
 """Are the function calls in a text the ones a problem asks for?
 
-How calls are read is in `calls_reader`, what a tool declares in `schemas`. Two rules compare the calls with gold; the
-order of calls is free, and 1, "1" and true are three values:
+How calls are read is in `calls_reader`, what a tool declares in `schemas`. Two rules compare the
+calls with gold; the order of calls is free, and 1, "1" and true are three values:
 
 | | strict | lenient, plain gold | lenient, BFCL's possible answers |
 |---|---|---|---|
@@ -13,9 +13,9 @@ order of calls is free, and 1, "1" and true are three values:
 | left out by the call only | missing_argument | ok if gold's value is the default | ok if "" is listed |
 | left out by gold only | unexpected_argument | ok if it is the default | unexpected_argument |
 
-The lenient rule is BFCL's AST checker, but for this: it pairs calls optimally instead of greedily, looks into nested
-values, takes integers in lists of floats, and lets "" stand for a required argument, so that the gold of every record
-is right.
+The lenient rule is BFCL's AST checker, but for this: it pairs calls optimally instead of greedily,
+looks into nested values, takes integers in lists of floats, and lets "" stand for a required
+argument, so that the gold of every record is right.
 """
 
 import json
@@ -40,16 +40,19 @@ REASONS += ("missing_argument", "unexpected_argument", "wrong_type", "wrong_valu
 RULES = ("strict", "lenient")
 
 
-def verify(text: str | None, tools: list | str, answers: list | str, rule: str = "strict") -> Verdict:
+def verify(
+    text: str | None, tools: list | str, answers: list | str, rule: str = "strict"
+) -> Verdict:
     """Judge the calls in `text` against `answers`; `tools` give the declared types and defaults.
 
-    `tools` (xlam's form or JSON Schema) and `answers` (plain calls or BFCL's possible answers) are lists or their
-    JSON text. The reason is the first that applies of `REASONS`: "no_call" (nothing looks like a call, or None),
-    "invalid_json" (it does, but cannot be read), "wrong_function" (one not in gold is called), "wrong_call_count"
-    (also for `[]`). Then calls and gold are paired so that most pairs are right and the others fail as late in
-    `REASONS` as they can; "wrong_type" is a type that neither the tool nor gold allows, or (strict) the only
-    difference, as 1 for 1.0. Raises TypeError when `text` is neither a string nor None, and R3Error for an
-    unknown rule, `tools` that are no list of named objects, or an answer in neither form.
+    `tools` (xlam's form or JSON Schema) and `answers` (plain calls or BFCL's possible answers) are
+    lists or their JSON text. The reason is the first that applies of `REASONS`: "no_call" (nothing
+    looks like a call, or None), "invalid_json" (it does, but cannot be read), "wrong_function"
+    (one not in gold is called), "wrong_call_count" (also for `[]`). Then calls and gold are paired
+    so that most pairs are right and the others fail as late in `REASONS` as they can; "wrong_type"
+    is a type that neither the tool nor gold allows, or (strict) the only difference, as 1 for 1.0.
+    Raises TypeError when `text` is neither a string nor None, and R3Error for an unknown rule,
+    `tools` that are no list of named objects, or an answer in neither form.
     """
     if rule not in RULES:
         raise R3Error(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
@@ -63,17 +66,27 @@ def verify(text: str | None, tools: list | str, answers: list | str, rule: str =
         return Verdict.of("wrong_function")
     if len(found) != len(expected):
         return Verdict.of("wrong_call_count")
-    from scipy.optimize import linear_sum_assignment  # here: it takes a second that few processes need to wait
+    from scipy.optimize import (
+        linear_sum_assignment,
+    )  # here: it takes a second that few processes need to wait
 
     judge = _strict if rule == "strict" else _lenient
-    reasons = [[_pair(call, one, declared.get(call["name"], {}), judge) for one in expected] for call in found]
-    ranks = np.array([[REASONS.index(reason) for reason in row] for row in reasons], dtype=int, ndmin=2)
-    ranks = ranks[linear_sum_assignment(np.where(ranks, 10 * len(found) - ranks, 0))]  # first of all, few wrong pairs
+    reasons = [
+        [_pair(call, one, declared.get(call["name"], {}), judge) for one in expected]
+        for call in found
+    ]
+    ranks = np.array(
+        [[REASONS.index(reason) for reason in row] for row in reasons], dtype=int, ndmin=2
+    )
+    ranks = ranks[
+        linear_sum_assignment(np.where(ranks, 10 * len(found) - ranks, 0))
+    ]  # first of all, few wrong pairs
     return Verdict.of(REASONS[min(ranks[ranks > 0], default=0)])
 
 
 def gold(answers: list | str) -> list[dict]:
-    """Return `answers` as plain calls: of BFCL's accepted values the first, no argument where that is ""."""
+    """Return `answers` as plain calls: of BFCL's accepted values the first, no argument where that
+    is ""."""
     return [
         {"name": name, "arguments": arguments if plain else _first(arguments)}
         for name, arguments, plain in _answers(answers)
@@ -104,7 +117,8 @@ def _loaded(value: list | str, what: str) -> list[dict]:
 
 
 def _answers(answers: list | str) -> Iterator[tuple[str, dict, bool]]:
-    """Yield of each answer the name, the arguments, and whether they are plain values or lists of accepted ones."""
+    """Yield of each answer the name, the arguments, and whether they are plain values or lists of
+    accepted ones."""
     for answer in _loaded(answers, "answers"):
         try:
             plain = calls_in(answer) or []
@@ -126,7 +140,12 @@ def _first(value):
     """Return the first accepted value throughout a value in BFCL's form."""
     if isinstance(value, dict):
         firsts = {key: _options(options)[:1] for key, options in value.items()}
-        return {key: _first(option) for key, options in firsts.items() for option in options if option != ""}
+        return {
+            key: _first(option)
+            for key, options in firsts.items()
+            for option in options
+            if option != ""
+        }
     return [_first(item) for item in value] if isinstance(value, list) else value
 
 
@@ -142,9 +161,13 @@ def _possible(value):
 
 
 def _expected(answers: list | str, declared: dict, rule: str) -> list[tuple[str, dict, set]]:
-    """Return name, accepted values of each argument, and the arguments that may be left out, of each call."""
+    """Return name, accepted values of each argument, and the arguments that may be left out, of
+    each call."""
     if rule == "strict":
-        return [(call["name"], {a: [v] for a, v in call["arguments"].items()}, set()) for call in gold(answers)]
+        return [
+            (call["name"], {a: [v] for a, v in call["arguments"].items()}, set())
+            for call in gold(answers)
+        ]
     expected = []
     for name, accepted, plain in _answers(answers):
         if plain:
@@ -156,7 +179,8 @@ def _expected(answers: list | str, declared: dict, rule: str) -> list[tuple[str,
 
 
 def _with_defaults(plain: dict, declared: dict[str, Argument]) -> tuple[dict, set]:
-    """Return the accepted values of a plain gold's arguments and of defaults, and what may be left out."""
+    """Return the accepted values of a plain gold's arguments and of defaults, and what may be left
+    out."""
     accepted = {arg: [_possible(value)] for arg, value in plain.items()}
     optional = set()
     for arg, argument in declared.items():
@@ -168,7 +192,8 @@ def _with_defaults(plain: dict, declared: dict[str, Argument]) -> tuple[dict, se
 
 
 def _widened(declared: Type, values: list) -> Type:
-    """Return `declared` with the types of `values` (gold's) added, which not every tool declares rightly."""
+    """Return `declared` with the types of `values` (gold's) added, which not every tool declares
+    rightly."""
     lists, items = [value for value in values if isinstance(value, list)], declared.items
     if lists and (items or list not in declared.kinds):
         items = _widened(items or Type(), [item for value in lists for item in value])
@@ -178,7 +203,11 @@ def _widened(declared: Type, values: list) -> Type:
 def _allowed(values: list, types: Type) -> bool:
     """Whether all `values` are of `types`; level by level, as text may hold very many of them."""
     kinds = set(map(type, values)) - ({int} if float in types.kinds else set())
-    items = [item for value in values if isinstance(value, list) for item in value] if types.items else []
+    items = (
+        [item for value in values if isinstance(value, list) for item in value]
+        if types.items
+        else []
+    )
     return kinds <= types.kinds and (not items or _allowed(items, types.items))
 
 
@@ -208,11 +237,17 @@ def _strict(value, accepted: list, declared: Type) -> str:
     (wanted,) = accepted
     if _same(value, wanted):
         return "ok"
-    return "wrong_value" if value != wanted and _allowed([value], _widened(declared, accepted)) else "wrong_type"
+    return (
+        "wrong_value"
+        if value != wanted and _allowed([value], _widened(declared, accepted))
+        else "wrong_type"
+    )
 
 
 def _lenient(value, accepted: list, declared: Type) -> str:
-    if not _allowed([value], _widened(declared, [option for option in accepted if option != ""] or accepted)):
+    if not _allowed(
+        [value], _widened(declared, [option for option in accepted if option != ""] or accepted)
+    ):
         return "wrong_type"
     return "ok" if any(_match(value, option) for option in accepted) else "wrong_value"
 
@@ -226,17 +261,22 @@ def _same(a, b) -> bool:
 
 
 def _match(value, option) -> bool:
-    """Whether a value is an accepted one as BFCL compares them; an empty list is as good as leaving it out."""
+    """Whether a value is an accepted one as BFCL compares them; an empty list is as good as
+    leaving it out."""
     if isinstance(value, str) and isinstance(option, str):
         return _fold(value) == _fold(option)
     if isinstance(value, list) and isinstance(option, list):
         return len(value) == len(option) and all(map(_match, value, option))
     if isinstance(value, dict) and isinstance(option, dict):
         return value.keys() <= option.keys() and all(
-            any(_match(value[key], one) for one in _options(options)) if key in value else "" in _options(options)
+            any(_match(value[key], one) for one in _options(options))
+            if key in value
+            else "" in _options(options)
             for key, options in option.items()
         )
-    return value == ([] if option == "" else option) and isinstance(value, bool) == isinstance(option, bool)
+    return value == ([] if option == "" else option) and isinstance(value, bool) == isinstance(
+        option, bool
+    )
 
 
 def _fold(text: str) -> str:

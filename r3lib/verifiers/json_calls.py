@@ -1,4 +1,5 @@
-"""Calls in JSON: strict parsing of a piece of text, and which values are calls, envelopes of calls, or other data."""
+"""Calls in JSON: strict parsing of a piece of text, and which values are calls, envelopes of
+calls, or other data."""
 
 import json
 import math
@@ -14,7 +15,9 @@ _BARE = {*_NAMES, "id", "type", "tool_call_id", "call_id"}
 _NAME = re.compile(r"\b(?:tool_)?name\b")
 _ARGUMENT = re.compile(r"\b(?:arguments|parameters)\b")
 _NAMED = re.compile(r"""\b(?:name|tool_name)["']\s*:\s*["']([^"'\n]{1,200})["']""")
-_CUT = re.compile(r"""\{\s*["']?(?:name|tool_name)\b[^,]*,?\s*["']?\w*$""")  # before its second key is complete
+_CUT = re.compile(
+    r"""\{\s*["']?(?:name|tool_name)\b[^,]*,?\s*["']?\w*$"""
+)  # before its second key is complete
 
 
 class Unread(ValueError):
@@ -22,7 +25,8 @@ class Unread(ValueError):
 
 
 def end_of(text: str, start: int) -> int | None:
-    """Return where the first bracket from `start` on is closed; None without one, unclosed or nested too deep."""
+    """Return where the first bracket from `start` on is closed; None without one, unclosed or
+    nested too deep."""
     depth = 0
     for token in _TOKEN.finditer(text, start):
         depth += _STEP.get(token[0], 0)
@@ -32,12 +36,15 @@ def end_of(text: str, start: int) -> int | None:
 
 
 def parse(text: str):
-    """Return the JSON value that `text` is; raises Unread for others, repeated keys, NaN and infinities."""
+    """Return the JSON value that `text` is; raises Unread for others, repeated keys, NaN and
+    infinities."""
     text = text.strip()
     if text[:1] in ("{", "[") and end_of(text, 0) is None:
         raise Unread("invalid_json")
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+        )
     except ValueError:
         raise Unread("invalid_json") from None
 
@@ -84,10 +91,15 @@ def calls_in(value, declared: Collection[str] = ()) -> list[dict] | None:
     return [call for calls in made for call in calls]
 
 
-def _calls_in_object(item: dict, declared: Collection[str], enveloped: bool = False) -> list[dict] | None:
+def _calls_in_object(
+    item: dict, declared: Collection[str], enveloped: bool = False
+) -> list[dict] | None:
     listed = item.get("tool_calls")
     if isinstance(listed, list):
-        made = [_calls_in_object(one, declared, True) if isinstance(one, dict) else None for one in listed]
+        made = [
+            _calls_in_object(one, declared, True) if isinstance(one, dict) else None
+            for one in listed
+        ]
         if None in made:
             raise Unread("invalid_json")
         return [call for calls in made for call in calls]
@@ -114,7 +126,8 @@ def _call(item: dict, declared: Collection[str], enveloped: bool) -> list[dict] 
 
 
 def decoded(arguments):
-    """Return arguments that may be JSON in a string, encoded once or twice; "" and null are no arguments."""
+    """Return arguments that may be JSON in a string, encoded once or twice; "" and null are no
+    arguments."""
     for _ in range(2):
         if isinstance(arguments, str):
             arguments = parse(arguments) if arguments.strip() else None

@@ -5,8 +5,8 @@ r"""The arguments that a tool declares: their types, defaults, and which may be 
 | xlam | `{"days": {"type": "int, optional", "default": 1}}`, also with the bare type `{"days": "int"}` |
 | JSON Schema | `{"type": "object", "properties": {"days": {"type": "integer"}}, "required": []}` |
 
-`parameters` is a JSON Schema if its type is or includes "object" or "dict", or if it has "properties" or another
-keyword of JSON Schema. `None`, `True` and `[]` declare no arguments.
+`parameters` is a JSON Schema if its type is or includes "object" or "dict", or if it has
+"properties" or another keyword of JSON Schema. `None`, `True` and `[]` declare no arguments.
 
 One reading of types holds for prompts, verifiers and records:
 
@@ -19,7 +19,8 @@ One reading of types holds for prompts, verifiers and records:
 | `int, optional`, a default, not among `required` | integer | yes |
 | no type, `Any`, `Callable[...]`, `true`, an unknown `$ref` | anything | no |
 
-`enum` and `const` give the types of their values where there is no type; nothing else of a schema is checked.
+`enum` and `const` give the types of their values where there is no type; nothing else of a schema
+is checked.
 """
 
 import json
@@ -30,7 +31,14 @@ from dataclasses import dataclass, field
 from ..errors import R3Error
 
 MAX_DEPTH = 50  # of nested schemas; what is deeper may be anything
-JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+JSON_TYPES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+}
 _WORDS = {
     str: "str string text char date datetime",
     int: "int integer long",
@@ -47,7 +55,8 @@ _KEYWORDS = ("$schema", "$ref", "$defs", "anyOf", "oneOf", "allOf")
 
 @dataclass
 class Type:
-    """The types of JSON values that are allowed, and those of a list's items; nothing declared, nothing known."""
+    """The types of JSON values that are allowed, and those of a list's items; nothing declared,
+    nothing known."""
 
     kinds: set[type] = field(default_factory=set)
     items: "Type | None" = None
@@ -74,7 +83,7 @@ def declared_arguments(tool: dict) -> dict[str, Argument]:
 
     Raises R3Error where `parameters` is no object.
     """
-    parameters = _parameters(tool)
+    parameters = parameters_of(tool)
     if is_schema(tool):
         specs, required = parameters.get("properties") or {}, parameters.get("required") or ()
     else:
@@ -85,18 +94,23 @@ def declared_arguments(tool: dict) -> dict[str, Argument]:
     return {name: _argument(name, spec, required, root) for name, spec in specs.items()}
 
 
-def _parameters(tool: dict) -> dict:
+def parameters_of(tool: dict) -> dict:
+    """Return the parameters of a tool, {} where it declares none; raises R3Error where they are no
+    object."""
     parameters = tool.get("parameters")
     if isinstance(parameters, dict):
         return parameters
     if parameters in (None, True, [], ()):
         return {}
-    raise R3Error(f"the parameters of tool {tool.get('name')!r} must be an object, not {parameters!r:.40}")
+    raise R3Error(
+        f"the parameters of tool {tool.get('name')!r} must be an object, not {parameters!r:.40}"
+    )
 
 
 def is_schema(tool: dict) -> bool:
-    """Whether the parameters of a tool are a JSON Schema; in xlam's form "type" is an argument's name like others."""
-    parameters = _parameters(tool)
+    """Whether the parameters of a tool are a JSON Schema; in xlam's form "type" is an argument's
+    name like others."""
+    parameters = parameters_of(tool)
     if any(isinstance(parameters.get(key), str | list) for key in _KEYWORDS):
         return True
     if {"object", "dict"} & set(map(str, _list(parameters.get("type")))):
@@ -113,7 +127,8 @@ def _argument(name: str, spec, required: Iterable | None, root: dict) -> Argumen
 
 
 def _default(spec, declared: Type) -> list:
-    """Return the declared default; the text "10" is the integer 10 where only an integer is allowed."""
+    """Return the declared default; the text "10" is the integer 10 where only an integer is
+    allowed."""
     if not isinstance(spec, dict) or "default" not in spec:
         return []
     default = spec["default"]
@@ -130,11 +145,14 @@ def is_optional(spec) -> bool:
     if isinstance(spec, dict) and "default" in spec:
         return True
     written = spec.get("type") if isinstance(spec, dict) else spec
-    return isinstance(written, str) and ("optional" in written.lower() or type(None) in read_type(written).kinds)
+    return isinstance(written, str) and (
+        "optional" in written.lower() or type(None) in read_type(written).kinds
+    )
 
 
 def type_of(spec, root: dict) -> Type:
-    """Return the type that `spec` declares: the text of a type, or a JSON Schema with its definitions in `root`."""
+    """Return the type that `spec` declares: the text of a type, or a JSON Schema with its
+    definitions in `root`."""
     return _schema_type(spec, root, set(), 0)
 
 
@@ -148,7 +166,9 @@ def _schema_type(spec, root: dict, followed: set[str], depth: int) -> Type:
         return _schema_type(part, root, followed, depth + 1)
 
     made = Type()
-    branches = [branch for key in ("type", "anyOf", "oneOf", "allOf") for branch in _list(spec.get(key))]
+    branches = [
+        branch for key in ("type", "anyOf", "oneOf", "allOf") for branch in _list(spec.get(key))
+    ]
     reference = spec.get("$ref")
     if isinstance(reference, str) and reference not in followed:
         followed.add(reference)  # only once, as definitions may refer to one another
@@ -156,7 +176,9 @@ def _schema_type(spec, root: dict, followed: set[str], depth: int) -> Type:
     for branch in branches:
         made.add(inner(branch))
     if not made.kinds:
-        made.kinds = set(map(type, [*_list(spec.get("enum")), *([spec["const"]] if "const" in spec else [])]))
+        made.kinds = set(
+            map(type, [*_list(spec.get("enum")), *([spec["const"]] if "const" in spec else [])])
+        )
     if spec.get("nullable") is True:
         made.kinds.add(type(None))
     for item in (*_list(spec.get("items")), *_list(spec.get("prefixItems"))):
@@ -177,16 +199,19 @@ def _list(value) -> list:
 
 def read_type(written: str) -> Type:
     """Return the type that `written` names, as `List[int]`, `int or str`, `Optional[float]`."""
-    written = re.sub(r"\s+of\s+(\w+?)s?\b", r"[\1]", written.lower())
+    written = written.lower()
+    while " of " in written:
+        written = "{}[{}]".format(*written.split(" of ", 1))
     stack = [Type()]
     for word, bracket in re.findall(r"(\w+|\])(\[?)", written):
-        if word in KINDS:
-            stack[-1].kinds.add(KINDS[word])
+        kind = KINDS.get(word, KINDS.get(word.removesuffix("s")))
+        if kind:
+            stack[-1].kinds.add(kind)
         if word == "optional" and bracket:
             stack[-1].kinds.add(type(None))
         if bracket:
             inner = stack[-1] if word in ("optional", "union") else Type()
-            if KINDS.get(word) is list:
+            if kind is list:
                 stack[-1].items = inner
             stack.append(inner)
         elif word == "]" and len(stack) > 1:
@@ -195,10 +220,15 @@ def read_type(written: str) -> Type:
 
 
 def unknown_word(written) -> bool:
-    """Whether the text of a type names no type that is known; other forms of a type are legal as they are."""
+    """Whether the text of a type names no type that is known; other forms of a type are legal as
+    they are."""
     if not isinstance(written, str):
         return False
-    words = [word for word in re.findall("[a-z]+", written.lower()) if word not in ("typing", "optional", "np")]
+    words = [
+        word
+        for word in re.findall("[a-z]+", written.lower())
+        if word not in ("typing", "optional", "np")
+    ]
     return not words or words[0] not in KINDS and words[0] not in ANY
 
 

@@ -1,4 +1,5 @@
-"""Calls in the tags of one family: the name, then the arguments as JSON, as Gemma's form of it, or in XML.
+"""Calls in the tags of one family: the name, then the arguments as JSON, as Gemma's form of it, or
+in XML.
 
 `START` matches where such a call begins; its last group says how `read` goes on.
 """
@@ -23,12 +24,15 @@ START = "|".join((
     rf"<tool_call>\n?(?P<glm>{WORD})\s*+(?=<arg_key>|</tool_call>|\Z)",
 ))  # fmt: skip
 
-_XML = re.compile(r"""\s*+<(?P<tag>(?:\w{1,20}:)?param(?:eter)?)(?:=|\s+name=)["']?(?P<key>[^>"'\n]+)["']?>""")
+_XML = re.compile(
+    r"""\s*+<(?P<tag>(?:\w{1,20}:)?param(?:eter)?)(?:=|\s+name=)["']?(?P<key>[^>"'\n]+)["']?>"""
+)
 _GLM = re.compile(r"\s*+<arg_key>(?P<key>[^<]+)</arg_key>\s*+<(?P<tag>arg_value)>")
 _CLOSED = re.compile(r"\s*+</(?:\w{1,20}:)?(?:function|invoke|tool_call)>")
 _GEMMA_END = re.compile(r"<tool_call\|>|<end_function_call>")
 _GEMMA = re.compile(
-    r'<\|"\|>(?P<a>.*?)<\|"\|>|<escape>(?P<b>.*?)<escape>|(?<=[{,])\s*+(?P<key>[^\s{}\[\]:,"]++)(?=\s*:)', re.DOTALL
+    r'<\|"\|>(?P<a>.*?)<\|"\|>|<escape>(?P<b>.*?)<escape>|(?<=[{,])\s*+(?P<key>[^\s{}\[\]:,"]++)(?=\s*:)',
+    re.DOTALL,
 )
 _SURPLUS = re.compile(r"\s*+[\]}]")
 _CONSTANTS = {"True": True, "False": False, "None": None}
@@ -50,7 +54,8 @@ class Untyped(str):
 
 
 def read(text: str, start: re.Match) -> tuple[list[dict], int]:
-    """Return the call that begins with `start`, a match of `START`, and where it ends; raises Unread if broken."""
+    """Return the call that begins with `start`, a match of `START`, and where it ends; raises
+    Unread if broken."""
     kind = start.lastgroup
     if kind in ("xml", "glm"):
         arguments, end = _elements(text, start.end(), _XML if kind == "xml" else _GLM)
