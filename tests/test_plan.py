@@ -210,7 +210,7 @@ def test_a_server_gets_its_share_as_an_argument_on_a_gpu_alone(qwen, monkeypatch
     assert server_options(load_profile("paper")) == ""  # without a config there is no plan, and vLLM decides
 
 
-def test_what_may_not_fit_is_said_before_a_run(qwen, monkeypatch, capsys):
+def test_what_may_not_fit_is_said_before_a_run(qwen, monkeypatch, capsys, tmp_path):
     on_a_gpu(monkeypatch, 39.4)
     share = "--gpu-memory-utilization 0.86"
     [found] = doubts(load_profile("paper", model=qwen, vllm_options=share))
@@ -219,7 +219,7 @@ def test_what_may_not_fit_is_said_before_a_run(qwen, monkeypatch, capsys):
     pipeline.check_memory("paper", {})
     assert capsys.readouterr().err == f"r3: warning: {found[1]}\n"
     monkeypatch.setattr(train, "study_of", lambda options: types.SimpleNamespace(
-        profile=load_profile("paper", model=qwen, vllm_options=share), warm_start=stop
+        profile=load_profile("paper", model=qwen, vllm_options=share), warm_start=stop, results=tmp_path
     ))  # fmt: skip
     assert train.main(["--task", "countdown"]) == 2
     assert capsys.readouterr().err == f"r3: warning: {found[1]}\nr3: error: stopped\n"
