@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -179,7 +180,7 @@ class R3Trainer(GRPOTrainer):
             args=args,
             reward_funcs=verified,
             train_dataset=self._dataset(order),
-            peft_config=peft_config,
+            peft_config=deepcopy(peft_config),  # the name of the base is noted in it
             processing_class=processing_class,
             rollout_func=rollout,
             callbacks=[R3Metrics(self), *(callbacks or [])],

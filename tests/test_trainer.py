@@ -652,6 +652,15 @@ def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(
     assert {oct(p.stat().st_mode)[-3:] for p in (tmp_path / "adapter").glob("adapter*")} == {"640"}
 
 
+def test_a_lora_config_serves_two_trainings(tiny, tokenizer, tmp_path):
+    lora = small_lora()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "The PEFT config")
+        for name in "ab":
+            make(tiny(), tokenizer, tmp_path / name, engine=ScriptedEngine(tokenizer), lora=lora)
+    assert lora.base_model_name_or_path is None
+
+
 def test_a_models_name_is_what_was_given_or_has_no_absolute_path(tmp_path, monkeypatch):
     (tmp_path / "data" / "model").mkdir(parents=True)
     for name in ("org/model", "data/model", "./model", None):
