@@ -217,6 +217,7 @@ def test_a_run_that_no_machine_can_hold_stops_before_it_starts(checkout, monkeyp
     write(checkout / "notebooks", "00_fine")
     monkeypatch.undo()  # of the fixture's leave to skip this check
     monkeypatch.setattr(pipeline, "NOTEBOOKS", checkout / "notebooks")
+    monkeypatch.setattr(pipeline, "check", lambda settings, tasks: None)  # no task has so many problems
     with pytest.raises(R3Error, match="sampling needs .* of .* GiB .*: set sample_batch="):
         settings = {"model": "data/base_model", "sample_batch": "10000000", "test_problems": "10000000"}
         pipeline.reproduce("smoke", overrides=settings)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("countdown", "function_calling")
 METRICS = {
     "task", "step", "seed", "reward", "zero_variance_share", "reflection_tokens", "kl", "entropy", "grad_norm",
-    "tokens", "seconds_sampling", "seconds_learning",
+    "tokens", "seconds_sampling", "seconds_learning", "retry_success", "truncated_share",
 }  # fmt: skip
 
 

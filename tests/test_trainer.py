@@ -185,7 +185,8 @@ class OneSidedTask(CoinTask):
 
 def test_a_group_whose_retries_agree_has_advantage_zero(tiny, tokenizer, tmp_path):
     task = OneSidedTask(count=3, largest=20)
-    trainer = make(tiny(), tokenizer, tmp_path, task, failures=2, engine=ScriptedEngine(tokenizer), max_steps=1)
+    engine = ScriptedEngine(tokenizer)
+    trainer = make(tiny(), tokenizer, tmp_path, task, failures=2, engine=engine, max_steps=1, seed=1)
     task.agreeing = trainer.failures[0].problem
     trainer.train()
     first = trainer.order[0]

@@ -54,8 +54,8 @@ def test_a_task_without_conversations_and_one_of_four_numbers_are_refused():
 
 @pytest.fixture
 def started(tiny, tokenizer, tmp_path):
-    """A trainer after six steps of warm start on a tiny model, and the folder of its adapter."""
-    args = config(tmp_path / "run", 6, 0.02, 8, save_strategy="no")
+    """A trainer after eight steps of warm start on a tiny model, and the folder of its adapter."""
+    args = config(tmp_path / "run", 8, 0.02, 8, save_strategy="no")
     trainer = warm_start(tiny(), tokenizer, TASKS[0], small_lora(), args)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
@@ -64,7 +64,7 @@ def started(tiny, tokenizer, tmp_path):
 
 def test_a_warm_start_lowers_the_loss(started):
     losses = [row["loss"] for row in started[0].state.log_history if "loss" in row]
-    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    assert len(losses) == 8 and losses[-1] < 0.9 * losses[0]
 
 
 def test_r3_goes_on_from_the_adapter_of_the_warm_start(started, tiny, tokenizer, tmp_path):

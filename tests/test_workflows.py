@@ -83,12 +83,14 @@ def test_ci_tests_both_pythons_that_the_makefile_accepts():
 def test_the_inputs_of_a_gpu_run_reach_r3():
     env = {"PROFILE": "smoke", "TASK": "countdown", "MAKEFLAGS": "n --no-print-directory"}
     script = gpu_step("Reproduce")["run"]
-    asked = bash(script, ROOT, **env, SEEDS="3", SETTINGS="steps=4 beta=0.1").splitlines()[-1].split(" ", 1)[1]
-    assert asked == "reproduce --profile smoke --task countdown --set seeds=3 --set steps=4 --set beta=0.1"
+    asked = shlex.split(bash(script, ROOT, **env, SEEDS="3", SETTINGS="steps=4 beta=0.1").splitlines()[-1])
+    plain = [".venv/bin/r3", "reproduce", "--profile", "smoke", "--task", "countdown"]
+    assert asked == [*plain, *"--set seeds=3 --set steps=4 --set beta=0.1".split()]
     asked = bash(script, ROOT, **env, SEEDS="", SETTINGS="").splitlines()[-1]
-    assert asked.split() == [".venv/bin/r3", "reproduce", "--profile", "smoke", "--task", "countdown"]
+    assert shlex.split(asked) == plain
     asked = bash(gpu_step("The machine can run the profile")["run"], ROOT, **env, SEEDS="3", SETTINGS="steps=4")
-    assert asked.splitlines()[-1].endswith("r3 doctor --profile smoke --task countdown --set seeds=3 --set steps=4")
+    doctor = "r3 doctor --profile smoke --task countdown --set seeds=3 --set steps=4"
+    assert " ".join(shlex.split(asked.splitlines()[-1])).endswith(doctor)
     names = set(WORKFLOWS["reproduce-gpu"][True]["workflow_dispatch"]["inputs"])  # yaml reads `on` as True
     assert names == set(re.findall(r"inputs\.(\w+)", f"{GPU['env']} {GPU['runs-on']}"))
 
