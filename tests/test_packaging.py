@@ -2,8 +2,8 @@
 
 import ast
 import re
-import socket
 import shlex
+import socket
 import subprocess
 import sys
 import tomllib
