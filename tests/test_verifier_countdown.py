@@ -477,3 +477,21 @@ def test_a_thousand_cases_of_the_benchmark():
 def test_any_text_gets_a_verdict(text, nums, target):
     assert verify(text, nums, target).reason in REASONS
     assert reason(text, nums, target) in REASONS - {"no_answer"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<answer>3*5</answer>, as in "<answer>(1 + 2) / 3</answer>"',
+        "<answer>3*5</answer> (the form was `<answer>1 + 2</answer>`)",
+        "`<answer>3*5</answer>`",
+        "<answer>3*5。</answer>",
+    ],
+)
+def test_an_answer_in_quotation_marks_is_a_mention_where_another_stands(text):
+    assert verify(text, [3, 5], 15).ok
+
+
+@pytest.mark.parametrize("macro", ["left", "big", "mathbf", "boxed"])
+def test_a_macro_does_not_glue_digits_together(macro):
+    assert verify(f"<answer>2\\{macro}3</answer>", [23], 23).reason == "invalid_expression"

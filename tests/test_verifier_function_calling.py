@@ -898,3 +898,28 @@ def test_the_fuzzer_finds_no_disagreement_in_1000_texts():
     environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
     done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "disagreements: 0" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("text", ["def f(a=1): pass", "```python\ndef f(a=1):\n    return a\n```"])
+def test_a_definition_of_the_tool_is_no_call(text):
+    tools = [{"name": "f", "parameters": {"a": {"type": "int"}}}]
+    assert verify(text, tools, [{"name": "f", "arguments": {"a": 1}}]).reason == "no_call"
+
+
+def test_the_form_of_a_call_as_prompts_give_it_does_no_harm():
+    form = '{"name": <function-name>, "arguments": <args-json-object>}'
+    right = {"name": "f", "arguments": {"a": 1}}
+    tools = [{"name": "f", "parameters": {"a": {"type": "int"}}}]
+    assert verify(f"The format {form} is used.\n{json.dumps(right)}", tools, [right]).ok
+    assert verify(f"The format {form} is used.", tools, [right]).reason == "no_call"
+
+
+@pytest.mark.parametrize("unit", ['```json\n[{"a": 1, ', '```json\n{"x": [\n', "/```json[["])
+def test_data_that_never_ends_is_read_in_10_ms(unit):
+    text = (unit * 9900)[:9900]
+    times = []
+    for _ in range(5):
+        started = time.process_time()
+        verify(text, [{"name": "f", "parameters": {}}], [{"name": "f", "arguments": {}}])
+        times.append(time.process_time() - started)
+    assert min(times) < 0.01

@@ -165,3 +165,10 @@ def test_any_legal_schema_gets_a_verdict_and_a_prompt(parameters, rule):
     shown = function_tool(to_xlam(tool))["function"]
     assert shown["parameters"]["properties"].keys() == (parameters.get("properties") or {}).keys()
     json.dumps(shown)
+
+
+@pytest.mark.parametrize("required", [True, 5, "a"])
+def test_required_that_is_no_list_is_an_error_that_names_the_tool(required):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": required}
+    with pytest.raises(R3Error, match=r"`required` of tool 'f' must be a list of names"):
+        verify("f", [{"name": "f", "parameters": schema}], [{"name": "f", "arguments": {"a": 1}}])

@@ -19,6 +19,7 @@ from pathlib import Path
 from ..errors import R3Error
 from ..verifiers.function_calling import gold, unwrapped
 from ..verifiers.schemas import (
+    declared_arguments,
     is_optional,
     is_schema,
     json_schema,
@@ -81,7 +82,8 @@ def check(problem: FunctionCallingProblem) -> str | None:
     if len(tools) < len(problem.tools):
         return "two tools of one name"
     for tool in problem.tools:
-        if absent := set(tool.get("required", ())) - set(tool["parameters"]):
+        declared_arguments(tool)
+        if absent := set(tool.get("required") or ()) - set(tool["parameters"]):
             return f"{tool['name']} requires undeclared {sorted(absent)}"
         odd = [spec["type"] for spec in tool["parameters"].values() if unknown_word(spec.get("type", "any"))]
         if odd:

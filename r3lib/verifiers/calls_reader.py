@@ -39,7 +39,8 @@ What is meant as a call but cannot be read spoils the text ("invalid_json"): all
 announces, a broken block of JSON with a name and arguments or with a declared tool, one cut short
 in its beginning, a list of calls and other things, a repeated key, NaN and infinities, more than
 `MAX_DEPTH` nested brackets, `MAX_BLOCKS` blocks, or `MAX_LENGTH` characters from the first mark
-on. Any other text without a call is "no_call".
+on. Any other text without a call is "no_call". After `MAX_UNCLOSED` blocks of other JSON that
+never end nothing more is read.
 """
 
 import re
@@ -51,6 +52,7 @@ from .json_calls import MAX_DEPTH, Unread
 from .reasoning import answer_text
 
 MAX_TEXT, MAX_LENGTH, MAX_BLOCKS, MAX_BROKEN = 100_000, 10_000, 50, 3
+MAX_UNCLOSED = 8  # blocks of data without an end: each is looked at to the end of the text
 
 _FENCE = r"```(?:json|python|tool_code|tool_call)"
 _TAG = (
@@ -64,7 +66,7 @@ _START = re.compile(
     rf"{tagged_calls.START}"
     rf"|(?:(?P<tag>{_TAG})\s*+|(?P<fence>{_FENCE})\s*+|(?P<line>^[ \t`]*+|(?<=\)[,;])\s*+))?"
     r"""(?:(?P<json>\{(?=\s*+(?:["'{}\[]|name["']?\s*:))|\[(?=\s*+[\[\]{]))"""
-    rf"|(?P<list>\[\s*+)?(?<![\w.\-])(?P<python>{tagged_calls.WORD})\()",
+    rf"|(?P<list>\[\s*+)?(?<![\w.\-])(?<!\bdef )(?P<python>{tagged_calls.WORD})\()",
     re.MULTILINE,
 )
 _SURPLUS = re.compile(r"(?:\s*[\]}])*+")
@@ -161,6 +163,7 @@ class _Reader:
     def __init__(self, text: str, declared: Collection[str]):
         self.text, self.declared = text, declared
         self.python_left = python_calls.MAX_LENGTH  # characters
+        self.unclosed_left = MAX_UNCLOSED
 
     def next(self, position: int) -> re.Match | None:
         """Return where the next block begins; a word before a parenthesis seldom is one."""
@@ -187,7 +190,8 @@ class _Reader:
         if end is None:
             if is_tagged or json_calls.looks_like_call(self.text[at:], self.declared, is_cut=True):
                 raise Unread("invalid_json")
-            return None, self.next_mark(at)
+            self.unclosed_left -= 1
+            return None, self.next_mark(at) if self.unclosed_left else None
         end = _SURPLUS.match(self.text, end).end()
         block = self.text[at:end]
         try:

@@ -5,7 +5,7 @@ target. What a careful reader would accept as that is accepted, in whatever nota
 
 | | accepted | rejected |
 |---|---|---|
-| place | the last `<answer>...</answer>` that holds a digit | `\boxed{}` without the tag |
+| place | the last `<answer>...</answer>` with a digit, not in quotes if others are | `\boxed{}` without the tag |
 | numbers | `15`, `1,000`, fullwidth and mathematical digits | `007`, `1e1`, `1.5`, `1 2`, `½` |
 | operators | `+ - * /`, `× · • x`, `÷ ➗`, `− –`, the like, `\*` | `**`, `^`, `²`, `//`, `%`, `!` |
 | LaTeX | `\times \cdot \ast \div \frac{}{} \boxed{} \left( \right)`, spaces | other macros |
@@ -36,6 +36,7 @@ MAX_DEPTH = 50
 
 _TAG = re.compile(r"<(/?)(?ai:answer)>")
 
+_QUOTES = frozenset("\"'`“”‘’")
 _SPELLINGS = {"*": "×✕✖⨯⨉·⋅∙•∗⁎✱", "/": "÷∕⁄⧸➗", "-": "−–—―‒‑‐˗⁃﹘➖", "+": "➕"}
 _INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"
 # Small forms, fullwidth forms, mathematical and segmented digits; no superscripts, no fractions.
@@ -64,7 +65,7 @@ _AROUND = re.compile(
     | \A\s*"([^"]*)"\s*\Z | \A\s*'([^']*)'\s*\Z | \A\s*“([^”]*)”\s*\Z""",
     re.VERBOSE | re.DOTALL,
 )
-_FULL_STOP = re.compile(r"(?<!\.)\.\s*\Z")
+_FULL_STOP = re.compile(r"(?<!\.)[.。]\s*\Z")
 _LETTER_X = re.compile(r"(?<!\b0)[xX]")  # 0x10 is not 0 times 10
 
 _NUMBER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|0|[1-9][0-9]*)"
@@ -107,26 +108,34 @@ def answer(text: str | None) -> str | None:
 
     Only text outside reasoning and before the end of the turn counts. Tags may be in any case.
     The content runs from the last opening tag that a closing one follows to the first closing
-    tag after it, so neither a later unclosed tag nor a stray closing one hides it. Nor does a
-    tag without a digit, which is only mentioned. Raises TypeError when `text` is neither a
-    string nor None.
+    tag after it, so neither a later unclosed tag nor a stray closing one hides it. Nor does a tag
+    that is only mentioned: one without a digit, or in quotation marks or backticks. Raises
+    TypeError when `text` is neither a string nor None.
     """
     if text is None:
         return None
     if not isinstance(text, str):
         raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
     text = answer_text(text)
-    contents, start = [], None
+    contents, plain, start = [], [], None
     for tag in _TAG.finditer(text):
         if not tag[1]:
-            start = tag.end()
+            start = tag
         elif start is not None:
-            contents.append(text[start : tag.start()])
+            content = text[start.end() : tag.start()]
+            contents.append(content)
+            before = text[max(start.start() - 1, 0) : start.start()]
+            after = text[tag.end() : tag.end() + 1]
+            is_quoted = before in _QUOTES and after in _QUOTES
+            if not is_quoted:
+                plain.append(content)
             start = None
-    given = [
-        content for content in contents if len(content) > MAX_LENGTH or re.search(r"\d", content)
-    ]
-    return next(reversed(given or contents), None)
+    return next(reversed(_given(plain) or _given(contents) or contents), None)
+
+
+def _given(contents: list[str]) -> list[str]:
+    """The contents that may be answers: with a digit, or too long to look."""
+    return [text for text in contents if len(text) > MAX_LENGTH or re.search(r"\d", text)]
 
 
 def read(expression: str) -> tuple[Fraction, list[int]]:
@@ -143,12 +152,19 @@ def _tokens(text: str) -> list[str]:
         raise ValueError(f"the answer has {len(text)} characters, more than {MAX_LENGTH}")
     text = _FULL_STOP.sub("", text.translate(_PLAIN))
     text = _FENCE.sub(_bracketed, text)
-    text = _MACRO.sub(lambda macro: _MACROS.get(macro[1], macro[0]), text)
+    text = _MACRO.sub(_replaced, text)
     marked = None
     while marked != text:  # marks may stand in one another, as in **$3*5$**
         marked, text = text, _AROUND.sub(_bracketed, text)
     text = text.replace("{,}", ",")
     return _TOKEN.findall(_LETTER_X.sub("*", text))
+
+
+def _replaced(macro: re.Match) -> str:
+    """Return what a macro of LaTeX stands for; one for looks parts the digits that it is between."""
+    plain = _MACROS.get(macro[1], macro[0])
+    before = macro.string[macro.start() - 1 : macro.start()]
+    return plain or (" " if before.isdigit() else "")
 
 
 def _bracketed(marked: re.Match) -> str:

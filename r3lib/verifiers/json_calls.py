@@ -15,6 +15,7 @@ _BARE = {*_NAMES, "id", "type", "tool_call_id", "call_id"}
 _NAME = re.compile(r"\b(?:tool_)?name\b")
 _ARGUMENT = re.compile(r"\b(?:arguments|parameters)\b")
 _NAMED = re.compile(r"""\b(?:name|tool_name)["']\s*:\s*["']([^"'\n]{1,200})["']""")
+_FORM = re.compile(r"""["']?name["']?\s*:\s*<[\w -]{1,40}>""")  # a prompt's form of a call, echoed
 _CUT = re.compile(
     r"""\{\s*["']?(?:name|tool_name)\b[^,]*,?\s*["']?\w*$"""
 )  # before its second key is complete
@@ -64,7 +65,9 @@ def _finite(text: str) -> float:
 
 
 def looks_like_call(broken: str, declared: Collection[str], is_cut: bool = False) -> bool:
-    """Whether a block that cannot be parsed was meant as a call."""
+    """Whether a block that cannot be parsed was meant as a call, not `{"name": <name>, ...}`."""
+    if _FORM.search(broken):
+        return False
     if _NAME.search(broken) and _ARGUMENT.search(broken):
         return True
     if any(name in declared for name in _NAMED.findall(broken)):

@@ -81,15 +81,18 @@ class Argument:
 def declared_arguments(tool: dict) -> dict[str, Argument]:
     """Return the declared arguments of a tool in either form, by name.
 
-    Raises R3Error where `parameters` is no object.
+    Raises R3Error where `parameters` is no object or `required` no list.
     """
-    parameters = parameters_of(tool)
+    parameters, name = parameters_of(tool), tool.get("name")
     if is_schema(tool):
-        specs, required = parameters.get("properties") or {}, parameters.get("required") or ()
+        specs, required = parameters.get("properties") or {}, parameters.get("required")
+        required = () if required is None else required
     else:
         specs, required = parameters, tool.get("required")
     if not isinstance(specs, dict):
-        raise R3Error(f"the properties of tool {tool.get('name')!r} must be an object")
+        raise R3Error(f"the properties of tool {name!r} must be an object")
+    if not isinstance(required, list | tuple | None):
+        raise R3Error(f"`required` of tool {name!r} must be a list of names, not {required!r}")
     root = {**tool, **parameters}
     return {name: _argument(name, spec, required, root) for name, spec in specs.items()}
 
