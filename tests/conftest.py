@@ -8,6 +8,7 @@ from random import Random
 import psutil
 import pytest
 import torch
+from hypothesis import settings
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +30,8 @@ from r3lib.tasks import CountdownTask
 from r3lib.trainer import R3Config
 from r3lib.verifiers.verdict import Verdict
 
+settings.register_profile("no_clock", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("no_clock")
 BASE_MODEL = Path(__file__).resolve().parents[1] / "data" / "base_model"
 TINY = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -506,6 +506,7 @@ def test_a_foreign_failure_is_found_at_the_start_wherever_it_is(
 ):
     failures = coin_failures(tokenizer, 6)
     ids = list(failures[place].prompt_ids)
+    at %= len(ids)
     if kind == "changed":
         ids[at] += 1
     elif kind == "cut":
