@@ -71,6 +71,15 @@ PHRASINGS = (
     "Help me {act}.", "Could you {act} today?", "My plan is to {act}.",
 )  # fmt: skip
 HELD_OUT_PHRASINGS = ("Would you mind helping me {act}?", "It is time to {act}.", "{Act} as soon as you can.")
+# Pretraining also has phrasings put together from these, so that requests are read and not only recognised.
+OPENINGS = (
+    "I would like to ", "We have to ", "You should ", "Remember to ", "Let us ", "Kindly ", "I was asked to ",
+    "Your job is to ", "Somebody has to ", "Do not forget to ", "Is it possible to ", "It would be nice to ",
+    "Be so kind as to ", "Will you ", "I hope that you can ", "The next thing is to ", "I think we ought to ",
+    "Try to ", "Can somebody ", "Shall we ", "You are to ", "My boss told me to ", "All that is left is to ",
+)  # fmt: skip
+CLOSINGS = ("", "", " now", " tonight", " right away", " if possible", " again", " at once", " straight away", " today")
+MARKS = (".", "?", "!", ", thanks.", ", will you?", "")
 PLACES = "Paris Rome Oslo Lima Cairo Delhi Quito Berlin Madrid Tokyo".split()
 PEOPLE = "Ann Bob Cleo Dan Eva Finn Gus Hana Ivo June Karl Lena".split()
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -148,13 +157,13 @@ def draw(random: Random, split: str, part: str = "combinations", hard: float = 0
     """Draw one problem of `split`; `hard` is the chance that an amount takes more than one or two steps.
 
     `invented` is the share of tools that are given the verb of another and the noun of a third, so that names
-    have to be read, not remembered.
+    have to be read, not remembered; the same share of requests gets a phrasing of its own.
     """
     while True:
         tools = [_renamed(t, random) if random.random() < invented else t for t in _candidates(random, part)]
         names = sorted(tool.name() for tool in tools)
         if part == "tools" or split_of(names) == split:
-            return _case(random, tools, part, hard)
+            return _case(random, tools, part, hard, invented)
 
 
 def split_of(names: list[str]) -> str:
@@ -182,7 +191,7 @@ def _candidates(random: Random, part: str) -> list[Tool]:
     return tools
 
 
-def _case(random: Random, tools: list[Tool], part: str, hard: float) -> Case:
+def _case(random: Random, tools: list[Tool], part: str, hard: float, invented: float) -> Case:
     two = len(tools) > 1 and random.random() < TWO_CALLS
     calls = tuple(_call(random, tool, hard) for tool in tools[: 2 if two else 1])
     records = []
@@ -194,6 +203,8 @@ def _case(random: Random, tools: list[Tool], part: str, hard: float) -> Case:
     random.shuffle(records)
     act = random.choice((" and ", ", then ")).join(_act(random, call) for call in calls)
     phrasing = random.choice(HELD_OUT_PHRASINGS if part == "phrasings" else PHRASINGS)
+    if invented and random.random() < invented:
+        phrasing = random.choice(OPENINGS) + "{act}" + random.choice(CLOSINGS) + random.choice(MARKS)
     query = phrasing.format(act=act, Act=act[0].upper() + act[1:])
     name = hashlib.sha256(json.dumps([query, sorted(r["name"] for r in records)]).encode()).hexdigest()[:12]
     answers = tuple(call.answer for call in calls)
