@@ -77,6 +77,9 @@ OPENINGS = (
     "Your job is to ", "Somebody has to ", "Do not forget to ", "Is it possible to ", "It would be nice to ",
     "Be so kind as to ", "Will you ", "I hope that you can ", "The next thing is to ", "I think we ought to ",
     "Try to ", "Can somebody ", "Shall we ", "You are to ", "My boss told me to ", "All that is left is to ",
+    "If you have a minute, ", "I am sorry to ask, but ", "There is one more thing: ", "Here is what I want: ",
+    "The customer wrote: ", "As agreed, ", "I wonder whether you could ", "Before we go home we have to ",
+    "Thanks for offering to ", "What about trying to ", "Nobody else is free to ", "You said that you would ",
 )  # fmt: skip
 CLOSINGS = ("", "", " now", " tonight", " right away", " if possible", " again", " at once", " straight away", " today")
 MARKS = (".", "?", "!", ", thanks.", ", will you?", "")
