@@ -267,6 +267,21 @@ def test_python_names_and_constants_may_be_jsons():
     assert calls('[a.b-c(from=true, class=[null, False], x-y={"true": "true"})]') == made
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = forecast(city='Paris', days=3)", "ok"),
+        ("x = forecast(city='Paris', days=3)\ny = forecast(city=x)", "invalid_json"),
+        ("forecast(city='Paris', days=3).temperature", "invalid_json"),
+        ("forecast(city='Paris', days=3)(1)", "invalid_json"),
+        ("forecast(city='Paris', days=3) == 4", "invalid_json"),
+        ("I use forecast(city='Paris', days=3).", "ok"),
+    ],
+)
+def test_a_python_call_may_be_assigned_but_is_no_part_of_an_expression(text, expected):
+    assert reason(text) == expected
+
+
 def test_a_value_in_xml_is_read_as_the_type_that_is_wanted():
     text = "<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"
     values = {"3": [3, "3"], "3.0": [3.0, "3.0"], "True": [True, "True"], "null": [None, "null"], "[1]": [[1], "[1]"]}

@@ -64,7 +64,7 @@ _MARK = re.compile(
 )
 _START = re.compile(
     rf"{tagged_calls.START}"
-    rf"|(?:(?P<tag>{_TAG})\s*+|(?P<fence>{_FENCE})\s*+|(?P<line>^[ \t`]*+|(?<=\)[,;])\s*+))?"
+    rf"|(?:(?P<tag>{_TAG})\s*+|(?P<fence>{_FENCE})\s*+|(?P<line>^[ \t`]*+(?:\w+ ?= ?)?|(?<=\)[,;])\s*+))?"
     r"""(?:(?P<json>\{(?=\s*+(?:["'{}\[]|name["']?\s*:))|\[(?=\s*+[\[\]{]))"""
     rf"|(?P<list>\[\s*+)?(?<![\w.\-])(?<!\bdef )(?P<python>{tagged_calls.WORD})\()",
     re.MULTILINE,
@@ -75,6 +75,7 @@ _UNOPENED = re.compile(
     r"""\s*["']?(?:arguments|parameters)["']?\s*:"""
 )
 _NAMED = re.compile(r"\s*+(?:[\w.\-]++\s*+=(?!=)|\Z)")  # what follows the parenthesis of a call
+_GOES_ON = re.compile(r"\(|\[[\d'\"]|\.[^\W\d]|\s*+[=!<>]=")  # a call that is part of a larger expression
 
 
 @dataclass
@@ -237,4 +238,6 @@ class _Reader:
         )  # a short one takes as long as 80 characters
         if end is None or self.python_left < 0:
             raise ValueError("cut short, nested too deep or too long")
+        if _GOES_ON.match(self.text, end):
+            raise ValueError("part of a larger expression")
         return python_calls.parse(self.text[at:end]), end
