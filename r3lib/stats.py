@@ -35,17 +35,6 @@ def rate_interval(successes, clusters, trials=None, level=0.95, draws=2000, seed
     return tuple(np.quantile(sums[0] / sums[1], [(1 - level) / 2, (1 + level) / 2]).tolist())
 
 
-def paired_bootstrap(a, b, clusters=None, level=0.95, draws=2000, seed=0) -> tuple[float, float, float]:
-    """(mean(a) - mean(b), lo, hi) for 0/1 arrays of shape (n,) on the same cases.
-
-    `clusters`: problem ids (default: each case its own); seeds on one problem do not count as independent.
-    """
-    if len(a) != len(b):
-        raise R3Error(f"paired_bootstrap got {len(a)} and {len(b)} outcomes: give one of each a case")
-    clusters = np.arange(len(a)) if clusters is None else clusters
-    return rate_difference(a, clusters, b, clusters, level, draws, seed)[:3]
-
-
 def rate_difference(a, a_clusters, b, b_clusters, level=0.95, draws=2000, seed=0):
     """(mean(a) - mean(b), lo, hi, p) for 0/1 arrays on sets of problems that may differ.
 

@@ -44,11 +44,6 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         aside.replace(path)
 
 
-def set_fresh(on: bool) -> None:
-    """Let every stage of this process and its children run once more, cached or not; False ends that."""
-    os.environ["R3_FRESH"] = str(time.time_ns()) if on else ""
-
-
 def stage(target: Path, config: dict, inputs, build, version: int = 1, say=print) -> Path:
     """Make `target` (file or folder) unless the same config, `inputs` (paths) and version made it before.
 

@@ -122,18 +122,18 @@ def test_stage_that_makes_nothing_keeps_the_old_result(bench):
 
 def test_fresh_run_computes_once_and_then_counts_as_cached(bench, monkeypatch):
     bench.run()
-    store.set_fresh(True)
+    monkeypatch.setenv("R3_FRESH", "run 1")
     bench.run(), bench.run()
     assert bench.builds == 2 and bench.said[1:] == ["running table.csv: fresh run", "cached  table.csv"]
-    store.set_fresh(True)
+    monkeypatch.setenv("R3_FRESH", "run 2")
     bench.run()
     assert bench.builds == 3
-    store.set_fresh(False)
+    monkeypatch.delenv("R3_FRESH")
     bench.run()
     assert bench.builds == 3
 
 
-def test_fresh_run_does_not_take_over_shards_of_a_killed_one(tmp_path):
+def test_fresh_run_does_not_take_over_shards_of_a_killed_one(tmp_path, monkeypatch):
     seen = []
 
     def build(work):
@@ -145,7 +145,7 @@ def test_fresh_run_does_not_take_over_shards_of_a_killed_one(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         store.stage(tmp_path / "t", {}, [], build)
-    store.set_fresh(True)
+    monkeypatch.setenv("R3_FRESH", "run 3")
     store.stage(tmp_path / "t", {}, [], build)
     assert seen == [0, 0]
 
