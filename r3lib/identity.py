@@ -32,12 +32,19 @@ def task_facts(task) -> dict:
     for owner in [*reversed(type(task).__mro__), task]:
         known |= getattr(owner, "__dict__", {})
     values = {k: v for k, v in known.items() if not k.startswith("_") and isinstance(v, PLAIN)}
-    try:
-        source = inspect.getsource(type(task))
-    except (OSError, TypeError):  # typed at a prompt
-        source = ""
+    source = _source(type(task))
     named = {f"task.{name}": _short(value) for name, value in sorted(values.items())}
+    functions = {k: v for k, v in vars(task).items() if inspect.isfunction(v)}
+    named |= {f"task.{name}": digest([_source(value)]) for name, value in functions.items()}
     return named | {"task's class": f"{type(task).__qualname__} {digest([source])}"}
+
+
+def _source(thing) -> str:
+    """The source of a class or function; "" if it was typed at a prompt."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return ""
 
 
 def content(problem) -> dict:

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import create_model_from_path
 
 from .card import plain_name, write_card
 from .chat import Chat
@@ -41,9 +42,11 @@ from .identity import (
     task_facts,
     write_note,
 )
+from .mining import mine_for_training
 from .settings import refuse_ignored, settings_facts
 from .store import write_atomic
 from .tasks.base import RETRY_TURNS
+from .tasks.dataset import DatasetTask
 from .weights import NO_SAMPLING, training_options
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is pinned by our contract tests
@@ -89,6 +92,9 @@ class R3Config(GRPOConfig):
     retry_temperature: float = field(default=1.0, metadata={"help": "Temperature of the retry; 0 is greedy."})
     retry_turn: str = field(default="restate", metadata={"help": "A retry restates the question, or is a reminder."})
     truncation_penalty: float = field(default=0.0, metadata={"help": "Taken from the reward of a reflection cut off."})
+    mine_samples: int = field(default=1, metadata={"help": "Answers a row, where the trainer mines."})
+    mine_temperature: float = field(default=0.0, metadata={"help": "Their temperature; 0 is greedy."})
+    max_attempt_length: int = field(default=256, metadata={"help": "Most tokens of such an answer."})
     sample_batch: int = field(default=256, metadata={"help": "Rows sampled at once."})
 
     def __post_init__(self):
@@ -143,9 +149,13 @@ class R3Trainer(GRPOTrainer):
     """GRPO on reflections (paper, section on the method; its equation is GRPO's with a token mask).
 
     `failures` are failed attempts (see `mine_failures`), each read when its turn comes. For each, G reflections are
-    sampled, each is followed by a retry in the same conversation, and the reward of a reflection is the retry's
-    verdict, 0 or 1. With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a
-    causal mask its tokens would change nothing. The other masks train on reflection, turn and retry with `env_mask`.
+    sampled, each is followed by a retry in the same conversation, and the reward of a reflection is the
+    retry's verdict, 0 or 1 (of a graded verifier: its score). In place of `task` and `failures`,
+    `verifier(text, row)` and `train_dataset` (see `DatasetTask`) let the trainer mine the failures.
+
+    With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under a
+    causal mask its tokens would change nothing. The other masks train on reflection, turn and retry
+    with `env_mask`.
 
     What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates: full
     fine-tuning of a bf16 model trains and saves fp32 weights, twice the memory. What is frozen keeps
@@ -160,12 +170,29 @@ class R3Trainer(GRPOTrainer):
     under the trained model over that under the sampler, cut at `vllm_importance_sampling_clip_max`.
     """
 
-    def __init__(self, model, args: R3Config, task, failures: Sequence[Failure], peft_config=None,
-                 processing_class=None, engine=None, callbacks=None):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        args: R3Config,
+        task=None,
+        failures: Sequence[Failure] | None = None,
+        peft_config=None,
+        processing_class=None,
+        engine=None,
+        callbacks=None,
+        *,
+        verifier: Callable | None = None,
+        train_dataset=None,
+    ):
         if not isinstance(args, R3Config):
             raise R3Error(
                 f"args is a {type(args).__name__}: give an R3Config, with the same settings"
             )
+        if verifier is not None or train_dataset is not None:
+            _check_own_data(task, failures, verifier, train_dataset)
+            model, processing_class = loaded(model, processing_class, args)
+            task = DatasetTask(train_dataset, verifier)
+            failures = mine_for_training(model, processing_class, task, args, engine)
         check_task(task)
         if not failures:
             raise R3Error("no failures to train on: mine more problems, or a harder task")
@@ -357,6 +384,22 @@ class R3Trainer(GRPOTrainer):
         return self.train(resume_from_checkpoint=last_checkpoint(self.args.output_dir))
 
 
+def _check_own_data(task, failures, verifier, train_dataset) -> None:
+    if verifier is None or train_dataset is None:
+        raise R3Error("verifier and train_dataset go together: give verifier(text, row) and the rows")
+    if task is not None or failures is not None:
+        raise R3Error("verifier and train_dataset make task and failures: give the one pair or the other")
+
+
+def loaded(model, tokenizer, args: R3Config):
+    """The model and its tokenizer, each loaded as TRL does where it is a name or missing."""
+    if isinstance(model, str):
+        model = create_model_from_path(model, **(args.model_init_kwargs or {}))
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+    return model, tokenizer
+
+
 def training_order(size: int, wanted: int, seed: int) -> list[int]:
     """`wanted` indices below `size`: seeded permutations, one after the other."""
     order: list[int] = []
@@ -409,7 +452,7 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
         "reflection_tokens": sum(len(c.ids) for _, _, c in rows) / len(rows),
         "seconds_sampling": time.perf_counter() - started,
     }
-    rewards = [v.ok - args.truncation_penalty * c for v, c in zip(verdicts, cut)]
+    rewards = [v.reward - args.truncation_penalty * c for v, c in zip(verdicts, cut)]
     output = {"prompt_ids": [a for _, a, _ in rows], "reward": rewards}
     if args.log_completions:
         decode = trainer.processing_class.decode
