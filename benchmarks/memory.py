@@ -108,8 +108,8 @@ def learn(study, folder: str) -> None:
 
 def failures(study, count: int) -> list:
     """Failed attempts of full length at the `count` problems with the longest prompts of a few more."""
-    from r3lib.episodes import Failure
     from r3lib.plan import SAMPLE
+    from r3lib.rollouts import Failure
 
     chat, tokens = study.chat, study.profile.attempt_tokens
     prompts = [(q, chat.start(study.task, q)) for q in study.problems("train", max(count, SAMPLE))]

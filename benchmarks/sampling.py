@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from r3lib.engines import Sampling
-from r3lib.episodes import failures_of
+from r3lib.rollouts import failures_of
 from r3lib.study import Study
 
 

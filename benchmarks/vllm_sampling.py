@@ -23,7 +23,7 @@ from transformers.utils import logging
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.engines.vllm_server import Server
-from r3lib.episodes import Limits, Runner
+from r3lib.rollouts import Limits, RolloutSampler
 from r3lib.study import Study
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     model = study.model().to(getattr(torch, options.dtype)).eval()
     with tempfile.TemporaryDirectory() as folder, serve(study, folder, options) as server:
         vllm, own = VLLMEngine([server], study.tokenizer), TransformersEngine(model, study.tokenizer)
-        runner = Runner(vllm, study.chat, study.task, Limits(attempt=study.profile.attempt_tokens))
+        runner = RolloutSampler(vllm, study.chat, study.task, Limits(attempt=study.profile.attempt_tokens))
         prompts = failed_prompts(study, runner, options.prompts)
         if options.adapter:
             own.model = model = get_peft_model(model, study.lora()).eval()

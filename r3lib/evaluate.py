@@ -4,23 +4,15 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from .episodes import START, Condition
+from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY
+from .episodes import START
 from .errors import R3Error
 from .stats import holm, mcnemar, rate_difference, rate_interval, wilson
 
-FIRST, REFLECT, BOTH = Condition.first_try.value, Condition.reflect_retry.value, "both_tries"
-CONTROLS = {
-    "resample": "Does reflecting beat asking afresh?",
-    "retry": "Does reflecting beat a retry without reflection?",
-    "retry_sampled": "Does reflecting beat a sampled retry without reflection?",
-    "generic_reflection": "Does an own reflection beat one fixed sentence?",
-    "shuffled_reflection": "Does an own reflection beat one written for another problem?",
-}
-TRAINING = {
-    REFLECT: "Does training raise second-try success on failures?",
-    FIRST: "Does training raise first-try accuracy?",
-    BOTH: "Does training raise accuracy after both tries (the paper's 2nd column)?",
-}
+FIRST, REFLECT, BOTH = FIRST_TRY.name, REFLECT_RETRY.name, "both_tries"
+CONTROLS = {c.name: c.control for c in CONDITIONS if c.control}
+TRAINING = {c.name: c.training for c in (REFLECT_RETRY, FIRST_TRY)}
+TRAINING[BOTH] = "Does training raise accuracy after both tries (the paper's 2nd column)?"
 ACCURACY = ["task", "policy", "train_task", "condition", "split", "seed", "n", "k", "rate", "lo", "hi"]
 COMPARISONS = ["question", "task", "a", "b", "n", "seeds", "diff", "lo", "hi", "p"]
 VIEW = ["task", "policy", "train_task", "split", "column", "n", "seeds", "rate", "lo", "hi"]
@@ -31,10 +23,8 @@ def judged(episodes: pd.DataFrame) -> pd.DataFrame:
     """Episodes with a column `ok`, in display order; a second try is judged by `retry_reason`."""
     if episodes.empty:
         raise R3Error("no episodes to evaluate: run the notebook that writes them first")
-    if unknown := set(episodes.condition) - set(Condition):
-        raise R3Error(f"unknown conditions {sorted(unknown)} in the episodes: use {', '.join(Condition)}")
     reason = episodes.attempt_reason.where(episodes.condition == FIRST, episodes.retry_reason)
-    order = {name: str(i) for i, name in enumerate([*Condition, *START, "r3"])}
+    order = {name: str(i) for i, name in enumerate([*map(str, CONDITIONS), *START, "r3"])}
     keys = ["task", "policy", "condition", "split", "seed", "problem_id"]
     frame = episodes.assign(ok=reason.eq("ok").fillna(False).astype(bool))
     return frame.sort_values(keys, key=lambda column: column.replace(order), ignore_index=True)

@@ -12,18 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from .conditions import CONDITIONS
 from .episodes import START
 from .errors import R3Error
 
-CONDITIONS = {
-    "reflect_retry": "#D55E00",
-    "shuffled_reflection": "#CC79A7",
-    "generic_reflection": "#009E73",
-    "retry": "#E69F00",
-    "retry_sampled": "#8A6100",
-    "resample": "#56B4E9",
-    "first_try": "#444444",
-}
+COLORS = {c.name: c.color for c in reversed(CONDITIONS)}
 POLICIES = {  # colour, marker, label
     "vanilla": ("#777777", "o", "untrained"),
     "warm_start": ("#777777", "o", "warm start (supervised)"),
@@ -87,12 +80,13 @@ def _conditions(table, label="second tries that succeed, of failures") -> Figure
     """A panel a task, one below the other; a row a condition, a dot a policy."""
     table = table.assign(seeds=table.groupby([*CELL, "split"]).seed.transform("size") - 1)
     table = table[table.seed.astype(str) == "all"]
-    order = [c for c in CONDITIONS if c in set(table.condition)]
+    order = list(dict.fromkeys([*COLORS, *table.condition]))
+    order = [name for name in order if name in set(table.condition)]
     tasks = [part for _, part in table.groupby("task", sort=False)]
     heights = [1.4 + 0.2 * len(order) * part.policy.nunique() for part in tasks]
     fig, axes = _figure(1, sum(heights), rows=heights)
     for ax, part in zip(axes, tasks, strict=True):
-        _dots(ax, part, "condition", order, ("rate", "lo", "hi"), CONDITIONS)
+        _dots(ax, part, "condition", order, ("rate", "lo", "hi"), COLORS)
         _policies(ax, part[part.condition != "first_try"], "failures", part.task.iloc[0], "#222222")
     axes[-1].set_xlabel(label)
     return fig

@@ -9,15 +9,7 @@ from accelerate import PartialState
 from .chat import Chat
 from .engines.base import identity
 from .engines.transformers import TransformersEngine
-from .episodes import (
-    FAILURE,
-    Failure,
-    Limits,
-    Runner,
-    in_shards,
-    mine_failures,
-    read_episodes,
-)
+from .episodes import in_shards, read_episodes
 from .errors import R3Error
 from .identity import (
     check_problems,
@@ -29,6 +21,7 @@ from .identity import (
     task_facts,
     write_note,
 )
+from .rollouts import FAILURE, Failure, Limits, RolloutSampler, mine_failures
 from .tasks.dataset import DatasetTask
 
 logger = logging.getLogger(__name__)
@@ -46,14 +39,14 @@ def mine_for_training(model, tokenizer, task: DatasetTask, args, engine=None) ->
     if engine is None:
         model.to(args.device)
         engine = TransformersEngine(model, tokenizer, args.sample_batch, end_ids=chat.end_ids)
-    runner = Runner(engine, chat, task, Limits(attempt=args.max_attempt_length))
+    sampler = RolloutSampler(engine, chat, task, Limits(attempt=args.max_attempt_length))
     check_task(task)
     problems = task.problems("train")
     check_problems(problems)
-    _claim(folder, _facts(runner, problems, args))
+    _claim(folder, _facts(sampler, problems, args))
 
     def mined(some: list) -> pd.DataFrame:
-        failures = mine_failures(runner, some, args.mine_samples, args.mine_temperature, args.seed)
+        failures = mine_failures(sampler, some, args.mine_samples, args.mine_temperature, args.seed)
         rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in failures]
         return pd.DataFrame(rows, columns=FAILURE)
 
@@ -64,12 +57,12 @@ def mine_for_training(model, tokenizer, task: DatasetTask, args, engine=None) ->
     return failures
 
 
-def _facts(runner: Runner, problems, args) -> dict:
+def _facts(sampler: RolloutSampler, problems, args) -> dict:
     settings = ["mine_samples", "mine_temperature", "max_attempt_length", "seed"]
     facts = {name: getattr(args, name) for name in settings}
-    facts |= task_facts(runner.task) | identity(runner.engine)
+    facts |= task_facts(sampler.task) | identity(sampler.engine)
     facts["rows"] = digest(content(problem) for problem in problems)
-    facts["prompts"] = digest(runner.chat.start(runner.task, problem) for problem in problems)
+    facts["prompts"] = digest(sampler.chat.start(sampler.task, problem) for problem in problems)
     return facts
 
 

@@ -20,9 +20,9 @@ import psutil
 
 from . import weights
 from .chat import Chat
+from .conditions import SECOND_TRIES
 from .config import Profile, load_profile
 from .doctor import GIB, TCMALLOC, reaches_hub
-from .episodes import SECOND_TRIES
 from .errors import R3Error
 from .tasks import TASKS, load_task
 

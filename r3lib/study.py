@@ -16,20 +16,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from .chat import DATE, Chat
+from .conditions import CONDITIONS
 from .config import Profile, load_profile
-from .episodes import (
-    FAILURE,
-    Condition,
-    Limits,
-    MinedFailures,
-    Policy,
-    Runner,
-    in_shards,
-    mine_failures,
-    read_episodes,
-    run_episodes,
-)
+from .episodes import Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
+from .rollouts import FAILURE, Limits, MinedFailures, RolloutSampler, mine_failures
 from .store import folder_hash, key_of, stage, up_to_date
 from .tasks import TASKS, load_task
 from .weights import commit, compute_dtype, load, locate, reading
@@ -41,8 +32,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-SOURCES = "study.py weights.py warm_start.py chat.py episodes.py trainer.py engines/* tasks/base.py tasks/{0}* "
-SOURCES += "verifiers/*"
+SOURCES = "study.py weights.py warm_start.py chat.py conditions.py rollouts.py episodes.py trainer.py "
+SOURCES += "engines/* tasks/base.py tasks/{0}* verifiers/*"
 Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
 WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "retry_turn")
@@ -99,7 +90,7 @@ class Study:
             torch.set_num_threads(self.profile.threads)
         return load(self.model_path, self.profile.quantization, adapter, trainable)
 
-    def runner(self, adapter: Path | None = None, progress: bool = True) -> Runner:
+    def runner(self, adapter: Path | None = None, progress: bool = True) -> RolloutSampler:
         """Samples episodes from the model under the profile's limits."""
         p, chat = self.profile, self.chat
         if engine := self.remote_engine():
@@ -110,7 +101,7 @@ class Study:
             sampled = self.model(adapter), self.tokenizer
             engine = TransformersEngine(*sampled, p.sample_batch, progress, chat.end_ids)
         limits = Limits(p.attempt_tokens, p.reflection_tokens, p.retry_tokens)
-        return Runner(engine, chat, self.task, limits, p.reflection_temperature, p.retry_turn)
+        return RolloutSampler(engine, chat, self.task, limits, p.reflection_temperature, p.retry_turn)
 
     def remote_engine(self):
         """The engine over vLLM servers that the profile asks for, the same for all studies; None: transformers."""
@@ -268,7 +259,7 @@ class Study:
             run_episodes(self.runner(adapter), problems, policy, out, shard=size, say=print, part=part)
 
         target = self.results / "episodes" / f"{self.task_name}-{policy.name}-{policy.seed}.parquet"
-        config = self._config("test_problems", "shard_size", *SAMPLING, conditions=[c.value for c in Condition])
+        config = self._config("test_problems", "shard_size", *SAMPLING, conditions=[c.name for c in CONDITIONS])
         return self._sampled(target, config, [adapter] if adapter else [], sample, part)
 
     def _sampled(self, target: Path, config: dict, inputs: list[Path], sample, part: Part) -> Path:

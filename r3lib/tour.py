@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .engines.base import Completion, Sampling
-from .episodes import Failure, Runner, seeds_for
 from .errors import R3Error
+from .rollouts import Failure, RolloutSampler, seeds_for
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Group:
         """Indices of the first rewarded and the first unrewarded reflection, if there is one."""
         return [self.rewards.index(reward) for reward in (1.0, 0.0) if reward in self.rewards]
 
-    def table(self, runner: Runner) -> pd.DataFrame:
+    def table(self, runner: RolloutSampler) -> pd.DataFrame:
         """A row a reflection: reflection, retry, verdict, reward, advantage."""
         columns = {
             "reflection": [runner.chat.text(reflection.ids) for reflection in self.reflections],
@@ -60,7 +60,7 @@ class Group:
         return ids, [int(role == "reflection") for role in roles], roles
 
 
-def sample_groups(runner: Runner, failures: Sequence[Failure], size: int, seed=0) -> list[Group]:
+def sample_groups(runner: RolloutSampler, failures: Sequence[Failure], size: int, seed=0) -> list[Group]:
     """A group of `size` reflections at temperature 1 for each failure, all sampled together.
 
     Raises R3Error where there are no failures.

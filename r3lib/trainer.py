@@ -31,7 +31,6 @@ from .chat import Chat
 from .config import accumulation_steps
 from .engines.base import RemoteEngine, Sampling
 from .engines.transformers import TransformersEngine, check_model, reach
-from .episodes import Failure, Limits, Runner, check_failures, failures_digest, judge
 from .errors import R3Error
 from .identity import (
     check_task,
@@ -43,6 +42,14 @@ from .identity import (
     write_note,
 )
 from .mining import mine_for_training
+from .rollouts import (
+    Failure,
+    Limits,
+    RolloutSampler,
+    check_failures,
+    failures_digest,
+    judge,
+)
 from .settings import refuse_ignored, settings_facts
 from .store import write_atomic
 from .tasks.base import RETRY_TURNS
@@ -287,7 +294,7 @@ class R3Trainer(GRPOTrainer):
         self._claim(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *rest, **options)
 
-    def runner(self) -> Runner:
+    def runner(self) -> RolloutSampler:
         """Samples from the policy as it stands."""
         engine = self._engine or TransformersEngine(
             self.accelerator.unwrap_model(self.model),
@@ -296,7 +303,7 @@ class R3Trainer(GRPOTrainer):
             end_ids=self._chat.end_ids,
         )
         limits = Limits(reflection=self.args.max_completion_length, retry=self.args.max_retry_length)
-        return Runner(engine, self._chat, self.task, limits, self.args.temperature, self.args.retry_turn)
+        return RolloutSampler(engine, self._chat, self.task, limits, self.args.temperature, self.args.retry_turn)
 
     def _train_for_a_remote_engine(self) -> None:
         """Turn on what TRL does for a vLLM of its own: weigh tokens by the importance ratio, sync before rollouts.

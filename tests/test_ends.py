@@ -13,8 +13,8 @@ from r3lib.chat import DATE, Chat
 from r3lib.engines import Completion, Sampling
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
-from r3lib.episodes import Runner
 from r3lib.errors import R3Error
+from r3lib.rollouts import RolloutSampler
 from r3lib.store import register
 from r3lib.study import Study, generation_config
 from r3lib.trainer import R3Trainer, completions_under
@@ -70,7 +70,7 @@ def test_what_is_trained_is_what_was_sampled_though_another_end_is_joined(llama)
     """Every trained position holds a sampled token with its log-probability, under every mask."""
     chat = Chat(llama)
     eom, random = llama.convert_tokens_to_ids("<|eom_id|>"), Random(0)
-    runner = Runner(None, chat, CoinTask())
+    runner = RolloutSampler(None, chat, CoinTask())
     [failure] = coin_failures(llama, 1)
     asked = runner.reflection_prompt(failure)
     for end in ([], [eom], [chat.end_id]):

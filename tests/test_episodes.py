@@ -13,23 +13,15 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from r3lib.chat import Chat
+from r3lib.conditions import CONDITIONS, RESAMPLE, SECOND_TRIES, Condition
 from r3lib.engines import transformers as engine_module
 from r3lib.engines.base import Completion, IdentifiedEngine
-from r3lib.episodes import (
-    SECOND_TRIES,
-    Condition,
-    Failure,
-    Limits,
-    Policy,
-    Runner,
-    deranged,
-    failures_of,
-    mine_failures,
-    read_episodes,
-    run_episodes,
-)
+from r3lib.episodes import Policy, read_episodes, run_episodes
 from r3lib.errors import R3Error
+from r3lib.evaluate import accuracy_table
+from r3lib.figures import conditions_figure
 from r3lib.identity import content, differences, digest, model_facts, task_facts
+from r3lib.rollouts import Failure, Limits, RolloutSampler, deranged, failures_of, mine_failures
 from r3lib.tasks import CountdownTask, FunctionCallingTask
 from r3lib.tasks.base import Task
 from r3lib.tasks.countdown_corpus import solutions
@@ -94,7 +86,7 @@ def reflected(problem):
 def runner(tokenizer):
     """A function of the engine's options: a fresh runner."""
     limits = Limits(64, 64, 64)
-    return lambda **options: Runner(TableEngine(tokenizer, **options), Chat(tokenizer), TASK, limits)
+    return lambda **options: RolloutSampler(TableEngine(tokenizer, **options), Chat(tokenizer), TASK, limits)
 
 
 def run(runner, out, problems=PROBLEMS, **options):
@@ -112,7 +104,7 @@ def test_rows_have_the_schema_and_second_tries_are_for_failures_only(runner, tmp
     assert list(first.problem_id) == [p.id for p in PROBLEMS]
     assert set(first.problem_id[first.attempt_reason == "ok"]) == KNOWN
     failed = {p.id for p in PROBLEMS} - KNOWN
-    assert Counter(zip(second.problem_id, second.condition)) == {(p, c.value): 1 for p in failed for c in SECOND_TRIES}
+    assert Counter(zip(second.problem_id, second.condition)) == {(p, c.name): 1 for p in failed for c in SECOND_TRIES}
     assert first[["reflection", "retry", "retry_reason", "reflection_tokens", "retry_tokens"]].isna().all(axis=None)
     without = second.condition.isin(["resample", "retry", "retry_sampled"])
     assert (second.reflection.isna() == without).all() and (second.reflection_tokens.isna() == without).all()
@@ -196,7 +188,7 @@ def test_one_item_cannot_be_deranged():
 def test_a_single_failure_loses_its_shuffled_row_and_nothing_else(runner, tmp_path):
     said = []
     table = run(runner(), tmp_path, PROBLEMS[:2], say=said.append)
-    assert set(table.condition) == {c.value for c in Condition} - {"shuffled_reflection"}
+    assert set(table.condition) == {c.name for c in CONDITIONS} - {"shuffled_reflection"}
     assert any(PROBLEMS[1].id in line and "shuffled_reflection left out" in line for line in said)
 
 
@@ -214,7 +206,7 @@ def test_an_unknown_condition_is_refused_before_anything_runs(runner, tmp_path):
 
 def test_only_the_conditions_asked_for_are_run(runner, tmp_path):
     one = runner()
-    table = run(one, tmp_path, conditions=[Condition.first_try, Condition.resample])
+    table = run(one, tmp_path, conditions=["first_try", "resample"])
     assert set(table.condition) == {"first_try", "resample"} and len(one.engine.calls) == 2
 
 
@@ -317,11 +309,11 @@ def test_second_tries_restate_the_question_alike_unless_a_reminder_is_asked_for(
     question = {"countdown": task.messages(problem)[0]["content"], "function_calling": getattr(problem, "query", None)}
     for retry_turn, tail in (("restate", f"\n{question[task.name]}"), ("reminder", "")):
         engine = ScriptedEngine(tokenizer)
-        one = Runner(engine, chat, task, retry_turn=retry_turn)
-        for condition in set(SECOND_TRIES) - {Condition.resample}:
+        one = RolloutSampler(engine, chat, task, retry_turn=retry_turn)
+        for condition in set(SECOND_TRIES) - {RESAMPLE}:
             one.second_tries(condition, [failure, failure], reflections=[[30], [31]])
             asked = tokenizer.decode(engine.calls[-1][0][0]).split("<|user|>")[-1]
-            told = task.blind_retry_prompt if condition.startswith("retry") else task.retry_prompt
+            told = task.blind_retry_prompt if condition.reflection == "none" else task.retry_prompt
             assert asked == f"{told}{tail}<|end|><|assistant|>"
 
 
@@ -383,7 +375,7 @@ OTHER_RUNS = {
 
 def run_sums(engine, tokenizer, out, **changes):
     given = SAME_RUN | changes
-    runner = Runner(
+    runner = RolloutSampler(
         engine,
         Chat(tokenizer),
         given["task"],
@@ -524,7 +516,7 @@ def test_ids_that_are_not_unique_strings_are_refused_at_the_start(
         if use == "run":
             run_sums(engine, tokenizer, tmp_path / "out", problems=problems)
         else:
-            mine_failures(Runner(engine, Chat(tokenizer), SumTask()), problems, k=2)
+            mine_failures(RolloutSampler(engine, Chat(tokenizer), SumTask()), problems, k=2)
     assert engine.calls == [] and not (tmp_path / "out").exists()
 
 
@@ -549,7 +541,7 @@ class Careless(SumTask):
         (lambda: True, "verify returned True on problem 's2': return Verdict"),
         (
             lambda: Verdict(0.5, "half"),
-            "verify returned Verdict.ok=0.5, reason='half'. on problem 's2'",
+            "verify returned Verdict.ok=0.5, reason='half', score=None. on problem 's2'",
         ),
     ],
 )
@@ -565,10 +557,20 @@ def test_a_task_without_a_name_is_refused_at_the_start(tokenizer, tmp_path):
     class Nameless(Task):
         reflection_prompt = "Reflect."
 
-    runner = Runner(ScriptedEngine(tokenizer), Chat(tokenizer), Nameless())
+    runner = RolloutSampler(ScriptedEngine(tokenizer), Chat(tokenizer), Nameless())
     for use in (
         lambda: mine_failures(runner, SUMS, k=2),
         lambda: run_episodes(runner, SUMS, Policy(), tmp_path),
     ):
         with pytest.raises(R3Error, match="task Nameless has no name: give its class name"):
             use()
+
+
+def test_a_condition_of_ones_own_is_one_row(runner, tmp_path):
+    told_twice = Condition("fixed_sampled", reflection="fixed", temperature=1.0)
+    table = run(runner(), tmp_path, conditions=["first_try", told_twice])
+    own = table[table.condition == "fixed_sampled"]
+    assert len(own) and set(own.reflection) == {TASK.generic_reflection}
+    accuracy = accuracy_table(table)
+    assert accuracy.set_index("condition").loc["fixed_sampled"].n.max() == len(own)
+    assert conditions_figure(accuracy) is not None

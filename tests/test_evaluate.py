@@ -179,7 +179,5 @@ def test_a_half_finished_evaluation_is_refused(study):
 def test_bad_episodes_give_one_line_that_names_them(study):
     with pytest.raises(R3Error, match="no episodes"):
         accuracy_table(study[:0])
-    with pytest.raises(R3Error, match="unknown conditions.*'reflekt'.*use first_try"):
-        accuracy_table(study.replace({"condition": {"retry": "reflekt"}}))
     with pytest.raises(R3Error, match="'test', 'train'"):
         comparisons_table(study.assign(split=["train", *study.split[1:]]))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from r3lib.conditions import CONDITIONS
 from r3lib.config import load_profile
-from r3lib.episodes import Condition, read_episodes
+from r3lib.episodes import read_episodes
 from r3lib.evaluate import accuracy_table, by_part, comparisons_table
 from r3lib.report import percent
 from r3lib.store import sha256
@@ -63,8 +64,8 @@ def test_it_answers_with_three_seeds_on_2000_problems_of_each_task(episodes):
 @pytest.mark.parametrize("task", TASKS)
 def test_readme_gives_its_rates(accuracy, task):
     readme, cells = (ROOT / "README.md").read_text(), accuracy.loc["test", task]
-    for condition in Condition:
-        both = [cells.loc[(policy, condition.value)] for policy in ("vanilla", "r3")]
+    for condition in CONDITIONS:
+        both = [cells.loc[(policy, condition.name)] for policy in ("vanilla", "r3")]
         row = " | ".join([f"`{condition}`", *(percent(c.rate, c.lo, c.hi) for c in both)])
         assert f"| {row} |" in readme
     for policy in ("vanilla", "r3"):

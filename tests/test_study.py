@@ -12,7 +12,7 @@ from conftest import CoinTask, ScriptedEngine, small_config, small_lora
 
 import r3lib.study
 from r3lib.chat import Chat
-from r3lib.episodes import FAILURE, MinedFailures, Runner, mine_failures
+from r3lib.rollouts import FAILURE, MinedFailures, RolloutSampler, mine_failures
 from r3lib.study import Study
 from r3lib.trainer import R3Trainer
 
@@ -80,7 +80,7 @@ def test_failures_hold_plain_numbers_that_an_engine_in_another_process_can_be_se
 
 def mined(study, path, count=12):
     """Failures at random attempts, and the same as `study` reads them from a table at `path`."""
-    runner = Runner(ScriptedEngine(study.tokenizer), Chat(study.tokenizer), study.task)
+    runner = RolloutSampler(ScriptedEngine(study.tokenizer), Chat(study.tokenizer), study.task)
     found = mine_failures(runner, study.problems("train", study.profile.train_problems)[:count], k=3)
     rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in found]
     pd.DataFrame(rows, columns=FAILURE).to_parquet(path)

@@ -11,8 +11,8 @@ from conftest import ScriptedEngine
 from test_chat import dressed
 
 from r3lib.chat import Chat
-from r3lib.episodes import Runner, failures_of
 from r3lib.errors import R3Error
+from r3lib.rollouts import RolloutSampler, failures_of
 from r3lib.tasks import function_calling_corpus
 from r3lib.tasks import function_calling_records as records
 from r3lib.tasks.function_calling import CATEGORIES, FunctionCallingTask
@@ -148,7 +148,7 @@ def test_an_unknown_rule_is_refused():
 )
 def test_first_tries_and_failures_start_from_the_prompt_of_the_models_family(tokenizer, name, end):
     tokenizer = dressed(tokenizer, name, end)
-    runner = Runner(ScriptedEngine(tokenizer), Chat(tokenizer), FunctionCallingTask("bfcl"))
+    runner = RolloutSampler(ScriptedEngine(tokenizer), Chat(tokenizer), FunctionCallingTask("bfcl"))
     tries = runner.first_tries([PROBLEM])
     [failure] = failures_of([PROBLEM], tries, runner)
     assert [failure.prompt_ids] == runner.engine.calls[0][0] == [runner.chat.start(runner.task, PROBLEM)]

@@ -6,15 +6,15 @@ import pytest
 from conftest import CoinTask, ConstantTask, ScriptedEngine, coin_failures
 
 from r3lib.chat import Chat
-from r3lib.episodes import Limits, Runner
 from r3lib.errors import R3Error
+from r3lib.rollouts import Limits, RolloutSampler
 from r3lib.tour import Group, first_with_variance, sample_groups
 
 
 @pytest.fixture
 def runner(tokenizer):
     task = CoinTask(count=3, largest=20)
-    return Runner(ScriptedEngine(tokenizer), Chat(tokenizer), task, Limits(8, 12, 6))
+    return RolloutSampler(ScriptedEngine(tokenizer), Chat(tokenizer), task, Limits(8, 12, 6))
 
 
 @pytest.fixture
@@ -78,6 +78,6 @@ def test_no_failure_is_one_line(runner):
 
 def test_a_task_that_is_always_right_has_groups_without_variance(runner, tokenizer):
     groups = sample_groups(
-        Runner(runner.engine, runner.chat, ConstantTask(True), runner.limits), coin_failures(tokenizer, 2), 3
+        RolloutSampler(runner.engine, runner.chat, ConstantTask(True), runner.limits), coin_failures(tokenizer, 2), 3
     )
     assert all(group.rewards == [1, 1, 1] for group in groups)
