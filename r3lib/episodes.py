@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .chat import Chat
-from .engines.base import Completion, Engine, Sampling, identity
+from .engines.base import Completion, Engine, SamplingParams, identity
 from .errors import R3Error
 from .identity import (
     check_problems,
@@ -126,13 +126,13 @@ class Runner:
         """Answer every problem `samples` times; a completion depends on problem, seed and index alone."""
         prompts = [self.chat.start(self.task, p) for p in problems]
         return self.engine.generate(
-            prompts, samples, Sampling(self.limits.attempt, temperature), seeds_for(problems, seed, "attempt")
+            prompts, samples, SamplingParams(self.limits.attempt, temperature), seeds_for(problems, seed, "attempt")
         )
 
     def reflections(self, failures: Sequence[Failure], seed=0) -> list[list[int]]:
         """One reflection a failure (token ids)."""
         asked = [self.reflection_prompt(f) for f in failures]
-        sampling = Sampling(self.limits.reflection, self.reflection_temperature)
+        sampling = SamplingParams(self.limits.reflection, self.reflection_temperature)
         seeds = seeds_for([f.problem for f in failures], seed, "reflection")
         return [c[0].ids for c in self.engine.generate(asked, 1, sampling, seeds)]
 
@@ -160,7 +160,7 @@ class Runner:
                 given = deranged(given, seed)
         prompts = [self._second_prompt(condition, f, g) for f, g in zip(failures, given)]
         temperature = 1.0 if condition in SAMPLED else 0.0
-        sampling = Sampling(self.limits.retry, temperature)
+        sampling = SamplingParams(self.limits.retry, temperature)
         seeds = seeds_for([f.problem for f in failures], seed, condition)
         return list(zip(given, (c[0] for c in self.engine.generate(prompts, 1, sampling, seeds))))
 

@@ -28,8 +28,9 @@ from trl import GRPOConfig, GRPOTrainer
 from .card import plain_name, write_card
 from .chat import Chat
 from .config import accumulation_steps
-from .engines.base import RemoteEngine, Sampling
-from .engines.transformers import TransformersEngine, check_model, reach
+from .engines.base import RemoteEngine, SamplingParams
+from .engines.support import check_model, reach
+from .engines.transformers import TransformersEngine
 from .episodes import Failure, Limits, Runner, check_failures, failures_digest, judge
 from .errors import R3Error
 from .identity import (
@@ -391,12 +392,12 @@ def rollout(prompts: list, trainer: R3Trainer) -> dict:
     failures = [trainer.failures[trainer.order[place]] for place in places]
     asked = [runner.reflection_prompt(f) for f in failures]
     seeds = [Random(f"{args.seed}/{place}").getrandbits(32) for place in places]  # whatever the process
-    sampling = Sampling(args.max_completion_length, args.temperature)
+    sampling = SamplingParams(args.max_completion_length, args.temperature)
     groups = runner.engine.generate(asked, size, sampling, seeds)
     rows = [(f, a, c) for f, a, group in zip(failures, asked, groups) for c in group]
     retry_prompts = [runner.retry_prompt(f, c.ids) for f, _, c in rows]
     retry_seeds = [Random(f"{seeds[i // size]}/{i % size}").getrandbits(32) for i in range(len(rows))]
-    sampling = Sampling(args.max_retry_length, args.retry_temperature)
+    sampling = SamplingParams(args.max_retry_length, args.retry_temperature)
     retries = [r[0] for r in runner.engine.generate(retry_prompts, 1, sampling, retry_seeds)]
     verdicts = [
         judge(runner.task, runner.chat.text(r.ids), f.problem)

@@ -10,7 +10,7 @@ from test_chat import PLAIN, dressed, with_marks, with_template
 from transformers import GenerationConfig
 
 from r3lib.chat import DATE, Chat
-from r3lib.engines import Completion, Sampling
+from r3lib.engines import Completion, SamplingParams
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.episodes import Runner
@@ -92,7 +92,7 @@ def test_what_is_trained_is_what_was_sampled_though_another_end_is_joined(llama)
 
 def test_the_transformers_engine_stops_at_the_ends_of_the_generation_config(tokenizer):
     model = tiny_model("llama", len(tokenizer))
-    prompts, sampling = [[20 + i, 30] for i in range(8)], Sampling(16)
+    prompts, sampling = [[20 + i, 30] for i in range(8)], SamplingParams(16)
     free = TransformersEngine(model, tokenizer).generate(prompts, 2, sampling)
     often = max(set(sum((c.ids[:-1] for group in free for c in group), [])), default=5)
     model.generation_config.eos_token_id = [often, 7]
@@ -109,7 +109,7 @@ def test_a_server_is_asked_to_stop_at_every_end(tokenizer):
     try:
         ends = Chat(tokenizer, GenerationConfig(eos_token_id=[EOS])).end_ids
         engine = VLLMEngine([server.url], tokenizer, end_ids=ends)
-        got = sum(engine.generate([[20, 21]], 32, Sampling(12)), [])
+        got = sum(engine.generate([[20, 21]], 32, SamplingParams(12)), [])
     finally:
         server.close()
     assert server.asked[0][1]["stop_token_ids"] == sorted(ends)

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 import r3lib.engines.watch as watch
 from r3lib.chat import Chat
-from r3lib.engines import Sampling
+from r3lib.engines import SamplingParams
 from r3lib.engines.base import RemoteEngine
 from r3lib.engines.vllm import Address, VLLMEngine
 from r3lib.engines.vllm_server import Server, interpreter
@@ -86,12 +86,12 @@ def dead_address():
 
 
 def test_samples_come_back_in_order_with_their_log_probs(serve, connect, tokenizer):
-    got = connect(serve()).generate(PROMPTS, 3, Sampling(12))
+    got = connect(serve()).generate(PROMPTS, 3, SamplingParams(12))
     assert pairs(got) == expected(tokenizer)
 
 
 def test_ids_end_with_an_end_token_exactly_when_finished_whatever_the_models_own_end_token(serve, connect, tokenizer):
-    got = sum(connect(serve()).generate(PROMPTS, 8, Sampling(12)), [])
+    got = sum(connect(serve()).generate(PROMPTS, 8, SamplingParams(12)), [])
     end = Chat(tokenizer).end_ids
     assert {c.finished for c in got} == {True, False}
     assert all(c.finished == (c.ids[-1] in end) and not set(c.ids[:-1]) & end for c in got)
@@ -101,7 +101,7 @@ def test_ids_end_with_an_end_token_exactly_when_finished_whatever_the_models_own
 
 def test_a_request_asks_for_the_whole_distribution(serve, connect):
     server = serve()
-    connect(server).generate(PROMPTS[:1], 2, Sampling(12, 0.7), seeds=[5])
+    connect(server).generate(PROMPTS[:1], 2, SamplingParams(12, 0.7), seeds=[5])
     [(path, body)] = server.asked
     assert path == "/v1/completions" and body["prompt"] == PROMPTS[0] and body["model"] == "base"
     assert (body["n"], body["max_tokens"], body["temperature"], body["logprobs"]) == (2, 12, 0.7, 0)
@@ -110,32 +110,32 @@ def test_a_request_asks_for_the_whole_distribution(serve, connect):
 
 
 def test_neighbouring_seeds_share_no_sample_and_a_seed_repeats_itself(serve, connect):
-    one, two, again = connect(serve()).generate([[20, 21]] * 3, 6, Sampling(12), seeds=[5, 6, 5])
+    one, two, again = connect(serve()).generate([[20, 21]] * 3, 6, SamplingParams(12), seeds=[5, 6, 5])
     assert one == again and not {tuple(c.ids) for c in one} & {tuple(c.ids) for c in two}
 
 
 def test_greedy_samples_are_asked_for_once_and_repeated(serve, connect):
     server = serve()
-    [group] = connect(server).generate([[20, 21]], 4, Sampling(12, 0.0))
+    [group] = connect(server).generate([[20, 21]], 4, SamplingParams(12, 0.0))
     assert len(group) == 4 and len({tuple(c.ids) for c in group}) == 1
     assert [body["n"] for _, body in server.asked] == [1]
 
 
 def test_at_most_so_many_requests_at_once(serve, connect):
     server = serve(delay=0.02)
-    connect(server, workers=3).generate(PROMPTS, 1, Sampling(4))
+    connect(server, workers=3).generate(PROMPTS, 1, SamplingParams(4))
     assert server.busiest == 3
 
 
 def test_at_most_so_many_samples_at_once(serve, connect, monkeypatch):
     monkeypatch.setattr("r3lib.engines.vllm.IN_FLIGHT", 8)
     server = serve(delay=0.02)
-    connect(server, workers=8).generate(PROMPTS, 4, Sampling(4))
+    connect(server, workers=8).generate(PROMPTS, 4, SamplingParams(4))
     assert server.busiest == 2
 
 
 def test_no_prompts_give_no_completions(serve, connect):
-    assert connect(serve()).generate([], 2, Sampling(4)) == []
+    assert connect(serve()).generate([], 2, SamplingParams(4)) == []
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_no_prompts_give_no_completions(serve, connect):
 def test_bad_input_is_refused_before_anything_is_asked(serve, connect, bad, message):
     server = serve()
     with pytest.raises(R3Error, match=message):
-        connect(server).generate(**(dict(prompts=[[2]], n=1, sampling=Sampling(4), seeds=[0]) | bad))
+        connect(server).generate(**(dict(prompts=[[2]], n=1, sampling=SamplingParams(4), seeds=[0]) | bad))
     assert server.asked == []
 
 
@@ -159,20 +159,20 @@ def test_bad_input_is_refused_before_anything_is_asked(serve, connect, bad, mess
 @pytest.mark.parametrize("fault", [500, 503, 429, "drop", "abort", "short"])
 def test_what_is_lost_is_asked_again_and_counted_once(serve, connect, tokenizer, fault):
     server = serve(faults=[None, fault, fault, None, fault])
-    assert pairs(connect(server).generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(connect(server).generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     assert sorted(server.answered) == PROMPTS and len(server.asked) == len(PROMPTS) + 3
 
 
 def test_a_silent_server_is_asked_again(serve, connect, tokenizer):
     server = serve(faults=["hang"])
-    [group] = connect(server, timeout=0.8).generate(PROMPTS[:1], 3, Sampling(12))
+    [group] = connect(server, timeout=0.8).generate(PROMPTS[:1], 3, SamplingParams(12))
     assert pairs([group]) == expected(tokenizer)[:1] and len(server.asked) >= 2
 
 
 def test_a_request_that_the_server_calls_wrong_is_an_error_at_once(serve, connect):
     server = serve(faults=[None, 400])
     with pytest.raises(R3Error, match=r"/v1/completions answers 400: .*told to fail.*on two lines") as caught:
-        connect(server, workers=1).generate(PROMPTS, 1, Sampling(4))
+        connect(server, workers=1).generate(PROMPTS, 1, SamplingParams(4))
     assert "\n" not in str(caught.value)
     assert len(server.asked) <= 3, "what was queued is not sent"
 
@@ -180,19 +180,19 @@ def test_a_request_that_the_server_calls_wrong_is_an_error_at_once(serve, connec
 def test_a_server_that_only_fails_is_given_up(serve, connect):
     server = serve(faults=[500] * 1000)
     with pytest.raises(R3Error, match="answers 500.*after 3 tries: see the server's log"):
-        connect(server, attempts=3).generate(PROMPTS[:2], 1, Sampling(4))
+        connect(server, attempts=3).generate(PROMPTS[:2], 1, SamplingParams(4))
     assert len(server.asked) <= 6
 
 
 def test_pauses_double(serve, connect):
     engine, started = connect(serve(faults=[500] * 4), pause=0.05), time.monotonic()
-    engine.generate(PROMPTS[:1], 1, Sampling(4))
+    engine.generate(PROMPTS[:1], 1, SamplingParams(4))
     assert time.monotonic() - started > 0.05 * (1 + 2 + 4 + 8)
 
 
 def test_a_server_without_token_ids_is_refused(serve, connect):
     with pytest.raises(R3Error, match="returns no token ids: use vLLM"):
-        connect(serve(faults=["no ids"])).generate(PROMPTS[:1], 1, Sampling(4))
+        connect(serve(faults=["no ids"])).generate(PROMPTS[:1], 1, SamplingParams(4))
 
 
 def test_nobody_answers(connect):
@@ -211,20 +211,20 @@ def test_an_address_must_be_one(connect, servers, message):
 
 def test_prompts_are_spread_over_the_servers(serve, connect, tokenizer):
     one, two = serve(), serve()
-    assert pairs(connect(one, two.url + "/v1/").generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(connect(one, two.url + "/v1/").generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     assert len(one.asked) == len(two.asked) == len(PROMPTS) / 2
 
 
 def test_a_dead_servers_work_goes_to_the_other(serve, connect, tokenizer):
     server = serve()
     engine = connect(dead_address(), server, workers=4)
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     assert sorted(server.answered) == PROMPTS
 
 
 def test_a_server_that_leaves_in_mid_batch_loses_nothing(serve, connect, tokenizer):
     leaving, staying = serve(faults=[None, None, *["drop"] * 1000]), serve()
-    assert pairs(connect(leaving, staying).generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(connect(leaving, staying).generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     assert sorted(leaving.answered + staying.answered) == PROMPTS
 
 
@@ -237,10 +237,10 @@ def test_sync_loads_a_new_name_and_unloads_the_old_one(serve, connect, tokenizer
     assert isinstance(engine, RemoteEngine) and not isinstance(ScriptedEngine(tokenizer), RemoteEngine)
     engine.sync(first)
     [before] = server.adapters
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(first))
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer, model=str(first))
     engine.sync(second)
     assert server.adapters == {engine.policy: str(second)} and before != engine.policy
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(second))
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer, model=str(second))
 
 
 def test_sync_without_an_adapter_samples_from_the_model_and_the_next_adapter_takes_the_olds_place(
@@ -250,7 +250,7 @@ def test_sync_without_an_adapter_samples_from_the_model_and_the_next_adapter_tak
     engine = connect(server)
     engine.sync(first)
     engine.sync(None)
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     engine.sync(second)
     assert list(server.adapters.values()) == [str(second)]
 
@@ -272,13 +272,13 @@ def test_a_server_without_the_adapter_gets_it_before_it_samples(serve, connect, 
     engine = connect(server)
     engine.sync(folder)
     server.adapters.clear()  # as after a restart
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(folder))
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer, model=str(folder))
 
 
 def test_sync_does_without_a_dead_server(serve, connect, tokenizer, tmp_path):
     engine, folder = connect(dead_address(), serve()), adapter(tmp_path / "a")
     engine.sync(folder)
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(folder))
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer, model=str(folder))
 
 
 def test_a_folder_without_an_adapter_is_refused(serve, connect, tmp_path):
@@ -291,7 +291,7 @@ def test_an_adapter_that_the_server_cannot_find_is_an_error_at_once(serve, conne
     engine.sync(folder)
     engine.servers[0], _ = Address(serve().url), (folder / "adapter_config.json").unlink()
     with pytest.raises(R3Error, match="load_lora_adapter answers 404: .*No adapter found"):
-        engine.generate(PROMPTS, 1, Sampling(4))
+        engine.generate(PROMPTS, 1, SamplingParams(4))
 
 
 # a server of our own
@@ -329,7 +329,7 @@ def pids(folder):
 
 def test_a_server_starts_on_first_use_and_leaves_nothing_behind(own, tokenizer, tmp_path):
     server = own("--dtype", "float32")
-    got = VLLMEngine([server], tokenizer).generate(PROMPTS, 3, Sampling(12))
+    got = VLLMEngine([server], tokenizer).generate(PROMPTS, 3, SamplingParams(12))
     assert pairs(got) == expected(tokenizer)
     [found] = pids(tmp_path)
     assert all(map(alive, found))
@@ -419,7 +419,7 @@ def test_a_server_that_dies_in_mid_batch_resumes_it_with_its_adapter(own, tokeni
     fuse.touch()
     engine = VLLMEngine([own("--fault-file", str(fuse))], tokenizer, workers=4, pause=0.05)
     engine.sync(folder)
-    got = engine.generate(PROMPTS, 3, Sampling(12))
+    got = engine.generate(PROMPTS, 3, SamplingParams(12))
     assert pairs(got) == expected(tokenizer, model=str(folder)) and len(pids(tmp_path)) == 2
 
 

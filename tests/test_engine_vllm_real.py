@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r3lib.chat import Chat
-from r3lib.engines import Sampling
+from r3lib.engines import SamplingParams
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.engines.vllm_server import Server
@@ -90,7 +90,7 @@ def assert_greedy(got, model, tokenizer, prompts, most):
 
     After such a tie a text is not compared; half of the texts at least have to be equal to the end.
     """
-    wanted, whole = TransformersEngine(model, tokenizer).generate(prompts, 1, Sampling(most, 0.0)), 0
+    wanted, whole = TransformersEngine(model, tokenizer).generate(prompts, 1, SamplingParams(most, 0.0)), 0
     for prompt, [one], [other] in zip(prompts, got, wanted, strict=True):
         same = len(os.path.commonprefix([one.ids, other.ids]))
         assert one.logprobs[:same] == pytest.approx(other.logprobs[:same], abs=2e-3)
@@ -111,13 +111,13 @@ def teacher_forced(model, prompt, ids, temperature):
 
 
 def test_greedy_text_is_that_of_transformers_token_for_token(engine, model, tokenizer, prompts):
-    got = engine.generate(prompts, 2, Sampling(40, 0.0))
-    assert_equal(got, TransformersEngine(model, tokenizer).generate(prompts, 2, Sampling(40, 0.0)))
+    got = engine.generate(prompts, 2, SamplingParams(40, 0.0))
+    assert_equal(got, TransformersEngine(model, tokenizer).generate(prompts, 2, SamplingParams(40, 0.0)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_samples_end_at_end_tokens_and_log_probs_are_at_the_temperature(engine, model, prompts, temperature):
-    got = engine.generate(prompts, 4, Sampling(12, temperature))
+    got = engine.generate(prompts, 4, SamplingParams(12, temperature))
     flat = [(p, c) for p, group in zip(prompts, got) for c in group]
     assert {c.finished for _, c in flat} == {True, False}
     for prompt, c in flat:
@@ -127,7 +127,7 @@ def test_samples_end_at_end_tokens_and_log_probs_are_at_the_temperature(engine, 
 
 
 def test_a_seed_repeats_its_samples_and_its_neighbour_has_others(engine, prompts):
-    one, two, again = engine.generate([prompts[0]] * 3, 4, Sampling(12), seeds=[5, 6, 5])
+    one, two, again = engine.generate([prompts[0]] * 3, 4, SamplingParams(12), seeds=[5, 6, 5])
     assert [c.ids for c in one] == [c.ids for c in again] != [c.ids for c in two]
 
 
@@ -135,7 +135,7 @@ def test_samples_whose_prompts_together_are_longer_than_a_step_of_the_server(eng
     """Chunked prefill would read one of them in two steps, of which vLLM dies on a CPU."""
     long = [prompt * 8 for prompt in prompts]
     assert sum(map(len, long)) > 2 * 2048
-    got = engine.generate(long, 1, Sampling(2))
+    got = engine.generate(long, 1, SamplingParams(2))
     assert engine.servers[0].starts == 1 and all(1 <= len(c.ids) <= 2 for [c] in got)
 
 
@@ -144,8 +144,8 @@ def test_an_adapter_swap_changes_the_output_as_peft_says(engine, tokenizer, prom
     for seed in (1, 2):
         adapted, folder = save_adapter(tmp_path / str(seed), seed)
         engine.sync(folder)
-        answers.append(engine.generate(prompts, 1, Sampling(24, 0.0)))
-        assert_equal(answers[-1], TransformersEngine(adapted, tokenizer).generate(prompts, 1, Sampling(24, 0.0)))
+        answers.append(engine.generate(prompts, 1, SamplingParams(24, 0.0)))
+        assert_equal(answers[-1], TransformersEngine(adapted, tokenizer).generate(prompts, 1, SamplingParams(24, 0.0)))
     assert [c.ids for c in sum(answers[0], [])] != [c.ids for c in sum(answers[1], [])]
     assert [m["id"] for m in engine._models(engine.servers[0])][1:] == [engine.policy], "the first is unloaded"
 
@@ -157,12 +157,12 @@ def test_real_weights_greedy_text_is_that_of_transformers_before_and_after_adapt
     prompts = prompts_of(tokenizer, 3)
     with start(path) as server:
         engine = VLLMEngine([server], tokenizer)
-        answers = [engine.generate(prompts, 1, Sampling(40, 0.0))]
+        answers = [engine.generate(prompts, 1, SamplingParams(40, 0.0))]
         assert_greedy(answers[0], real_weights(), tokenizer, prompts, 40)
         for seed in (1, 2):
             adapted, folder = save_adapter(tmp_path / str(seed), seed, real_weights())
             engine.sync(folder)
-            answers.append(engine.generate(prompts, 1, Sampling(16, 0.0)))
+            answers.append(engine.generate(prompts, 1, SamplingParams(16, 0.0)))
             assert_greedy(answers[-1], adapted, tokenizer, prompts, 16)
     first = [[c.ids[:16] for c in sum(answer, [])] for answer in answers]
     assert first[0] != first[1] != first[2] != first[0]
@@ -178,7 +178,7 @@ def test_two_servers_share_a_batch_and_give_what_one_gives(server, engine, start
         both = VLLMEngine([server, second], tokenizer)
         for sampler in (engine, both):
             sampler.sync(folder)
-        for sampling in (Sampling(24, 0.0), Sampling(12, 1.0)):
+        for sampling in (SamplingParams(24, 0.0), SamplingParams(12, 1.0)):
             before = [answers(one) for one in both.servers]
             got = both.generate(prompts, 2, sampling)
             assert [answers(one) - n for one, n in zip(both.servers, before)] == [len(prompts) / 2] * 2
@@ -260,7 +260,7 @@ def test_a_server_killed_in_mid_batch_loses_no_sample(server, engine, tokenizer,
 
     monkeypatch.setattr(engine, "_sample", sample_and_kill)
     engine.workers = 4
-    got = engine.generate(prompts * 2, 1, Sampling(24, 0.0))
+    got = engine.generate(prompts * 2, 1, SamplingParams(24, 0.0))
     assert server.starts == 2 and gone(first)
     assert len(answered) == len(prompts) * 2
-    assert_equal(got, TransformersEngine(adapted, tokenizer).generate(prompts * 2, 1, Sampling(24, 0.0)))
+    assert_equal(got, TransformersEngine(adapted, tokenizer).generate(prompts * 2, 1, SamplingParams(24, 0.0)))

@@ -8,7 +8,7 @@ from ..errors import R3Error
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to sample: at most `max_tokens` tokens, at `temperature` (0 is greedy)."""
 
     max_tokens: int
@@ -32,7 +32,7 @@ class Engine(Protocol):
     """Anything that samples completions for token-id prompts."""
 
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int] | None = None
+        self, prompts: list[list[int]], n: int, sampling: SamplingParams, seeds: list[int] | None = None
     ) -> list[list[Completion]]:
         """Return `n` completions for each prompt, in the prompts' order.
 
@@ -69,7 +69,7 @@ def identity(engine: Engine) -> dict:
     )
 
 
-def check(prompts, n: int, sampling: Sampling, seeds, longest: int) -> None:
+def check(prompts, n: int, sampling: SamplingParams, seeds, longest: int) -> None:
     """Raise R3Error for what cannot be sampled; `longest` is the length that leaves room for max_tokens."""
     if min(n, sampling.max_tokens) < 1 or sampling.temperature < 0:
         raise R3Error(f"n={n}, {sampling}: n and max_tokens must be at least 1, temperature at least 0")

@@ -15,7 +15,7 @@ from urllib.request import HTTPErrorProcessor, ProxyHandler, Request, build_open
 from ..chat import Chat
 from ..errors import R3Error
 from ..store import folder_hash
-from .base import Completion, Sampling, check
+from .base import Completion, SamplingParams, check
 
 WHOLE = {  # sample from the whole distribution, whatever the model's generation_config.json says
     "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
@@ -94,7 +94,7 @@ class VLLMEngine:
             "adapter": "" if self.adapter is None else self.policy,
         }
 
-    def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Completion]]:
+    def generate(self, prompts, n: int, sampling: SamplingParams, seeds=None) -> list[list[Completion]]:
         """See `Engine`. R3Error: bad n, sampling, seeds or prompt; a server refuses, or none answers.
 
         A seed repeats its samples on the same server build up to rounding, which depends on the batch.
