@@ -125,9 +125,9 @@ class Runner:
     def first_tries(self, problems: Sequence, samples=1, temperature=0.0, seed=0) -> list[list[Completion]]:
         """Answer every problem `samples` times; a completion depends on problem, seed and index alone."""
         prompts = [self.chat.start(self.task, p) for p in problems]
-        return self.engine.generate(
-            prompts, samples, SamplingParams(self.limits.attempt, temperature), seeds_for(problems, seed, "attempt")
-        )
+        sampling = SamplingParams(self.limits.attempt, temperature)
+        seeds = seeds_for(problems, seed, "attempt")
+        return self.engine.generate(prompts, samples, sampling, seeds)
 
     def reflections(self, failures: Sequence[Failure], seed=0) -> list[list[int]]:
         """One reflection a failure (token ids)."""
