@@ -15,9 +15,11 @@ from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.episodes import Runner
 from r3lib.errors import R3Error
+from r3lib.rollout import Reflection, Retry, completions_under
 from r3lib.store import register
 from r3lib.study import Study, generation_config
-from r3lib.trainer import R3Trainer, completions_under
+from r3lib.trainer import R3Trainer
+from r3lib.verifiers.verdict import Verdict
 
 LLAMA = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"
 LLAMA += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -78,15 +80,17 @@ def test_what_is_trained_is_what_was_sampled_though_another_end_is_joined(llama)
         reflection = Completion(ids, [-random.random() for _ in ids], bool(end))
         retry = Completion([30, chat.end_id], [-0.5, -0.25], True)
         prompt = runner.retry_prompt(failure, ids)
+        reflections = [Reflection(failure, asked, reflection, 0)]
+        retries = [Retry(prompt, retry, Verdict(True, "ok"))]
         kept = len(ids) - (end == [eom])
         sampled = list(zip(ids, reflection.logprobs))[:kept], list(zip(retry.ids, retry.logprobs))
         for mask, expected in (("reflection+retry", sum(sampled, [])), ("retry", sampled[1])):
-            made = completions_under(mask, [(failure, asked, reflection)], [prompt], [retry])
+            made = completions_under(mask, reflections, retries)
             [row], [logprobs], [trains] = made["completion_ids"], made["logprobs"], made["env_mask"]
             assert asked + row == prompt + retry.ids and len(row) == len(logprobs) == len(trains)
             assert [(t, p) for t, p, on in zip(row, logprobs, trains) if on] == expected
             assert eom not in row
-        made = completions_under("reflection", [(failure, asked, reflection)], [prompt], [retry])
+        made = completions_under("reflection", reflections, retries)
         assert made == {"completion_ids": [ids], "logprobs": [reflection.logprobs]}
 
 
