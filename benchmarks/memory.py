@@ -73,13 +73,13 @@ def peak() -> float:
 
 def sample(study) -> None:
     """One full batch of retries, none of which ends before its limit."""
-    from r3lib.engines import Sampling
+    from r3lib.engines import SamplingParams
 
     p, runner = study.profile, study.runner(progress=False)
     runner.engine.end_ids = {-2}
     failed = failures(study, p.sample_batch)
     prompts = [runner.retry_prompt(f, noise(study, f.problem.id, p.reflection_tokens)) for f in failed]
-    runner.engine.generate(prompts, 1, Sampling(p.retry_tokens))
+    runner.engine.generate(prompts, 1, SamplingParams(p.retry_tokens))
 
 
 def warm_up(study, folder: str) -> None:
@@ -109,7 +109,7 @@ def learn(study, folder: str) -> None:
 def failures(study, count: int) -> list:
     """Failed attempts of full length at the `count` problems with the longest prompts of a few more."""
     from r3lib.plan import SAMPLE
-    from r3lib.rollouts import Failure
+    from r3lib.sampler import Failure
 
     chat, tokens = study.chat, study.profile.attempt_tokens
     prompts = [(q, chat.start(study.task, q)) for q in study.problems("train", max(count, SAMPLE))]

@@ -14,8 +14,8 @@ import time
 import torch
 from transformers.utils import logging
 
-from r3lib.engines import Sampling
-from r3lib.rollouts import failures_of
+from r3lib.engines import SamplingParams
+from r3lib.sampler import failures_of
 from r3lib.study import Study
 
 
@@ -57,7 +57,7 @@ def timed(sample, *arguments) -> float:
 
 def by_engine(engine, prompts, options, seed) -> int:
     seeds = [seed * len(prompts) + i for i in range(len(prompts))]
-    groups = engine.generate(prompts, options.group, Sampling(options.tokens, 1.0), seeds)
+    groups = engine.generate(prompts, options.group, SamplingParams(options.tokens, 1.0), seeds)
     return sum(len(completion.ids) for group in groups for completion in group)
 
 

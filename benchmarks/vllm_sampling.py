@@ -23,7 +23,7 @@ from transformers.utils import logging
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.engines.vllm_server import Server
-from r3lib.rollouts import Limits, RolloutSampler
+from r3lib.sampler import Limits, RolloutSampler
 from r3lib.study import Study
 
 

@@ -20,7 +20,7 @@ from .identity import (
     task_facts,
     write_note,
 )
-from .rollouts import RolloutSampler, failures_of, judge
+from .sampler import RolloutSampler, failures_of, judge
 
 SCHEMA_VERSION, SHARD = 1, 1024  # problems in a shard
 

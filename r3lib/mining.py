@@ -21,7 +21,7 @@ from .identity import (
     task_facts,
     write_note,
 )
-from .rollouts import FAILURE, Failure, Limits, RolloutSampler, mine_failures
+from .sampler import FAILURE, Failure, Limits, RolloutSampler, mine_failures
 from .tasks.dataset import DatasetTask
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from .conditions import CONDITIONS
 from .config import Profile, load_profile
 from .episodes import Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
-from .rollouts import FAILURE, Limits, MinedFailures, RolloutSampler, mine_failures
+from .sampler import FAILURE, Limits, MinedFailures, RolloutSampler, mine_failures
 from .store import folder_hash, key_of, stage, up_to_date
 from .tasks import TASKS, load_task
 from .weights import commit, compute_dtype, load, locate, reading
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-SOURCES = "study.py weights.py warm_start.py chat.py conditions.py rollouts.py episodes.py trainer.py "
-SOURCES += "engines/* tasks/base.py tasks/{0}* verifiers/*"
+SOURCES = "study.py weights.py warm_start.py chat.py conditions.py sampler.py episodes.py r3_config.py "
+SOURCES += "rollout.py trainer.py engines/* tasks/base.py tasks/{0}* verifiers/*"
 Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
 WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "retry_turn")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .engines.base import Completion, Sampling
+from .engines.base import Completion, SamplingParams
 from .errors import R3Error
-from .rollouts import Failure, RolloutSampler, seeds_for
+from .sampler import Failure, RolloutSampler, seeds_for
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def sample_groups(runner: RolloutSampler, failures: Sequence[Failure], size: int
         raise R3Error("every first try is right: use a harder task to have failures")
     asked = [runner.reflection_prompt(failure) for failure in failures]
     seeds = seeds_for([failure.problem for failure in failures], seed, "tour")
-    sampling = Sampling(runner.limits.reflection, 1.0)
+    sampling = SamplingParams(runner.limits.reflection, 1.0)
     groups = runner.engine.generate(asked, size, sampling, seeds)
     prompts = [runner.retry_prompt(f, c.ids) for f, group in zip(failures, groups) for c in group]
-    greedy = Sampling(runner.limits.retry, 0.0)
+    greedy = SamplingParams(runner.limits.retry, 0.0)
     answers = runner.engine.generate(prompts, 1, greedy, range(len(prompts)))
     retries = [answer[0] for answer in answers]
     found = []

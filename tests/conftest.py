@@ -25,7 +25,7 @@ from transformers import (
 
 from r3lib.chat import Chat
 from r3lib.engines.base import Completion
-from r3lib.rollouts import Failure
+from r3lib.sampler import Failure
 from r3lib.tasks import CountdownTask
 from r3lib.trainer import R3Config
 from r3lib.verifiers.verdict import Verdict

@@ -10,14 +10,16 @@ from test_chat import PLAIN, dressed, with_marks, with_template
 from transformers import GenerationConfig
 
 from r3lib.chat import DATE, Chat
-from r3lib.engines import Completion, Sampling
+from r3lib.engines import Completion, SamplingParams
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.errors import R3Error
-from r3lib.rollouts import RolloutSampler
+from r3lib.rollout import Reflection, Retry, completions_under
+from r3lib.sampler import RolloutSampler
 from r3lib.store import register
 from r3lib.study import Study, generation_config
-from r3lib.trainer import R3Trainer, completions_under
+from r3lib.trainer import R3Trainer
+from r3lib.verifiers.verdict import Verdict
 
 LLAMA = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eot_id|>{% endfor %}"
 LLAMA += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -78,21 +80,23 @@ def test_what_is_trained_is_what_was_sampled_though_another_end_is_joined(llama)
         reflection = Completion(ids, [-random.random() for _ in ids], bool(end))
         retry = Completion([30, chat.end_id], [-0.5, -0.25], True)
         prompt = runner.retry_prompt(failure, ids)
+        reflections = [Reflection(failure, asked, reflection, 0)]
+        retries = [Retry(prompt, retry, Verdict(True, "ok"))]
         kept = len(ids) - (end == [eom])
         sampled = list(zip(ids, reflection.logprobs))[:kept], list(zip(retry.ids, retry.logprobs))
         for mask, expected in (("reflection+retry", sum(sampled, [])), ("retry", sampled[1])):
-            made = completions_under(mask, [(failure, asked, reflection)], [prompt], [retry])
+            made = completions_under(mask, reflections, retries)
             [row], [logprobs], [trains] = made["completion_ids"], made["logprobs"], made["env_mask"]
             assert asked + row == prompt + retry.ids and len(row) == len(logprobs) == len(trains)
             assert [(t, p) for t, p, on in zip(row, logprobs, trains) if on] == expected
             assert eom not in row
-        made = completions_under("reflection", [(failure, asked, reflection)], [prompt], [retry])
+        made = completions_under("reflection", reflections, retries)
         assert made == {"completion_ids": [ids], "logprobs": [reflection.logprobs]}
 
 
 def test_the_transformers_engine_stops_at_the_ends_of_the_generation_config(tokenizer):
     model = tiny_model("llama", len(tokenizer))
-    prompts, sampling = [[20 + i, 30] for i in range(8)], Sampling(16)
+    prompts, sampling = [[20 + i, 30] for i in range(8)], SamplingParams(16)
     free = TransformersEngine(model, tokenizer).generate(prompts, 2, sampling)
     often = max(set(sum((c.ids[:-1] for group in free for c in group), [])), default=5)
     model.generation_config.eos_token_id = [often, 7]
@@ -109,7 +113,7 @@ def test_a_server_is_asked_to_stop_at_every_end(tokenizer):
     try:
         ends = Chat(tokenizer, GenerationConfig(eos_token_id=[EOS])).end_ids
         engine = VLLMEngine([server.url], tokenizer, end_ids=ends)
-        got = sum(engine.generate([[20, 21]], 32, Sampling(12)), [])
+        got = sum(engine.generate([[20, 21]], 32, SamplingParams(12)), [])
     finally:
         server.close()
     assert server.asked[0][1]["stop_token_ids"] == sorted(ends)

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from r3lib.chat import Chat
-from r3lib.engines import Sampling
+from r3lib.engines import SamplingParams, prefix_tree, tree_attention
 from r3lib.engines import transformers as engine
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
@@ -93,13 +93,19 @@ def tokenizer():
 
 def random_prompts(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [
+        torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in lengths
+    ]
 
 
 def retry_prompts(seed=0):
     """Three episodes: a common beginning of 30 tokens, then four reflections of different lengths."""
     episodes = random_prompts([30, 33, 40], seed)
-    return [episode + tail for i, episode in enumerate(episodes) for tail in random_prompts([1, 5, 9, 14], i)]
+    return [
+        episode + tail
+        for i, episode in enumerate(episodes)
+        for tail in random_prompts([1, 5, 9, 14], i)
+    ]
 
 
 def reference(model, prompts, max_tokens, ends=(END,)):
@@ -124,7 +130,11 @@ def teacher_forced(model, prompt, ids, temperature=1.0):
     """Log-probabilities of `ids` after `prompt` by one plain forward."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float()
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+    return (
+        torch.log_softmax(logits / temperature, -1)
+        .gather(1, torch.tensor(ids)[:, None])[:, 0]
+        .tolist()
+    )
 
 
 def flat(results):
@@ -140,15 +150,19 @@ def assert_same(one, other):
 def inputs_of(model):
     """A list that grows by the number of tokens of every forward of `model`."""
     sizes = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: sizes.append(args[0].numel())
+    )
     return sizes
 
 
 def test_greedy_equals_generate_token_for_token(model, tokenizer):
     prompts = random_prompts([3, 40, 17, 5, 29, 64, 8, 11, 23, 50] * 2) + retry_prompts()
-    got = TransformersEngine(model, tokenizer).generate(prompts, 1, Sampling(32, 0.0))
+    got = TransformersEngine(model, tokenizer).generate(prompts, 1, SamplingParams(32, 0.0))
     assert [group[0].ids for group in got] == reference(model, prompts, 32)
-    assert len({len(group[0].ids) for group in got if group[0].finished}) > 1, "no row finished early"
+    assert len({len(group[0].ids) for group in got if group[0].finished}) > 1, (
+        "no row finished early"
+    )
     assert any(not group[0].finished for group in got)
 
 
@@ -156,27 +170,39 @@ def test_greedy_equals_generate_on_the_embedded_model():
     model = AutoModelForCausalLM.from_pretrained(BASE_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
     chat = Chat(tokenizer)
-    asks = [f"Using the numbers [{a}, 7, 12], create an equation that equals {a + 19}." for a in range(3, 15)]
+    asks = [
+        f"Using the numbers [{a}, 7, 12], create an equation that equals {a + 19}."
+        for a in range(3, 15)
+    ]
     prompts = [chat.prompt([{"role": "user", "content": ask}]) for ask in asks]
     wrong = tokenizer.encode("<answer>7 + 12</answer>", add_special_tokens=False)
-    prompts += [chat.follow(ids, wrong, "That answer is wrong. Try the problem again.") for ids in prompts]
-    got = TransformersEngine(model, tokenizer).generate(prompts, 1, Sampling(48, 0.0))
+    prompts += [
+        chat.follow(ids, wrong, "That answer is wrong. Try the problem again.") for ids in prompts
+    ]
+    got = TransformersEngine(model, tokenizer).generate(prompts, 1, SamplingParams(48, 0.0))
     assert [group[0].ids for group in got] == reference(model, prompts, 48, chat.end_ids)
     assert any(group[0].finished for group in got)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_equals_one_row_at_a_time(model, tokenizer, temperature):
-    prompts, sampling = random_prompts([4, 60]) + retry_prompts()[2:6], Sampling(16, temperature)
+    prompts, sampling = (
+        random_prompts([4, 60]) + retry_prompts()[2:6],
+        SamplingParams(16, temperature),
+    )
     together = TransformersEngine(model, tokenizer).generate(prompts, 2, sampling)
     alone = TransformersEngine(model, tokenizer, batch_size=1)
-    assert_same(together, [alone.generate([p], 2, sampling, seeds=[i])[0] for i, p in enumerate(prompts)])
+    assert_same(
+        together, [alone.generate([p], 2, sampling, seeds=[i])[0] for i, p in enumerate(prompts)]
+    )
 
 
 def test_results_do_not_depend_on_batch_size_nor_on_the_order_of_prompts(llama, tokenizer):
-    prompts, sampling = random_prompts([9, 44, 13, 70, 2]) + retry_prompts(), Sampling(16)
+    prompts, sampling = random_prompts([9, 44, 13, 70, 2]) + retry_prompts(), SamplingParams(16)
     whole = TransformersEngine(llama, tokenizer).generate(prompts, 4, sampling)
-    assert_same(whole, TransformersEngine(llama, tokenizer, batch_size=11).generate(prompts, 4, sampling))
+    assert_same(
+        whole, TransformersEngine(llama, tokenizer, batch_size=11).generate(prompts, 4, sampling)
+    )
     seeds = list(range(len(prompts)))[::-1]
     turned = TransformersEngine(llama, tokenizer).generate(prompts[::-1], 4, sampling, seeds)
     assert_same(whole, turned[::-1])
@@ -184,7 +210,7 @@ def test_results_do_not_depend_on_batch_size_nor_on_the_order_of_prompts(llama, 
 
 def test_samples_of_one_prompt_differ_and_each_seed_repeats_itself(llama, tokenizer):
     sampler, (prompt,) = TransformersEngine(llama, tokenizer), random_prompts([20])
-    first, second, third = sampler.generate([prompt] * 3, 6, Sampling(12), seeds=[5, 6, 5])
+    first, second, third = sampler.generate([prompt] * 3, 6, SamplingParams(12), seeds=[5, 6, 5])
     assert len({tuple(c.ids) for c in first}) == 6
     assert [c.ids for c in first] == [c.ids for c in third]
     assert not {tuple(c.ids) for c in first} & {tuple(c.ids) for c in second}
@@ -192,14 +218,14 @@ def test_samples_of_one_prompt_differ_and_each_seed_repeats_itself(llama, tokeni
 
 def test_fewer_tokens_give_the_beginning_of_the_same_samples(llama, tokenizer):
     prompts, sampler = random_prompts([20, 31]), TransformersEngine(llama, tokenizer)
-    long, short = (flat(sampler.generate(prompts, 4, Sampling(length))) for length in (30, 7))
+    long, short = (flat(sampler.generate(prompts, 4, SamplingParams(length))) for length in (30, 7))
     assert [c.ids[:7] for c in long] == [c.ids for c in short]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logprobs_are_those_of_a_teacher_forced_forward(model, tokenizer, temperature):
     prompts = random_prompts([6, 51]) + retry_prompts()[:6]
-    got = TransformersEngine(model, tokenizer).generate(prompts, 3, Sampling(20, temperature))
+    got = TransformersEngine(model, tokenizer).generate(prompts, 3, SamplingParams(20, temperature))
     for prompt, group in zip(prompts, got, strict=True):
         for completion in group:
             expected = teacher_forced(model, prompt, completion.ids, temperature or 1.0)
@@ -207,7 +233,11 @@ def test_logprobs_are_those_of_a_teacher_forced_forward(model, tokenizer, temper
 
 
 def test_ids_end_with_an_end_token_exactly_when_finished(llama, tokenizer):
-    got = flat(TransformersEngine(llama, tokenizer).generate(random_prompts([10] * 8), 8, Sampling(30)))
+    got = flat(
+        TransformersEngine(llama, tokenizer).generate(
+            random_prompts([10] * 8), 8, SamplingParams(30)
+        )
+    )
     assert {c.finished for c in got} == {True, False}
     for completion in got:
         assert completion.finished == (completion.ids[-1] == END)
@@ -222,54 +252,55 @@ def test_a_shared_prefix_changes_nothing_but_the_work(llama, tokenizer, monkeypa
         retry_prompts() + random_prompts([25, 31], seed=7),
         TransformersEngine(llama, tokenizer),
     )
-    shared, sizes = sampler.generate(prompts, 3, Sampling(16)), inputs_of(llama)
-    sampler.generate(prompts, 3, Sampling(1))
+    shared, sizes = sampler.generate(prompts, 3, SamplingParams(16)), inputs_of(llama)
+    sampler.generate(prompts, 3, SamplingParams(1))
     work = sum(sizes)
-    monkeypatch.setattr(engine, "MIN_SHARED", 1000)
-    assert_same(shared, sampler.generate(prompts, 3, Sampling(16)))
+    monkeypatch.setattr(prefix_tree, "MIN_SHARED", 1000)
+    assert_same(shared, sampler.generate(prompts, 3, SamplingParams(16)))
     sizes.clear()
-    sampler.generate(prompts, 3, Sampling(1))
+    sampler.generate(prompts, 3, SamplingParams(1))
     assert sum(sizes) - work == 3 * (30 + 33 + 40)  # each episode's beginning three times more
 
 
 def test_a_prompt_is_prefilled_once_for_its_whole_group(llama, tokenizer):
     sizes = inputs_of(llama)
-    TransformersEngine(llama, tokenizer).generate(random_prompts([20, 33]), 8, Sampling(1))
+    TransformersEngine(llama, tokenizer).generate(random_prompts([20, 33]), 8, SamplingParams(1))
     assert sizes == [53]
 
 
 def test_a_long_prefill_is_cut_into_several_forwards(llama, tokenizer, monkeypatch):
-    prompts, sampler = retry_prompts() + random_prompts([40, 41, 42]), TransformersEngine(llama, tokenizer)
-    whole = sampler.generate(prompts, 2, Sampling(8))
+    prompts, sampler = (
+        retry_prompts() + random_prompts([40, 41, 42]),
+        TransformersEngine(llama, tokenizer),
+    )
+    whole = sampler.generate(prompts, 2, SamplingParams(8))
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 45)
-    assert_same(whole, sampler.generate(prompts, 2, Sampling(8)))
+    assert_same(whole, sampler.generate(prompts, 2, SamplingParams(8)))
 
 
 def test_a_batch_is_gone_before_the_next_takes_memory(llama, tokenizer, monkeypatch):
     alive = []
 
-    class Watched(engine.Tree):
+    class Watched(engine.Batch):
         def __init__(self, *given):
-            assert not any(tree() for tree in alive)
+            assert not any(batch() for batch in alive)
             alive.append(weakref.ref(self))
             super().__init__(*given)
 
-    monkeypatch.setattr(engine, "Tree", Watched)
-    TransformersEngine(llama, tokenizer, batch_size=2).generate(random_prompts([5, 9, 14, 3, 7]), 1, Sampling(4))
+    monkeypatch.setattr(engine, "Batch", Watched)
+    TransformersEngine(llama, tokenizer, batch_size=2).generate(
+        random_prompts([5, 9, 14, 3, 7]), 1, SamplingParams(4)
+    )
     assert len(alive) == 3
-
-
-def test_runs_of_kin_share_the_longest_prefix_that_leaves_each_a_token():
-    a, b = tuple(range(100, 130)), tuple(range(200, 220))
-    prompts = sorted([a, (*a, 1, 2), (*a, 3), (*b, 1), (*b, 2), (7, 8, 9)])
-    runs = engine.runs_of_kin(prompts)
-    assert [(length, len(kin)) for length, kin in runs] == [(0, 1), (29, 3), (20, 2)]
-    assert [prompt for _, kin in runs for prompt in kin] == prompts
 
 
 def test_finished_rows_leave_the_batch(llama, tokenizer):
     sizes = inputs_of(llama)
-    got = flat(TransformersEngine(llama, tokenizer).generate(random_prompts([10] * 8), 8, Sampling(60)))
+    got = flat(
+        TransformersEngine(llama, tokenizer).generate(
+            random_prompts([10] * 8), 8, SamplingParams(60)
+        )
+    )
     steps = sizes[1:]
     assert steps == sorted(steps, reverse=True) and steps[-1] < steps[0] == 64
     assert sum(steps) < 1.6 * sum(len(c.ids) for c in got)
@@ -278,12 +309,18 @@ def test_finished_rows_leave_the_batch(llama, tokenizer):
 def test_sampled_frequencies_follow_the_softmax(llama, tokenizer):
     (prompt,), n = random_prompts([12]), 4000
     for temperature in (1.0, 2.0):
-        got = flat(TransformersEngine(llama, tokenizer).generate([prompt], n, Sampling(1, temperature)))
+        got = flat(
+            TransformersEngine(llama, tokenizer).generate(
+                [prompt], n, SamplingParams(1, temperature)
+            )
+        )
         with torch.no_grad():
             logits = llama(torch.tensor([prompt])).logits[0, -1].double() / temperature
         expected = n * torch.softmax(logits, -1).numpy()
         counts = torch.bincount(torch.tensor([c.ids[0] for c in got]), minlength=VOCABULARY).numpy()
-        bins = np.where(expected >= 5, np.arange(VOCABULARY) + 1, 0)  # what is rare falls into one bin
+        bins = np.where(
+            expected >= 5, np.arange(VOCABULARY) + 1, 0
+        )  # what is rare falls into one bin
         observed, wanted = np.bincount(bins, counts), np.bincount(bins, expected)
         assert (wanted > 0).sum() > 8
         assert chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue > 0.01
@@ -293,16 +330,18 @@ def test_a_token_without_probability_is_never_drawn():
     logits = torch.full((3, 5), float("-inf"))
     logits[:, [1, 3]] = 0.0
     draws = torch.tensor([0.0, 0.5, 1 - 2**-24])
-    tokens, logprobs = engine.choose(logits, draws, 1.0)
+    tokens, logprobs = engine.sample(logits, draws, 1.0)
     assert tokens.tolist() == [1, 3, 3]
     assert logprobs.exp().tolist() == pytest.approx([0.5] * 3)
 
 
 def test_a_peft_model_is_sampled_with_its_adapter(model, tokenizer):
-    prompts, sampling = random_prompts([15, 28]), Sampling(16)
+    prompts, sampling = random_prompts([15, 28]), SamplingParams(16)
     plain = TransformersEngine(model, tokenizer).generate(prompts, 4, sampling)
     torch.manual_seed(1)
-    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    peft = get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
     adapted = TransformersEngine(peft, tokenizer).generate(prompts, 4, sampling)
     assert [c.ids for c in flat(adapted)] != [c.ids for c in flat(plain)]
     for prompt, group in zip(prompts, adapted, strict=True):
@@ -317,15 +356,17 @@ def test_the_model_gets_its_own_settings_back(attention, tokenizer):
     model = tiny(replace_dropout(CONFIGS["llama"]))
     model.set_attn_implementation(attention)
     sampler, prompts = TransformersEngine(model.train(), tokenizer), random_prompts([8, 30])
-    got = sampler.generate(prompts, 2, Sampling(6))
+    got = sampler.generate(prompts, 2, SamplingParams(6))
     assert model.training and model.config._attn_implementation == attention
     model.eval()
-    assert got[1][0].logprobs == pytest.approx(teacher_forced(model, prompts[1], got[1][0].ids), abs=1e-4)
-    sampler.generate(prompts, 2, Sampling(6))
+    assert got[1][0].logprobs == pytest.approx(
+        teacher_forced(model, prompts[1], got[1][0].ids), abs=1e-4
+    )
+    sampler.generate(prompts, 2, SamplingParams(6))
     assert not model.training
     model.train().register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sampler.generate(prompts, 2, Sampling(6))
+        sampler.generate(prompts, 2, SamplingParams(6))
     assert model.training and model.config._attn_implementation == attention
 
 
@@ -335,7 +376,9 @@ def replace_dropout(config):
 
 def test_a_bfloat16_model_is_sampled_in_its_own_precision(llama, tokenizer):
     model, (prompt,) = llama.to(torch.bfloat16), random_prompts([40])
-    for completion in flat(TransformersEngine(model, tokenizer).generate([prompt], 4, Sampling(10, 2.0))):
+    for completion in flat(
+        TransformersEngine(model, tokenizer).generate([prompt], 4, SamplingParams(10, 2.0))
+    ):
         expected = teacher_forced(model, prompt, completion.ids, 2.0)
         assert completion.logprobs == pytest.approx(expected, abs=0.15)
 
@@ -345,52 +388,72 @@ def test_scores_that_16_bits_cannot_hold_are_computed_in_32(llama, tokenizer, tr
     """In a model that is fp16 itself, and in one that its trainer runs under autocast."""
     for layer in llama.model.layers:
         layer.self_attn.q_proj.weight.data *= 4000
-        layer.self_attn.k_proj.weight.data *= 4000  # products pass 65504, the largest number in fp16
+        layer.self_attn.k_proj.weight.data *= (
+            4000  # products pass 65504, the largest number in fp16
+        )
     model, prompts = llama if trained else llama.half(), random_prompts([20, 30])
     with torch.autocast("cpu", torch.float16, enabled=trained):
-        groups = TransformersEngine(model, tokenizer).generate(prompts, 4, Sampling(10))
-        assert all(map(math.isfinite, (logprob for one in flat(groups) for logprob in one.logprobs)))
-        for prompt, group in zip(prompts, [] if trained else groups):  # autocast rounds the learner's queries
+        groups = TransformersEngine(model, tokenizer).generate(prompts, 4, SamplingParams(10))
+        assert all(
+            map(math.isfinite, (logprob for one in flat(groups) for logprob in one.logprobs))
+        )
+        for prompt, group in zip(
+            prompts, [] if trained else groups
+        ):  # autocast rounds the learner's queries
             for completion in group:
-                assert completion.logprobs == pytest.approx(teacher_forced(model, prompt, completion.ids), abs=0.05)
+                assert completion.logprobs == pytest.approx(
+                    teacher_forced(model, prompt, completion.ids), abs=0.05
+                )
 
 
 def test_transformers_hands_our_attention_what_it_relies_on(model, tokenizer, monkeypatch):
-    seen, inner = [], engine.attend
+    seen, inner = [], tree_attention.attend
 
     def spy(module, query, key, value, mask, **given):
-        seen.append((module.layer_idx, query.shape, key.shape, mask, given["scaling"], given["tree"]))
+        seen.append(
+            (module.layer_idx, query.shape, key.shape, mask, given["scaling"], given["tree"])
+        )
         return inner(module, query, key, value, mask, **given)
 
-    monkeypatch.setattr(engine, "attend", spy)
-    TransformersEngine(model, tokenizer).generate(random_prompts([9]), 2, Sampling(2))
+    monkeypatch.setattr(tree_attention, "attend", spy)
+    TransformersEngine(model, tokenizer).generate(random_prompts([9]), 2, SamplingParams(2))
     assert [call[0] for call in seen] == [0, 1, 2, 0, 1, 2]  # every layer, in each of two forwards
-    assert seen[0][1:5] == ((1, 4, 9, 8), (1, 2, 9, 8), None, 8**-0.5)  # keys not repeated, no mask built
-    assert seen[-1][1] == (1, 4, 2, 8) and isinstance(seen[-1][-1], engine.Tree)
+    assert seen[0][1:5] == (
+        (1, 4, 9, 8),
+        (1, 2, 9, 8),
+        None,
+        8**-0.5,
+    )  # keys not repeated, no mask built
+    assert seen[-1][1] == (1, 4, 2, 8) and isinstance(seen[-1][-1], tree_attention.TreeCache)
 
 
 def test_progress_is_shown_only_when_asked_for(llama, tokenizer, capsys):
-    TransformersEngine(llama, tokenizer).generate(random_prompts([8]), 3, Sampling(4))
+    TransformersEngine(llama, tokenizer).generate(random_prompts([8]), 3, SamplingParams(4))
     assert capsys.readouterr().err == ""
-    TransformersEngine(llama, tokenizer, progress=True).generate(random_prompts([8]), 3, Sampling(4))
+    TransformersEngine(llama, tokenizer, progress=True).generate(
+        random_prompts([8]), 3, SamplingParams(4)
+    )
     assert "3/3" in capsys.readouterr().err
 
 
 def test_no_prompts_give_no_completions(llama, tokenizer):
-    assert TransformersEngine(llama, tokenizer).generate([], 2, Sampling(4)) == []
+    assert TransformersEngine(llama, tokenizer).generate([], 2, SamplingParams(4)) == []
 
 
-GOOD = dict(prompts=[[2, 3], [4]], n=1, sampling=Sampling(4), seeds=[0, 1])
+GOOD = dict(prompts=[[2, 3], [4]], n=1, sampling=SamplingParams(4), seeds=[0, 1])
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
         ({"prompts": [[2], []]}, r"prompt 1 has 0 tokens, not 1 to 156"),
-        ({"prompts": [[2], [3] * 157]}, r"prompt 1 has 157 tokens, not 1 to 156: change it or max_tokens"),
+        (
+            {"prompts": [[2], [3] * 157]},
+            r"prompt 1 has 157 tokens, not 1 to 156: change it or max_tokens",
+        ),
         ({"n": 0}, "n=0"),
-        ({"sampling": Sampling(0)}, "max_tokens=0"),
-        ({"sampling": Sampling(4, -1.0)}, "temperature=-1"),
+        ({"sampling": SamplingParams(0)}, "max_tokens=0"),
+        ({"sampling": SamplingParams(4, -1.0)}, "temperature=-1"),
         ({"seeds": [1, 2, 3]}, "3 seeds for 2 prompts"),
         ({"seeds": [1, -2]}, "from 0 up"),
     ],
@@ -414,7 +477,7 @@ def test_an_attention_that_we_do_not_compute_is_refused(config, message, tokeniz
     model = tiny(config)
     before = model.config._attn_implementation
     with pytest.raises(R3Error, match=message):
-        TransformersEngine(model, tokenizer).generate(random_prompts([12]), 1, Sampling(2))
+        TransformersEngine(model, tokenizer).generate(random_prompts([12]), 1, SamplingParams(2))
     assert model.config._attn_implementation == before
 
 
@@ -458,7 +521,7 @@ SERVED = {
 @pytest.mark.parametrize("name", SERVED)
 def test_a_family_is_served_as_generate_serves_it(tokenizer, name):
     model, prompts = tiny(SERVED[name]), random_prompts([3, 30, 17, 38])  # and 16 tokens more: 54
-    got = TransformersEngine(model, tokenizer).generate(prompts, 1, Sampling(16, 0.0))
+    got = TransformersEngine(model, tokenizer).generate(prompts, 1, SamplingParams(16, 0.0))
     assert [group[0].ids for group in got] == [
         reference(model, [prompt], 16)[0] for prompt in prompts
     ]
@@ -482,7 +545,9 @@ def test_a_family_that_is_not_served_is_refused_by_name(tokenizer, name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(R3Error, match=words) as error:
-        TransformersEngine(model, tokenizer).generate(random_prompts([3, 38]), 1, Sampling(16, 0.0))
+        TransformersEngine(model, tokenizer).generate(
+            random_prompts([3, 38]), 1, SamplingParams(16, 0.0)
+        )
     assert "\n" not in str(error.value)
 
 
@@ -514,10 +579,10 @@ def test_queries_that_take_turns_give_the_same_tokens_and_log_probs(
         retry_prompts() + random_prompts([70, 3]),
         TransformersEngine(model, tokenizer),
     )
-    for sampling in (Sampling(8, 0.0), Sampling(8, 1.0)):
+    for sampling in (SamplingParams(8, 0.0), SamplingParams(8, 1.0)):
         whole = sampler.generate(prompts, 2, sampling)
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "MAX_SCORES", most)
+            patch.setattr(tree_attention, "MAX_SCORES", most)
             cut = sampler.generate(prompts, 2, sampling)
         assert [c.ids for c in flat(cut)] == [c.ids for c in flat(whole)]
         for a, b in zip(flat(cut), flat(whole), strict=True):
@@ -528,10 +593,12 @@ def test_the_scores_of_a_prefill_stay_below_a_bound_however_long_the_prompt(
     llama, tokenizer, monkeypatch
 ):
     """For prompts of 64 and 128 tokens, whose whole score matrices have 16,384 and 65,536 elements."""
-    monkeypatch.setattr(engine, "MAX_SCORES", 4096)
+    monkeypatch.setattr(tree_attention, "MAX_SCORES", 4096)
     for length in (64, 128):
         with Largest(length) as seen:
-            TransformersEngine(llama, tokenizer).generate(random_prompts([length]), 1, Sampling(1))
+            TransformersEngine(llama, tokenizer).generate(
+                random_prompts([length]), 1, SamplingParams(1)
+            )
         assert 2048 < seen.scores <= 4096
 
 
@@ -545,6 +612,10 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor) and tensor.dim() >= 3 and tensor.shape[-1] == self.keys:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.dim() >= 3
+                and tensor.shape[-1] == self.keys
+            ):
                 self.scores = max(self.scores, tensor.numel())
         return made

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 import r3lib.engines.watch as watch
 from r3lib.chat import Chat
-from r3lib.engines import Sampling
+from r3lib.engines import SamplingParams
 from r3lib.engines.base import RemoteEngine
 from r3lib.engines.vllm import Address, VLLMEngine
 from r3lib.engines.vllm_server import Server, interpreter
@@ -54,7 +54,9 @@ def connect(tokenizer):
 
     def engine(*servers, **options):
         options = {"pause": 0.01, "timeout": 60.0, "workers": 8} | options
-        return VLLMEngine([s if isinstance(s, str) else s.url for s in servers], tokenizer, **options)
+        return VLLMEngine(
+            [s if isinstance(s, str) else s.url for s in servers], tokenizer, **options
+        )
 
     return engine
 
@@ -63,7 +65,9 @@ def expected(tokenizer, n=3, model="base", most=12):
     """What the fake model gives for PROMPTS, each seeded with its position, as (ids, log-probs)."""
     stops = sorted(Chat(tokenizer).end_ids)
     seeds = [Random(i).getrandbits(48) for i in range(len(PROMPTS))]
-    return [[sample(p, s + k, model, most, stops) for k in range(n)] for p, s in zip(PROMPTS, seeds)]
+    return [
+        [sample(p, s + k, model, most, stops) for k in range(n)] for p, s in zip(PROMPTS, seeds)
+    ]
 
 
 def pairs(results):
@@ -86,56 +90,67 @@ def dead_address():
 
 
 def test_samples_come_back_in_order_with_their_log_probs(serve, connect, tokenizer):
-    got = connect(serve()).generate(PROMPTS, 3, Sampling(12))
+    got = connect(serve()).generate(PROMPTS, 3, SamplingParams(12))
     assert pairs(got) == expected(tokenizer)
 
 
-def test_ids_end_with_an_end_token_exactly_when_finished_whatever_the_models_own_end_token(serve, connect, tokenizer):
-    got = sum(connect(serve()).generate(PROMPTS, 8, Sampling(12)), [])
+def test_ids_end_with_an_end_token_exactly_when_finished_whatever_the_models_own_end_token(
+    serve, connect, tokenizer
+):
+    got = sum(connect(serve()).generate(PROMPTS, 8, SamplingParams(12)), [])
     end = Chat(tokenizer).end_ids
     assert {c.finished for c in got} == {True, False}
     assert all(c.finished == (c.ids[-1] in end) and not set(c.ids[:-1]) & end for c in got)
     assert all(c.finished or len(c.ids) == 12 for c in got)
-    assert any(EOS in c.ids[:-1] for c in got), "only the ends that we ask for stop a sample, whatever the server knows"
+    assert any(EOS in c.ids[:-1] for c in got), (
+        "only the ends that we ask for stop a sample, whatever the server knows"
+    )
 
 
 def test_a_request_asks_for_the_whole_distribution(serve, connect):
     server = serve()
-    connect(server).generate(PROMPTS[:1], 2, Sampling(12, 0.7), seeds=[5])
+    connect(server).generate(PROMPTS[:1], 2, SamplingParams(12, 0.7), seeds=[5])
     [(path, body)] = server.asked
     assert path == "/v1/completions" and body["prompt"] == PROMPTS[0] and body["model"] == "base"
     assert (body["n"], body["max_tokens"], body["temperature"], body["logprobs"]) == (2, 12, 0.7, 0)
-    assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
+    assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (
+        1.0,
+        0,
+        0.0,
+        1.0,
+    )
     assert body["return_token_ids"] and body["ignore_eos"]
 
 
 def test_neighbouring_seeds_share_no_sample_and_a_seed_repeats_itself(serve, connect):
-    one, two, again = connect(serve()).generate([[20, 21]] * 3, 6, Sampling(12), seeds=[5, 6, 5])
+    one, two, again = connect(serve()).generate(
+        [[20, 21]] * 3, 6, SamplingParams(12), seeds=[5, 6, 5]
+    )
     assert one == again and not {tuple(c.ids) for c in one} & {tuple(c.ids) for c in two}
 
 
 def test_greedy_samples_are_asked_for_once_and_repeated(serve, connect):
     server = serve()
-    [group] = connect(server).generate([[20, 21]], 4, Sampling(12, 0.0))
+    [group] = connect(server).generate([[20, 21]], 4, SamplingParams(12, 0.0))
     assert len(group) == 4 and len({tuple(c.ids) for c in group}) == 1
     assert [body["n"] for _, body in server.asked] == [1]
 
 
 def test_at_most_so_many_requests_at_once(serve, connect):
     server = serve(delay=0.02)
-    connect(server, workers=3).generate(PROMPTS, 1, Sampling(4))
+    connect(server, workers=3).generate(PROMPTS, 1, SamplingParams(4))
     assert server.busiest == 3
 
 
 def test_at_most_so_many_samples_at_once(serve, connect, monkeypatch):
     monkeypatch.setattr("r3lib.engines.vllm.IN_FLIGHT", 8)
     server = serve(delay=0.02)
-    connect(server, workers=8).generate(PROMPTS, 4, Sampling(4))
+    connect(server, workers=8).generate(PROMPTS, 4, SamplingParams(4))
     assert server.busiest == 2
 
 
 def test_no_prompts_give_no_completions(serve, connect):
-    assert connect(serve()).generate([], 2, Sampling(4)) == []
+    assert connect(serve()).generate([], 2, SamplingParams(4)) == []
 
 
 @pytest.mark.parametrize(
@@ -149,7 +164,9 @@ def test_no_prompts_give_no_completions(serve, connect):
 def test_bad_input_is_refused_before_anything_is_asked(serve, connect, bad, message):
     server = serve()
     with pytest.raises(R3Error, match=message):
-        connect(server).generate(**(dict(prompts=[[2]], n=1, sampling=Sampling(4), seeds=[0]) | bad))
+        connect(server).generate(
+            **(dict(prompts=[[2]], n=1, sampling=SamplingParams(4), seeds=[0]) | bad)
+        )
     assert server.asked == []
 
 
@@ -159,20 +176,22 @@ def test_bad_input_is_refused_before_anything_is_asked(serve, connect, bad, mess
 @pytest.mark.parametrize("fault", [500, 503, 429, "drop", "abort", "short"])
 def test_what_is_lost_is_asked_again_and_counted_once(serve, connect, tokenizer, fault):
     server = serve(faults=[None, fault, fault, None, fault])
-    assert pairs(connect(server).generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(connect(server).generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     assert sorted(server.answered) == PROMPTS and len(server.asked) == len(PROMPTS) + 3
 
 
 def test_a_silent_server_is_asked_again(serve, connect, tokenizer):
     server = serve(faults=["hang"])
-    [group] = connect(server, timeout=0.8).generate(PROMPTS[:1], 3, Sampling(12))
+    [group] = connect(server, timeout=0.8).generate(PROMPTS[:1], 3, SamplingParams(12))
     assert pairs([group]) == expected(tokenizer)[:1] and len(server.asked) >= 2
 
 
 def test_a_request_that_the_server_calls_wrong_is_an_error_at_once(serve, connect):
     server = serve(faults=[None, 400])
-    with pytest.raises(R3Error, match=r"/v1/completions answers 400: .*told to fail.*on two lines") as caught:
-        connect(server, workers=1).generate(PROMPTS, 1, Sampling(4))
+    with pytest.raises(
+        R3Error, match=r"/v1/completions answers 400: .*told to fail.*on two lines"
+    ) as caught:
+        connect(server, workers=1).generate(PROMPTS, 1, SamplingParams(4))
     assert "\n" not in str(caught.value)
     assert len(server.asked) <= 3, "what was queued is not sent"
 
@@ -180,19 +199,19 @@ def test_a_request_that_the_server_calls_wrong_is_an_error_at_once(serve, connec
 def test_a_server_that_only_fails_is_given_up(serve, connect):
     server = serve(faults=[500] * 1000)
     with pytest.raises(R3Error, match="answers 500.*after 3 tries: see the server's log"):
-        connect(server, attempts=3).generate(PROMPTS[:2], 1, Sampling(4))
+        connect(server, attempts=3).generate(PROMPTS[:2], 1, SamplingParams(4))
     assert len(server.asked) <= 6
 
 
 def test_pauses_double(serve, connect):
     engine, started = connect(serve(faults=[500] * 4), pause=0.05), time.monotonic()
-    engine.generate(PROMPTS[:1], 1, Sampling(4))
+    engine.generate(PROMPTS[:1], 1, SamplingParams(4))
     assert time.monotonic() - started > 0.05 * (1 + 2 + 4 + 8)
 
 
 def test_a_server_without_token_ids_is_refused(serve, connect):
     with pytest.raises(R3Error, match="returns no token ids: use vLLM"):
-        connect(serve(faults=["no ids"])).generate(PROMPTS[:1], 1, Sampling(4))
+        connect(serve(faults=["no ids"])).generate(PROMPTS[:1], 1, SamplingParams(4))
 
 
 def test_nobody_answers(connect):
@@ -200,7 +219,9 @@ def test_nobody_answers(connect):
         connect(dead_address(), attempts=2)
 
 
-@pytest.mark.parametrize(("servers", "message"), [(["localhost:8000"], "http://host:port"), ([], "no vLLM server")])
+@pytest.mark.parametrize(
+    ("servers", "message"), [(["localhost:8000"], "http://host:port"), ([], "no vLLM server")]
+)
 def test_an_address_must_be_one(connect, servers, message):
     with pytest.raises(R3Error, match=message):
         connect(*servers)
@@ -211,20 +232,24 @@ def test_an_address_must_be_one(connect, servers, message):
 
 def test_prompts_are_spread_over_the_servers(serve, connect, tokenizer):
     one, two = serve(), serve()
-    assert pairs(connect(one, two.url + "/v1/").generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(
+        connect(one, two.url + "/v1/").generate(PROMPTS, 3, SamplingParams(12))
+    ) == expected(tokenizer)
     assert len(one.asked) == len(two.asked) == len(PROMPTS) / 2
 
 
 def test_a_dead_servers_work_goes_to_the_other(serve, connect, tokenizer):
     server = serve()
     engine = connect(dead_address(), server, workers=4)
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     assert sorted(server.answered) == PROMPTS
 
 
 def test_a_server_that_leaves_in_mid_batch_loses_nothing(serve, connect, tokenizer):
     leaving, staying = serve(faults=[None, None, *["drop"] * 1000]), serve()
-    assert pairs(connect(leaving, staying).generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(connect(leaving, staying).generate(PROMPTS, 3, SamplingParams(12))) == expected(
+        tokenizer
+    )
     assert sorted(leaving.answered + staying.answered) == PROMPTS
 
 
@@ -234,13 +259,19 @@ def test_a_server_that_leaves_in_mid_batch_loses_nothing(serve, connect, tokeniz
 def test_sync_loads_a_new_name_and_unloads_the_old_one(serve, connect, tokenizer, tmp_path):
     server, first, second = serve(), adapter(tmp_path / "a", "a"), adapter(tmp_path / "b", "b")
     engine = connect(server)
-    assert isinstance(engine, RemoteEngine) and not isinstance(ScriptedEngine(tokenizer), RemoteEngine)
+    assert isinstance(engine, RemoteEngine) and not isinstance(
+        ScriptedEngine(tokenizer), RemoteEngine
+    )
     engine.sync(first)
     [before] = server.adapters
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(first))
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
+        tokenizer, model=str(first)
+    )
     engine.sync(second)
     assert server.adapters == {engine.policy: str(second)} and before != engine.policy
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(second))
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
+        tokenizer, model=str(second)
+    )
 
 
 def test_sync_without_an_adapter_samples_from_the_model_and_the_next_adapter_takes_the_olds_place(
@@ -250,7 +281,7 @@ def test_sync_without_an_adapter_samples_from_the_model_and_the_next_adapter_tak
     engine = connect(server)
     engine.sync(first)
     engine.sync(None)
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer)
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     engine.sync(second)
     assert list(server.adapters.values()) == [str(second)]
 
@@ -267,18 +298,24 @@ def test_the_name_follows_the_weights_so_two_processes_may_sync_the_same(serve, 
     assert list(server.adapters) == [one.policy] == [two.policy]
 
 
-def test_a_server_without_the_adapter_gets_it_before_it_samples(serve, connect, tokenizer, tmp_path):
+def test_a_server_without_the_adapter_gets_it_before_it_samples(
+    serve, connect, tokenizer, tmp_path
+):
     server, folder = serve(), adapter(tmp_path / "a")
     engine = connect(server)
     engine.sync(folder)
     server.adapters.clear()  # as after a restart
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(folder))
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
+        tokenizer, model=str(folder)
+    )
 
 
 def test_sync_does_without_a_dead_server(serve, connect, tokenizer, tmp_path):
     engine, folder = connect(dead_address(), serve()), adapter(tmp_path / "a")
     engine.sync(folder)
-    assert pairs(engine.generate(PROMPTS, 3, Sampling(12))) == expected(tokenizer, model=str(folder))
+    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
+        tokenizer, model=str(folder)
+    )
 
 
 def test_a_folder_without_an_adapter_is_refused(serve, connect, tmp_path):
@@ -291,7 +328,7 @@ def test_an_adapter_that_the_server_cannot_find_is_an_error_at_once(serve, conne
     engine.sync(folder)
     engine.servers[0], _ = Address(serve().url), (folder / "adapter_config.json").unlink()
     with pytest.raises(R3Error, match="load_lora_adapter answers 404: .*No adapter found"):
-        engine.generate(PROMPTS, 1, Sampling(4))
+        engine.generate(PROMPTS, 1, SamplingParams(4))
 
 
 # a server of our own
@@ -329,20 +366,30 @@ def pids(folder):
 
 def test_a_server_starts_on_first_use_and_leaves_nothing_behind(own, tokenizer, tmp_path):
     server = own("--dtype", "float32")
-    got = VLLMEngine([server], tokenizer).generate(PROMPTS, 3, Sampling(12))
+    got = VLLMEngine([server], tokenizer).generate(PROMPTS, 3, SamplingParams(12))
     assert pairs(got) == expected(tokenizer)
     [found] = pids(tmp_path)
     assert all(map(alive, found))
     server.stop()
     assert gone(found)
     arguments, setting, *_ = server.log.read_text().splitlines()
-    assert "-m vllm.entrypoints.openai.api_server --model some/model --enable-lora --max-lora-rank 8" in arguments
-    assert "--logprobs-mode processed_logprobs" in arguments and "--dtype float32 --host 127.0.0.1" in arguments
+    assert (
+        "-m vllm.entrypoints.openai.api_server --model some/model --enable-lora --max-lora-rank 8"
+        in arguments
+    )
+    assert (
+        "--logprobs-mode processed_logprobs" in arguments
+        and "--dtype float32 --host 127.0.0.1" in arguments
+    )
     assert setting.endswith("True")
 
 
-@pytest.mark.parametrize("place, multiprocessing, splits_prompts", [("cpu", "0", False), ("cuda:0", None, True)])
-def test_what_only_a_cpu_needs_is_set_on_a_cpu(own, monkeypatch, place, multiprocessing, splits_prompts):
+@pytest.mark.parametrize(
+    "place, multiprocessing, splits_prompts", [("cpu", "0", False), ("cuda:0", None, True)]
+)
+def test_what_only_a_cpu_needs_is_set_on_a_cpu(
+    own, monkeypatch, place, multiprocessing, splits_prompts
+):
     monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: place)
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     with own() as server:
@@ -370,11 +417,15 @@ def test_the_server_of_a_study_leaves_the_trainer_its_part_of_a_gpu(command, tmp
     server.stop()
     share = plan_of(study.profile).server_share
     assert 0.2 < share < 0.92
-    assert f"--gpu-memory-utilization {share} --max-model-len auto --seed 1" in server.log.read_text()
+    assert (
+        f"--gpu-memory-utilization {share} --max-model-len auto --seed 1" in server.log.read_text()
+    )
 
 
 def test_servers_of_others_get_no_options(tmp_path):
-    study = Study("smoke", "countdown", tmp_path, engine="vllm", servers="http://h:1", vllm_options="--seed 1")
+    study = Study(
+        "smoke", "countdown", tmp_path, engine="vllm", servers="http://h:1", vllm_options="--seed 1"
+    )
     assert study.server_options == ""
 
 
@@ -398,7 +449,9 @@ def test_a_with_block_stops_the_server_when_it_is_interrupted(own, tmp_path):
 def test_a_server_that_will_not_stop_is_killed(own, tmp_path, monkeypatch):
     server = own("--stubborn")
     server.ensure()
-    monkeypatch.setattr("r3lib.engines.vllm_server.GRACE", -4.5)  # do not wait for the watcher's own patience
+    monkeypatch.setattr(
+        "r3lib.engines.vllm_server.GRACE", -4.5
+    )  # do not wait for the watcher's own patience
     server.stop()
     assert gone(pids(tmp_path)[0])
 
@@ -419,7 +472,7 @@ def test_a_server_that_dies_in_mid_batch_resumes_it_with_its_adapter(own, tokeni
     fuse.touch()
     engine = VLLMEngine([own("--fault-file", str(fuse))], tokenizer, workers=4, pause=0.05)
     engine.sync(folder)
-    got = engine.generate(PROMPTS, 3, Sampling(12))
+    got = engine.generate(PROMPTS, 3, SamplingParams(12))
     assert pairs(got) == expected(tokenizer, model=str(folder)) and len(pids(tmp_path)) == 2
 
 
@@ -429,12 +482,17 @@ def test_a_server_that_keeps_dying_is_given_up_with_the_end_of_its_log(own, toke
         server.ensure()
         os.kill(pids(tmp_path)[-1][0], signal.SIGKILL)
         server.process.wait(30)
-    with pytest.raises(R3Error, match=r"the vLLM server died 2 times, the last lines of .*vllm.log: .*updating True"):
+    with pytest.raises(
+        R3Error,
+        match=r"the vLLM server died 2 times, the last lines of .*vllm.log: .*updating True",
+    ):
         server.ensure()
 
 
 def test_a_server_that_cannot_start_says_why(own):
-    with pytest.raises(R3Error, match=r"does not start, the last lines of .*no weights \| Engine core") as caught:
+    with pytest.raises(
+        R3Error, match=r"does not start, the last lines of .*no weights \| Engine core"
+    ) as caught:
         own("--broken").ensure()
     assert "\n" not in str(caught.value)
 
@@ -447,7 +505,9 @@ def test_a_server_that_is_never_ready_is_stopped(own):
 
 
 def test_a_missing_interpreter_is_refused():
-    with pytest.raises(R3Error, match="no Python interpreter at nowhere/python: run `.*, or name .* R3_VLLM_PYTHON"):
+    with pytest.raises(
+        R3Error, match="no Python interpreter at nowhere/python: run `.*, or name .* R3_VLLM_PYTHON"
+    ):
         Server("m", "nowhere/python")
 
 
@@ -466,7 +526,9 @@ def test_the_server_ends_when_we_are_killed(command, tmp_path):
 
 
 def test_what_the_watcher_runs_may_end_by_itself():
-    done = subprocess.run([sys.executable, watch.__file__, "true"], stdin=subprocess.PIPE, start_new_session=True)
+    done = subprocess.run(
+        [sys.executable, watch.__file__, "true"], stdin=subprocess.PIPE, start_new_session=True
+    )
     assert done.returncode == -signal.SIGKILL, "it takes its whole session along, itself too"
 
 
@@ -487,7 +549,9 @@ class OffPolicy(ScriptedEngine):
     @torch.no_grad()
     def _scored(self, prompt, completion):
         logits = self.model(torch.tensor([prompt + completion.ids])).logits[0, len(prompt) - 1 : -1]
-        chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(completion.ids)[:, None])[
+            :, 0
+        ]
         return replace(completion, logprobs=(chosen - self.shift).tolist())
 
 
@@ -529,20 +593,34 @@ def train(tiny, tokenizer, folder, kind, shift, **changes):
 def test_each_rollout_samples_from_the_adapter_as_it_stands(tiny, tokenizer, tmp_path):
     engine, trainer, _, _ = train(tiny, tokenizer, tmp_path, Remote, 0.0, max_steps=3)
     assert [name for name, _ in engine.synced] == ["step-000000", "step-000001", "step-000002"]
-    assert [folder.name for folder in (tmp_path / "synced").iterdir()] == ["step-000002"], "older ones are removed"
-    raised = [sum(float(w.abs().sum()) for n, w in weights.items() if "lora_B" in n) for _, weights in engine.synced]
+    assert [folder.name for folder in (tmp_path / "synced").iterdir()] == ["step-000002"], (
+        "older ones are removed"
+    )
+    raised = [
+        sum(float(w.abs().sum()) for n, w in weights.items() if "lora_B" in n)
+        for _, weights in engine.synced
+    ]
     assert raised[0] == 0 < raised[1] != raised[2]
 
 
 @pytest.mark.parametrize("mask", ["reflection", "reflection+retry"])
 @pytest.mark.parametrize(("ratio", "weight"), [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5), (10.0, 3.0)])
-def test_the_loss_is_weighed_by_the_truncated_importance_ratio(tiny, tokenizer, tmp_path, ratio, weight, mask):
+def test_the_loss_is_weighed_by_the_truncated_importance_ratio(
+    tiny, tokenizer, tmp_path, ratio, weight, mask
+):
     options = dict(max_steps=1, mask=mask)
-    *_, [plain], [before] = train(tiny, tokenizer, tmp_path / "own", OffPolicy, log(ratio), **options)
-    *_, [weighed], [after] = train(tiny, tokenizer, tmp_path / "remote", Remote, log(ratio), **options)
+    *_, [plain], [before] = train(
+        tiny, tokenizer, tmp_path / "own", OffPolicy, log(ratio), **options
+    )
+    *_, [weighed], [after] = train(
+        tiny, tokenizer, tmp_path / "remote", Remote, log(ratio), **options
+    )
     assert plain.norm() > 0
     torch.testing.assert_close(weighed, plain * weight, rtol=1e-3, atol=1e-6)
-    assert after["importance_ratio"] == pytest.approx(weight, rel=1e-4) and "importance_ratio" not in before
+    assert (
+        after["importance_ratio"] == pytest.approx(weight, rel=1e-4)
+        and "importance_ratio" not in before
+    )
 
 
 def test_a_remote_engine_without_an_adapter_to_train_is_refused(tiny, tokenizer, tmp_path):

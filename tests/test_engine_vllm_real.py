@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from r3lib.chat import Chat
-from r3lib.engines import Sampling
+from r3lib.engines import SamplingParams
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.engines.vllm_server import Server
@@ -36,14 +36,18 @@ TIE = 1e-3  # logits as close as this may change places by rounding
 GREEDY = ["first_try", "retry", "generic_reflection"]  # conditions without any sampled turn
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(not PYTHON, reason="R3_VLLM_PYTHON names no interpreter that has vLLM: make test-vllm"),
+    pytest.mark.skipif(
+        not PYTHON, reason="R3_VLLM_PYTHON names no interpreter that has vLLM: make test-vllm"
+    ),
 ]
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A function of a model: a server of ours for it, not started yet."""
-    return lambda model: Server(model, PYTHON, 8, tmp_path_factory.mktemp("log") / "vllm.log", OPTIONS, timeout=1800.0)
+    return lambda model: Server(
+        model, PYTHON, 8, tmp_path_factory.mktemp("log") / "vllm.log", OPTIONS, timeout=1800.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,13 @@ def prompts_of(tokenizer, count):
 def save_adapter(folder, seed, model=None):
     """A random adapter of `model` (the embedded one): the PeftModel, its folder."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=8,
+        lora_alpha=8,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     adapted = get_peft_model(model or base_model(), config)
     adapted.save_pretrained(folder)
     return adapted.eval(), folder
@@ -90,7 +100,10 @@ def assert_greedy(got, model, tokenizer, prompts, most):
 
     After such a tie a text is not compared; half of the texts at least have to be equal to the end.
     """
-    wanted, whole = TransformersEngine(model, tokenizer).generate(prompts, 1, Sampling(most, 0.0)), 0
+    wanted, whole = (
+        TransformersEngine(model, tokenizer).generate(prompts, 1, SamplingParams(most, 0.0)),
+        0,
+    )
     for prompt, [one], [other] in zip(prompts, got, wanted, strict=True):
         same = len(os.path.commonprefix([one.ids, other.ids]))
         assert one.logprobs[:same] == pytest.approx(other.logprobs[:same], abs=2e-3)
@@ -111,23 +124,29 @@ def teacher_forced(model, prompt, ids, temperature):
 
 
 def test_greedy_text_is_that_of_transformers_token_for_token(engine, model, tokenizer, prompts):
-    got = engine.generate(prompts, 2, Sampling(40, 0.0))
-    assert_equal(got, TransformersEngine(model, tokenizer).generate(prompts, 2, Sampling(40, 0.0)))
+    got = engine.generate(prompts, 2, SamplingParams(40, 0.0))
+    assert_equal(
+        got, TransformersEngine(model, tokenizer).generate(prompts, 2, SamplingParams(40, 0.0))
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_samples_end_at_end_tokens_and_log_probs_are_at_the_temperature(engine, model, prompts, temperature):
-    got = engine.generate(prompts, 4, Sampling(12, temperature))
+def test_samples_end_at_end_tokens_and_log_probs_are_at_the_temperature(
+    engine, model, prompts, temperature
+):
+    got = engine.generate(prompts, 4, SamplingParams(12, temperature))
     flat = [(p, c) for p, group in zip(prompts, got) for c in group]
     assert {c.finished for _, c in flat} == {True, False}
     for prompt, c in flat:
         assert c.finished == (c.ids[-1] in engine.end_ids) and not set(c.ids[:-1]) & engine.end_ids
         assert c.finished or len(c.ids) == 12
-        assert c.logprobs == pytest.approx(teacher_forced(model, prompt, c.ids, temperature), abs=2e-3)
+        assert c.logprobs == pytest.approx(
+            teacher_forced(model, prompt, c.ids, temperature), abs=2e-3
+        )
 
 
 def test_a_seed_repeats_its_samples_and_its_neighbour_has_others(engine, prompts):
-    one, two, again = engine.generate([prompts[0]] * 3, 4, Sampling(12), seeds=[5, 6, 5])
+    one, two, again = engine.generate([prompts[0]] * 3, 4, SamplingParams(12), seeds=[5, 6, 5])
     assert [c.ids for c in one] == [c.ids for c in again] != [c.ids for c in two]
 
 
@@ -135,7 +154,7 @@ def test_samples_whose_prompts_together_are_longer_than_a_step_of_the_server(eng
     """Chunked prefill would read one of them in two steps, of which vLLM dies on a CPU."""
     long = [prompt * 8 for prompt in prompts]
     assert sum(map(len, long)) > 2 * 2048
-    got = engine.generate(long, 1, Sampling(2))
+    got = engine.generate(long, 1, SamplingParams(2))
     assert engine.servers[0].starts == 1 and all(1 <= len(c.ids) <= 2 for [c] in got)
 
 
@@ -144,25 +163,34 @@ def test_an_adapter_swap_changes_the_output_as_peft_says(engine, tokenizer, prom
     for seed in (1, 2):
         adapted, folder = save_adapter(tmp_path / str(seed), seed)
         engine.sync(folder)
-        answers.append(engine.generate(prompts, 1, Sampling(24, 0.0)))
-        assert_equal(answers[-1], TransformersEngine(adapted, tokenizer).generate(prompts, 1, Sampling(24, 0.0)))
+        answers.append(engine.generate(prompts, 1, SamplingParams(24, 0.0)))
+        assert_equal(
+            answers[-1],
+            TransformersEngine(adapted, tokenizer).generate(prompts, 1, SamplingParams(24, 0.0)),
+        )
     assert [c.ids for c in sum(answers[0], [])] != [c.ids for c in sum(answers[1], [])]
-    assert [m["id"] for m in engine._models(engine.servers[0])][1:] == [engine.policy], "the first is unloaded"
+    assert [m["id"] for m in engine._models(engine.servers[0])][1:] == [engine.policy], (
+        "the first is unloaded"
+    )
 
 
-@pytest.mark.skipif(bool(missing("smollm2")), reason="the weights of SmolLM2 are not installed: make install")
-def test_real_weights_greedy_text_is_that_of_transformers_before_and_after_adapter_swaps(start, tmp_path):
+@pytest.mark.skipif(
+    bool(missing("smollm2")), reason="the weights of SmolLM2 are not installed: make install"
+)
+def test_real_weights_greedy_text_is_that_of_transformers_before_and_after_adapter_swaps(
+    start, tmp_path
+):
     path = locate("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = prompts_of(tokenizer, 3)
     with start(path) as server:
         engine = VLLMEngine([server], tokenizer)
-        answers = [engine.generate(prompts, 1, Sampling(40, 0.0))]
+        answers = [engine.generate(prompts, 1, SamplingParams(40, 0.0))]
         assert_greedy(answers[0], real_weights(), tokenizer, prompts, 40)
         for seed in (1, 2):
             adapted, folder = save_adapter(tmp_path / str(seed), seed, real_weights())
             engine.sync(folder)
-            answers.append(engine.generate(prompts, 1, Sampling(16, 0.0)))
+            answers.append(engine.generate(prompts, 1, SamplingParams(16, 0.0)))
             assert_greedy(answers[-1], adapted, tokenizer, prompts, 16)
     first = [[c.ids[:16] for c in sum(answer, [])] for answer in answers]
     assert first[0] != first[1] != first[2] != first[0]
@@ -172,16 +200,20 @@ def real_weights():
     return AutoModelForCausalLM.from_pretrained(locate("smollm2"), dtype=torch.float32)
 
 
-def test_two_servers_share_a_batch_and_give_what_one_gives(server, engine, start, tokenizer, prompts, tmp_path):
+def test_two_servers_share_a_batch_and_give_what_one_gives(
+    server, engine, start, tokenizer, prompts, tmp_path
+):
     _, folder = save_adapter(tmp_path / "adapter", 4)
     with start(BASE_MODEL) as second:
         both = VLLMEngine([server, second], tokenizer)
         for sampler in (engine, both):
             sampler.sync(folder)
-        for sampling in (Sampling(24, 0.0), Sampling(12, 1.0)):
+        for sampling in (SamplingParams(24, 0.0), SamplingParams(12, 1.0)):
             before = [answers(one) for one in both.servers]
             got = both.generate(prompts, 2, sampling)
-            assert [answers(one) - n for one, n in zip(both.servers, before)] == [len(prompts) / 2] * 2
+            assert [answers(one) - n for one, n in zip(both.servers, before)] == [
+                len(prompts) / 2
+            ] * 2
             assert_equal(got, engine.generate(prompts, 2, sampling))
 
 
@@ -221,7 +253,9 @@ def test_a_study_runs_through_a_server_of_its_own_that_ends_with_it(tmp_path):
     trained = pd.read_parquet(left["evaluate"])
     assert set(trained["policy"]) == {"r3"} and (trained["condition"] == "first_try").sum() == 24
     steps = pd.read_json(Path(left["train"]) / "metrics.jsonl", lines=True)
-    assert list(steps["step"]) == [1, 2] and steps["importance_ratio"].to_list() == pytest.approx([1, 1], abs=1e-3)
+    assert list(steps["step"]) == [1, 2] and steps["importance_ratio"].to_list() == pytest.approx(
+        [1, 1], abs=1e-3
+    )
 
 
 def test_an_adapter_of_too_high_a_rank_is_refused(engine, tmp_path):
@@ -240,11 +274,15 @@ def test_three_steps_of_r3(engine, model, tokenizer, tmp_path):
     trainer.train()
     rows = [json.loads(line) for line in metrics_file(trainer.args).read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["importance_ratio"] == pytest.approx(1.0, abs=1e-3) for row in rows), "on policy, up to rounding"
+    assert all(row["importance_ratio"] == pytest.approx(1.0, abs=1e-3) for row in rows), (
+        "on policy, up to rounding"
+    )
     assert any(row["grad_norm"] > 0 for row in rows)
 
 
-def test_a_server_killed_in_mid_batch_loses_no_sample(server, engine, tokenizer, prompts, tmp_path, monkeypatch):
+def test_a_server_killed_in_mid_batch_loses_no_sample(
+    server, engine, tokenizer, prompts, tmp_path, monkeypatch
+):
     """kill -9 as soon as the fifth of 48 requests is answered, with four more on their way."""
     adapted, folder = save_adapter(tmp_path / "adapter", 3)
     engine.sync(folder)
@@ -260,7 +298,10 @@ def test_a_server_killed_in_mid_batch_loses_no_sample(server, engine, tokenizer,
 
     monkeypatch.setattr(engine, "_sample", sample_and_kill)
     engine.workers = 4
-    got = engine.generate(prompts * 2, 1, Sampling(24, 0.0))
+    got = engine.generate(prompts * 2, 1, SamplingParams(24, 0.0))
     assert server.starts == 2 and gone(first)
     assert len(answered) == len(prompts) * 2
-    assert_equal(got, TransformersEngine(adapted, tokenizer).generate(prompts * 2, 1, Sampling(24, 0.0)))
+    assert_equal(
+        got,
+        TransformersEngine(adapted, tokenizer).generate(prompts * 2, 1, SamplingParams(24, 0.0)),
+    )

@@ -21,7 +21,7 @@ from r3lib.errors import R3Error
 from r3lib.evaluate import accuracy_table
 from r3lib.figures import conditions_figure
 from r3lib.identity import content, differences, digest, model_facts, task_facts
-from r3lib.rollouts import Failure, Limits, RolloutSampler, deranged, failures_of, mine_failures
+from r3lib.sampler import Failure, Limits, RolloutSampler, deranged, failures_of, mine_failures
 from r3lib.tasks import CountdownTask, FunctionCallingTask
 from r3lib.tasks.base import Task
 from r3lib.tasks.countdown_corpus import solutions

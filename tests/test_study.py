@@ -12,7 +12,7 @@ from conftest import CoinTask, ScriptedEngine, small_config, small_lora
 
 import r3lib.study
 from r3lib.chat import Chat
-from r3lib.rollouts import FAILURE, MinedFailures, RolloutSampler, mine_failures
+from r3lib.sampler import FAILURE, MinedFailures, RolloutSampler, mine_failures
 from r3lib.study import Study
 from r3lib.trainer import R3Trainer
 

@@ -12,7 +12,7 @@ from test_chat import dressed
 
 from r3lib.chat import Chat
 from r3lib.errors import R3Error
-from r3lib.rollouts import RolloutSampler, failures_of
+from r3lib.sampler import RolloutSampler, failures_of
 from r3lib.tasks import function_calling_corpus
 from r3lib.tasks import function_calling_records as records
 from r3lib.tasks.function_calling import CATEGORIES, FunctionCallingTask

@@ -7,7 +7,7 @@ from conftest import CoinTask, ConstantTask, ScriptedEngine, coin_failures
 
 from r3lib.chat import Chat
 from r3lib.errors import R3Error
-from r3lib.rollouts import Limits, RolloutSampler
+from r3lib.sampler import Limits, RolloutSampler
 from r3lib.tour import Group, first_with_variance, sample_groups
 
 

@@ -8,7 +8,7 @@ from ..errors import R3Error
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to sample: at most `max_tokens` tokens, at `temperature` (0 is greedy)."""
 
     max_tokens: int
@@ -32,7 +32,11 @@ class Engine(Protocol):
     """Anything that samples completions for token-id prompts."""
 
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int] | None = None
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: SamplingParams,
+        seeds: list[int] | None = None,
     ) -> list[list[Completion]]:
         """Return `n` completions for each prompt, in the prompts' order.
 
@@ -51,30 +55,34 @@ class IdentifiedEngine(Engine, Protocol):
 
 @runtime_checkable
 class RemoteEngine(Engine, Protocol):
-    """An engine whose policy is a copy in another process: it samples from the adapter that `sync` named last.
+    """An engine in another process: it samples from the adapter that `sync` named last.
 
     The trainer sets its `end_ids`, the tokens that end a completion.
     """
 
     def sync(self, adapter: Path | None) -> None:
-        """Sample from the LoRA adapter in folder `adapter` (as PEFT saves it) from now on; None: without one."""
+        """From now on sample with the LoRA adapter that PEFT saved in folder `adapter`, or none."""
 
 
 def identity(engine: Engine) -> dict:
     """What tells the engine's policy from others; of an engine that does not say it, its class."""
-    return (
-        engine.identity()
-        if isinstance(engine, IdentifiedEngine)
-        else {"engine": type(engine).__name__}
-    )
+    if isinstance(engine, IdentifiedEngine):
+        return engine.identity()
+    return {"engine": type(engine).__name__}
 
 
-def check(prompts, n: int, sampling: Sampling, seeds, longest: int) -> None:
-    """Raise R3Error for what cannot be sampled; `longest` is the length that leaves room for max_tokens."""
+def check(prompts, n: int, sampling: SamplingParams, seeds, longest: int) -> None:
+    """R3Error for what cannot be sampled; a prompt of `longest` leaves room for max_tokens."""
     if min(n, sampling.max_tokens) < 1 or sampling.temperature < 0:
-        raise R3Error(f"n={n}, {sampling}: n and max_tokens must be at least 1, temperature at least 0")
+        raise R3Error(
+            f"n={n}, {sampling}: n and max_tokens must be at least 1, temperature at least 0"
+        )
     if len(seeds) != len(prompts) or min(seeds, default=0) < 0:
-        raise R3Error(f"{len(seeds)} seeds for {len(prompts)} prompts: give each prompt one, from 0 up")
+        raise R3Error(
+            f"{len(seeds)} seeds for {len(prompts)} prompts: give each prompt one, from 0 up"
+        )
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= longest:
-            raise R3Error(f"prompt {i} has {len(prompt)} tokens, not 1 to {longest}: change it or max_tokens")
+            raise R3Error(
+                f"prompt {i} has {len(prompt)} tokens, not 1 to {longest}: change it or max_tokens"
+            )

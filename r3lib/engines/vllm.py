@@ -1,41 +1,32 @@
-"""Sample from vLLM servers over HTTP: prompts spread over them, lost requests sent again, adapters hot-loaded."""
+"""Sample from vLLM servers: spread prompts over them, repeat lost requests, hot-load adapters."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from random import Random
+from ssl import create_default_context
 from threading import Event
-from urllib.request import HTTPErrorProcessor, ProxyHandler, Request, build_opener
+
+import httpx
 
 from ..chat import Chat
 from ..errors import R3Error
 from ..store import folder_hash
-from .base import Completion, Sampling, check
+from .base import Completion, SamplingParams, check
 
 WHOLE = {  # sample from the whole distribution, whatever the model's generation_config.json says
     "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, "logprobs": 0, "return_token_ids": True, "ignore_eos": True,
 }  # fmt: skip
-
-IN_FLIGHT = 512  # samples at a server at once: it computes 256 by default, and what waits counts as silent
-
-
-class AnyStatus(HTTPErrorProcessor):
-    """Lets `ask` judge every status itself."""
-
-    def http_response(self, request, response):
-        """The response as it is."""
-        return response
-
-    https_response = http_response
-
-
-OPENER = build_opener(ProxyHandler({}), AnyStatus)
+IN_FLIGHT = 512  # samples at a server at once: it computes 256 by default, and what waits is silent
+CLIENT = httpx.Client(
+    trust_env=False,  # no proxies
+    verify=create_default_context(),
+    limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+)
 
 
 class Lost(R3Error):
@@ -57,17 +48,19 @@ class Address:
     url: str
 
     def ensure(self) -> None:
-        """Nothing that we could do."""
+        """Do nothing: whoever runs it restarts it."""
 
 
 class VLLMEngine:
-    """Engine over vLLM servers of one model, each an address ("http://host:8000") or a `Server` of ours.
+    """Engine over vLLM servers of one model, each an address ("http://host:8000") or a `Server`.
 
-    Runs `workers` requests at once (a request is one prompt with its n samples; fewer where n is large), each sent up
-    to `attempts` times with pauses of `pause` x 1, 2, 4 ... seconds after a lost connection, `timeout` seconds of
-    silence or a 5xx; what one server loses goes to the others. A server that is not ours must run with
-    `--logprobs-mode processed_logprobs` (otherwise log-probs are those at temperature 1), for `sync` also with
-    `--enable-lora`, VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and the disk that adapters are saved to.
+    A request is one prompt with its n samples; `workers` of them run at once, fewer where n is
+    large. Each is sent up to `attempts` times, with pauses of `pause` x 1, 2, 4 ... seconds after a
+    lost connection, `timeout` seconds of silence or a 5xx; what one server loses goes to others.
+
+    A server given by address must run with `--logprobs-mode processed_logprobs` (otherwise
+    log-probs are those at temperature 1), for `sync` also with `--enable-lora`,
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and the disk that adapters are saved to.
 
     A completion ends at the first of `end_ids`, by default those of `Chat(tokenizer)`; give those
     of your `Chat` if it has other arguments, such as the model's generation config.
@@ -80,40 +73,47 @@ class VLLMEngine:
         self.servers = [Address(web_address(s)) if isinstance(s, str) else s for s in servers]
         if not self.servers:
             raise R3Error("no vLLM server: give at least one address or Server")
-        self.workers, self.attempts, self.timeout, self.pause = workers, attempts, timeout, pause
-        self.end_ids, self.adapter, self.loaded = end_ids or Chat(tokenizer).end_ids, None, None
-        base = self._retry(0, Counter(), Event(), self._models)[0]
-        self.base = self.policy = base["id"]
-        self.longest = base["max_model_len"]
+        self.workers = workers
+        self.attempts = attempts
+        self.timeout = timeout
+        self.pause = pause
+        self.end_ids = end_ids or Chat(tokenizer).end_ids
+        self.adapter = None  # the folder that `sync` named last
+        self.loaded = None  # the name of the adapter that servers have loaded
+        model = self._retry(self._models)[0]
+        self.base = self.policy = model["id"]
+        self.longest = model["max_model_len"]
 
     def identity(self) -> dict:
-        """See `IdentifiedEngine`: the served model, and the adapter's name, which holds its hash."""
-        return {
-            "engine": "vllm",
-            "model": self.base,
-            "adapter": "" if self.adapter is None else self.policy,
-        }
+        """See `IdentifiedEngine`: the served model, and the adapter's name with its hash."""
+        adapter = "" if self.adapter is None else self.policy
+        return {"engine": "vllm", "model": self.base, "adapter": adapter}
 
-    def generate(self, prompts, n: int, sampling: Sampling, seeds=None) -> list[list[Completion]]:
-        """See `Engine`. R3Error: bad n, sampling, seeds or prompt; a server refuses, or none answers.
+    def generate(
+        self, prompts, n: int, sampling: SamplingParams, seeds=None
+    ) -> list[list[Completion]]:
+        """See `Engine`. R3Error: bad n, sampling, seeds or prompt; refused; no server answers.
 
-        A seed repeats its samples on the same server build up to rounding, which depends on the batch.
+        A seed repeats its samples on the same server build up to rounding, which depends on the
+        batch.
         """
-        seeds = range(len(prompts)) if seeds is None else seeds
+        if seeds is None:
+            seeds = range(len(prompts))
         check(prompts, n, sampling, seeds, self.longest - sampling.max_tokens)
-        body = {"max_tokens": sampling.max_tokens, "temperature": sampling.temperature, **WHOLE}
-        body |= {"stop_token_ids": sorted(self.end_ids), "n": n if sampling.temperature else 1}  # greedy: all the same
+        shared = self._request(n, sampling)
+        samples = shared["n"]
         failures, over = Counter(), Event()
 
-        def one(place: int) -> list[Completion]:
-            seed = Random(seeds[place]).getrandbits(48)  # vLLM takes seed + k for sample k: keep seeds far apart
-            own = body | {"prompt": list(prompts[place]), "seed": seed}
-            found = self._retry(place, failures, over, lambda server: self._sample(server, own))
-            return found * (n // len(found))
+        def ask_one(index: int) -> list[Completion]:
+            seed = Random(seeds[index]).getrandbits(48)  # far apart: vLLM's sample k has seed + k
+            body = shared | {"prompt": list(prompts[index]), "seed": seed}
+            found = self._retry(lambda server: self._sample(server, body), index, failures, over)
+            return found * (n // samples)
 
-        pool = ThreadPoolExecutor(min(self.workers, max(1, IN_FLIGHT * len(self.servers) // body["n"])))
+        most = max(1, IN_FLIGHT * len(self.servers) // samples)
+        pool = ThreadPoolExecutor(min(self.workers, most))
         try:
-            jobs = [pool.submit(one, place) for place in range(len(prompts))]
+            jobs = [pool.submit(ask_one, index) for index in range(len(prompts))]
             for job in as_completed(jobs):
                 job.result()  # raises at the first failure
             return [job.result() for job in jobs]
@@ -121,20 +121,33 @@ class VLLMEngine:
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def sync(self, adapter: Path | None) -> None:
-        """See `RemoteEngine`. The adapter's name holds its hash, so what a server knows by a name never changes.
+    def _request(self, n: int, sampling: SamplingParams) -> dict:
+        """What all requests of a call have in common."""
+        return WHOLE | {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "stop_token_ids": sorted(self.end_ids),
+            "n": n if sampling.temperature else 1,  # greedy samples are all the same
+        }
 
-        The folder must stay: a server that was away or restarted loads it later. R3Error: a server refuses it.
+    def sync(self, adapter: Path | None) -> None:
+        """See `RemoteEngine`. R3Error: the folder holds no adapter, or a server refuses it.
+
+        The adapter's name holds its hash, so what a server knows by a name never changes. The
+        folder must stay: a server that was away or restarted loads it later.
         """
-        if adapter is None:
-            self.adapter, self.policy = None, self.base  # what is loaded stays, until another takes its place
+        if adapter is None:  # what is loaded stays, until another takes its place
+            self.adapter, self.policy = None, self.base
             return
         if not (Path(adapter) / "adapter_config.json").exists():
-            raise R3Error(f"{adapter} holds no adapter_config.json: give a folder that PEFT's save_pretrained wrote")
+            raise R3Error(
+                f"{adapter} holds no adapter_config.json: give a folder that PEFT's "
+                "save_pretrained wrote"
+            )
         old = self.loaded
-        self.adapter, self.policy = Path(adapter).resolve(), f"r3-{folder_hash(Path(adapter))[:16]}"
-        self.loaded = self.policy
-        self._retry(0, Counter(), Event(), self._load)
+        self.adapter = Path(adapter).resolve()
+        self.loaded = self.policy = f"r3-{folder_hash(Path(adapter))[:16]}"
+        self._retry(self._load)
         for server in self.servers:
             with suppress(Lost):  # `_sample` loads it when the server answers again
                 self._load(server)
@@ -154,7 +167,7 @@ class VLLMEngine:
         try:
             ask(f"{server.url}/v1/unload_lora_adapter", {"lora_name": name}, self.timeout)
         except Refused as error:
-            if error.status != 404:  # gone with a restart, or another process of this training was faster
+            if error.status != 404:  # lost in a restart, or unloaded by another process
                 raise
 
     def _models(self, server) -> list[dict]:
@@ -164,7 +177,8 @@ class VLLMEngine:
     def _sample(self, server, body: dict) -> list[Completion]:
         """The completions of one request, in the order of their index."""
         server.ensure()
-        url, body = f"{server.url}/v1/completions", body | {"model": self.policy}
+        url = f"{server.url}/v1/completions"
+        body = body | {"model": self.policy}
         try:
             answer = ask(url, body, self.timeout)
         except Refused as error:
@@ -172,31 +186,41 @@ class VLLMEngine:
                 raise
             self._load(server)
             answer = ask(url, body, self.timeout)
-        choices = sorted(answer["choices"], key=lambda c: c["index"])
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != body["n"]:
             raise Lost(f"{url} gives {len(choices)} of {body['n']} samples")
-        return [self._completion(c, url) for c in choices]
+        return [self._completion(choice, url) for choice in choices]
 
     def _completion(self, choice: dict, url: str) -> Completion:
-        if choice["finish_reason"] not in ("stop", "length"):  # "abort": a server that shuts down answers 200
-            raise Lost(f"{url} ended a sample early ({choice['finish_reason']})")
-        if choice.get("token_ids") is None:
+        reason, ids = choice["finish_reason"], choice.get("token_ids")
+        if reason not in ("stop", "length"):  # "abort": a server that shuts down answers 200
+            raise Lost(f"{url} ended a sample early ({reason})")
+        if ids is None:
             raise R3Error(f"{url} returns no token ids: use vLLM 0.11 or newer")
-        ids = choice["token_ids"]
-        return Completion(ids, choice["logprobs"]["token_logprobs"], finished=ids[-1] in self.end_ids)
+        finished = ids[-1] in self.end_ids
+        return Completion(ids, choice["logprobs"]["token_logprobs"], finished)
 
-    def _retry(self, place: int, failures: Counter, over: Event, work):
-        """`work(server)`, tried on the server that failed least (by turns), with growing pauses."""
-        for attempt in range(self.attempts):
-            turn = min(range(len(self.servers)), key=lambda i: (failures[i], (place + i) % len(self.servers)))
+    def _retry(self, work, index: int = 0, failures: Counter | None = None, over=None):
+        """`work(server)`, on the server with the fewest `failures`, again with growing pauses.
+
+        Servers with as many take turns by `index`; once `over` is set, nothing is tried again.
+        """
+        failures = Counter() if failures is None else failures
+        over = over or Event()
+        count = len(self.servers)
+        for attempt in range(1, self.attempts + 1):
+            turn = min(range(count), key=lambda i: (failures[i], (index + i) % count))
             try:
                 return work(self.servers[turn])
             except Lost as error:
                 failures[turn] += 1
                 trouble = error
-            if attempt + 1 == self.attempts or over.wait(self.pause * 2**attempt):
+            if attempt == self.attempts or over.wait(self.pause * 2 ** (attempt - 1)):
                 break
-        raise R3Error(f"{trouble}, after {attempt + 1} tries: see the server's log, start it or give another address")
+        raise R3Error(
+            f"{trouble}, after {attempt} tries: see the server's log, start it or give another "
+            "address"
+        )
 
 
 def web_address(text: str) -> str:
@@ -207,14 +231,21 @@ def web_address(text: str) -> str:
 
 
 def ask(url: str, body: dict | None, timeout: float):
-    """POST `body` as JSON (None: GET); return the JSON answer, None if it is not JSON. Raises Lost and Refused."""
-    request = Request(url, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
+    """POST `body` as JSON (None: GET); the JSON answer, None if it is not JSON.
+
+    Raises Lost after `timeout` seconds of silence, without an answer, or for a status of the
+    server's own failures; Refused for any other status but 200.
+    """
+    method = "GET" if body is None else "POST"
     try:
-        with OPENER.open(request, timeout=timeout) as answer:
-            text, status, kind = answer.read(), answer.status, answer.headers.get_content_subtype()
-        if status == 200:
-            return json.loads(text) if kind == "json" else None
-    except (OSError, HTTPException, ValueError) as error:
+        answer = CLIENT.request(method, url, json=body, timeout=timeout)
+        if answer.status_code == 200:
+            is_json = "json" in answer.headers.get("Content-Type", "")
+            return answer.json() if is_json else None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise Lost(f"{url} does not answer ({type(error).__name__}: {error})") from error
-    said = f"{url} answers {status}: {' '.join(text.decode(errors='replace').split())[:500]}"
-    raise Lost(said) if status >= 500 or status in (408, 429) else Refused(said, status)
+    status, text = answer.status_code, " ".join(answer.text.split())[:500]
+    message = f"{url} answers {status}: {text}"
+    if status >= 500 or status in (408, 429):
+        raise Lost(message)
+    raise Refused(message, status)

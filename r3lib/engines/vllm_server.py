@@ -1,4 +1,4 @@
-"""A vLLM server of ours: a process in an environment of its own, watched, restarted when it dies, gone with us."""
+"""A vLLM server in an environment of its own: restarted when it dies, stopped on exit."""
 
 import atexit
 import os
@@ -25,17 +25,20 @@ INSTALL_CPU = "make .venv-vllm/.installed"
 WATCH = Path(__file__).with_name("watch.py")
 ON_CPU = {  # the environment's own values win
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # compute on every core: vLLM would keep one for its scheduler
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # compute in the scheduler's process, which else waits busily
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # every core: vLLM would keep one for its scheduler
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: a second one would wait busily
 }
-# on a CPU vLLM 0.32 dies ("CPU Generator does not use offset") of a seeded sample whose prompt it reads in two steps
+# without it vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") of a seeded sample whose
+# prompt it reads in two steps
 CPU_OPTIONS = ("--no-enable-chunked-prefill",)
 
 
 def interpreter() -> str:
-    """The Python that runs a server of ours: $R3_VLLM_PYTHON, else this one if it has vLLM, else that of .venv-vllm."""
-    ours = sys.executable if find_spec("vllm") else str(ROOT / ".venv-vllm" / "bin" / "python")
-    return os.environ.get("R3_VLLM_PYTHON") or ours
+    """The Python for a `Server`: $R3_VLLM_PYTHON, this one if it has vLLM, or .venv-vllm's."""
+    named = os.environ.get("R3_VLLM_PYTHON")
+    if named:
+        return named
+    return sys.executable if find_spec("vllm") else str(ROOT / ".venv-vllm" / "bin" / "python")
 
 
 def install() -> str:
@@ -45,22 +48,35 @@ def install() -> str:
 
 
 class Server:
-    """Serves `model` on a free loopback port with `python`, an interpreter of an environment that has vLLM.
+    """Serves `model` on a free loopback port with `python`, an interpreter that has vLLM.
 
-    Starts on first use or on entering a `with` block, waits up to `timeout` seconds for it; restarts it up to
-    `restarts` times when it dies. `rank` is the largest LoRA rank, one that vLLM takes: 1, 8, 16, 32, 64, 128, 256,
-    320, 512. `options` are further arguments, such as ("--dtype", "float32"). Its output goes to the file `log`.
+    Starts on first use or on entering a `with` block, and is then up within `timeout` seconds or an
+    error; restarts up to `restarts` times when it dies. `rank` is the largest LoRA rank, one that
+    vLLM takes: 1, 8, 16, 32, 64, 128, 256, 320, 512. `options` are further arguments, such as
+    ("--dtype", "float32"). Its output goes to the file `log`.
     """
 
-    def __init__(self, model, python, rank=64, log="vllm.log", options: Sequence[str] = (), timeout=900.0, restarts=2):
+    def __init__(
+        self, model, python, rank=64, log="vllm.log", options: Sequence[str] = (), timeout=900.0,
+        restarts=2,
+    ):  # fmt: skip
         if not shutil.which(python):
             raise R3Error(f"no Python interpreter at {python}: {install()}")
-        self.command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        self.command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2"]
-        self.command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-        self.command += [*(CPU_OPTIONS if device() == "cpu" else ()), *options]
-        self.log, self.timeout, self.restarts = Path(log), timeout, restarts
-        self.url, self.process, self.starts, self._lock = "", None, 0, Lock()
+        self.command = [
+            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+            "--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2",
+            "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+        ]  # fmt: skip
+        if device() == "cpu":
+            self.command += CPU_OPTIONS
+        self.command += options
+        self.log = Path(log)
+        self.timeout = timeout
+        self.restarts = restarts
+        self.url = ""
+        self.process = None
+        self.starts = 0
+        self._lock = Lock()
         atexit.register(self.stop)
 
     def ensure(self) -> None:
@@ -70,7 +86,7 @@ class Server:
                 return
             self._end()
             if self.starts > self.restarts:
-                raise R3Error(f"the vLLM server died {self.starts} times, the last lines of {self.log}: {self._tail()}")
+                raise R3Error(f"the vLLM server died {self.starts} times, {self._tail()}")
             self.starts += 1
             try:
                 self._start()
@@ -95,20 +111,23 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, str(WATCH), *self.command, "--host", "127.0.0.1", "--port", str(port)]
-        environment = {"VLLM_NO_USAGE_STATS": "1"} | (ON_CPU if device() == "cpu" else {}) | os.environ
-        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+        command = [sys.executable, str(WATCH), *self.command]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment(),
+                start_new_session=True,
+            )  # fmt: skip
         deadline = time.monotonic() + self.timeout
         while not self._answers():
             if self.process.poll() is not None:
-                raise R3Error(f"the vLLM server does not start, the last lines of {self.log}: {self._tail()}")
+                raise R3Error(f"the vLLM server does not start, {self._tail()}")
             if time.monotonic() > deadline:
-                raise R3Error(f"the vLLM server is not up after {self.timeout:.0f} s: raise timeout, or see {self.log}")
+                raise R3Error(
+                    f"the vLLM server is not up after {self.timeout:.0f} s: raise timeout, or see "
+                    f"{self.log}"
+                )
             time.sleep(0.2)
 
     def _answers(self) -> bool:
@@ -119,7 +138,7 @@ class Server:
         return True
 
     def _end(self) -> None:
-        """Let the watcher end the server; then kill what is left, should the watcher itself have been killed."""
+        """Let the watcher end the server, then kill what is left if the watcher was killed."""
         if self.process is None:
             return
         self.process.stdin.close()
@@ -131,4 +150,13 @@ class Server:
         self.process = None
 
     def _tail(self) -> str:
-        return " | ".join(self.log.read_text(errors="replace").splitlines()[-5:])
+        lines = self.log.read_text(errors="replace").splitlines()[-5:]
+        return f"the last lines of {self.log}: {' | '.join(lines)}"
+
+
+def environment() -> dict[str, str]:
+    """A server's environment variables."""
+    ours = {"VLLM_NO_USAGE_STATS": "1"}
+    if device() == "cpu":
+        ours |= ON_CPU
+    return ours | os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}

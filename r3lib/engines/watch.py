@@ -1,7 +1,7 @@
-"""Run a command for as long as whoever started us lives: `python watch.py COMMAND...` in a session of its own.
+"""Run a command until the parent process exits: `python watch.py COMMAND...`, in its own session.
 
-Our standard input is a pipe from the one who started us; it ends when he closes it or dies, of kill -9 too. Then,
-or when the command ends, all that it started goes with it. Imports nothing of ours, so that it starts at once.
+Standard input is a pipe from the parent, which ends when the parent closes it or dies, even of
+kill -9. Then, or when the command ends, every process of the session is stopped.
 """
 
 import os
@@ -14,8 +14,8 @@ import time
 GRACE = 10  # seconds between asking the command to end and killing it
 
 
-def stop_when_alone(child: subprocess.Popen) -> None:
-    """Wait for the end of standard input, then end the session's processes, ourselves among them."""
+def stop_on_exit(child: subprocess.Popen) -> None:
+    """Wait for the end of standard input, then end all processes of the session, this one too."""
     os.read(sys.stdin.fileno(), 1)
     child.terminate()
     time.sleep(GRACE)
@@ -24,6 +24,6 @@ def stop_when_alone(child: subprocess.Popen) -> None:
 
 if __name__ == "__main__":
     command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-    threading.Thread(target=stop_when_alone, args=[command], daemon=True).start()
+    threading.Thread(target=stop_on_exit, args=[command], daemon=True).start()
     command.wait()
     os.killpg(0, signal.SIGKILL)

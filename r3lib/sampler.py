@@ -1,4 +1,4 @@
-"""Rollouts: first tries, reflections and second tries by one sampler, and the failures that are mined."""
+"""The sampler: first tries, reflections and second tries by one sampler, and the failures that are mined."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from .chat import Chat
 from .conditions import Condition
-from .engines.base import Completion, Engine, Sampling
+from .engines.base import Completion, Engine, SamplingParams
 from .errors import R3Error
 from .identity import check_problems, check_task, content, digest
 from .verifiers.verdict import Verdict
@@ -76,14 +76,14 @@ class RolloutSampler:
         return self.engine.generate(
             prompts,
             samples,
-            Sampling(self.limits.attempt, temperature),
+            SamplingParams(self.limits.attempt, temperature),
             seeds_for(problems, seed, "attempt"),
         )
 
     def reflections(self, failures: Sequence[Failure], seed=0) -> list[list[int]]:
         """One reflection a failure (token ids)."""
         asked = [self.reflection_prompt(f) for f in failures]
-        sampling = Sampling(self.limits.reflection, self.reflection_temperature)
+        sampling = SamplingParams(self.limits.reflection, self.reflection_temperature)
         seeds = seeds_for([f.problem for f in failures], seed, "reflection")
         return [c[0].ids for c in self.engine.generate(asked, 1, sampling, seeds)]
 
@@ -108,7 +108,7 @@ class RolloutSampler:
         """
         given = self._given(condition, failures, seed, reflections)
         prompts = [self._second_prompt(condition, f, g) for f, g in zip(failures, given)]
-        sampling = Sampling(self.limits.retry, condition.temperature)
+        sampling = SamplingParams(self.limits.retry, condition.temperature)
         seeds = seeds_for([f.problem for f in failures], seed, condition.name)
         retries = self.engine.generate(prompts, 1, sampling, seeds)
         return [(reflection, tries[0]) for reflection, tries in zip(given, retries)]

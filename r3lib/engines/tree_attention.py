@@ -1,0 +1,172 @@
+"""Attention over a prefix tree: the kv cache, and what transformers calls in each layer.
+
+A query attends to one row of each level. For level l, let m_l be its highest score, w_l the sum of
+exp(score - m_l) and o_l the values weighted by these. With m = max m_l the exact attention is
+
+    sum_l o_l exp(m_l - m)  /  sum_l w_l exp(m_l - m)
+
+Scores are in powers of two: exp2 is several times faster than exp on a CPU.
+"""
+
+from contextlib import contextmanager
+from functools import cached_property
+from math import e, log2
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from ..errors import R3Error
+from .prefix_tree import PrefixTree, QueryGrid, Step
+from .support import USE_VLLM
+
+NAME = "r3_tree"  # of `attend` among transformers' attention functions
+MAX_SCORES = 2**24  # attention scores computed at once, 64 MiB; more queries take turns
+
+
+class Queries:
+    """A `QueryGrid` on the model's device."""
+
+    def __init__(self, grid: QueryGrid, device):
+        self.rows = grid.rows
+        self.slots = grid.slots
+        self.keys = int(grid.visible.max())
+        self.place = to_device(grid.place, device)
+        self.visible = to_device(grid.visible[:, :, None, None, None], device)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """The attention mask of the whole grid, the same for every layer."""
+        return attention_mask(self.visible, self.keys)
+
+
+class TreeCache:
+    """The kv cache of a tree whose contexts grow to at most `longest` tokens.
+
+    `levels[l][layer]` is [keys, values], each [rows, kv heads, width, head size].
+    """
+
+    def __init__(self, tree: PrefixTree, longest: int, device):
+        self.tree = tree
+        self.longest = longest
+        self.device = device
+        self.levels: list[dict[int, list[Tensor]]] = []
+
+    def begin(self, step: Step) -> None:
+        """Set which rows the queries of the next forward pass belong and attend to."""
+        while len(self.levels) < len(self.tree.levels):
+            self.levels.append({})
+        self.queries = [Queries(grid, self.device) for grid in step.grids]
+        own = step.grids[-1]
+        if own.slots == 1:  # a decode step: a slice of one column is written faster
+            self.rows, self.columns = own.rows, int(step.columns[0])
+        else:
+            self.rows = to_device(step.rows, self.device)
+            self.columns = to_device(step.columns, self.device)
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Write a layer's keys and values [queries, kv heads, head size] into the last level."""
+        cached, level = self.levels[-1], self.tree.levels[-1]
+        if layer not in cached:
+            shape = len(level.parent), key.shape[1], level.width
+            cached[layer] = [x.new_zeros(*shape, x.shape[2]) for x in (key, value)]
+        for slab, x in zip(cached[layer], (key, value)):
+            slab[self.rows, :, self.columns] = x
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Keep `rows` of the last level and what they attend to, moved to the front."""
+        before = [len(level.parent) for level in self.tree.levels]
+        kept = self.tree.keep(rows)
+        for level, cached, rows, count in zip(self.tree.levels, self.levels, kept, before):
+            if len(rows) == count:
+                continue
+            index = to_device(rows, self.device)
+            used = level.length.max()
+            for slab in sum(cached.values(), []):
+                slab[: len(rows), :, :used] = slab[index, :, :used]
+
+
+@contextmanager
+def tree_attention(model):
+    """Within the block `model` is in eval mode and attends over the `TreeCache` given as `tree`."""
+    training, attention = model.training, model.config._attn_implementation
+    AttentionInterface.register(NAME, attend)
+    try:
+        model.eval().set_attn_implementation(NAME)
+        yield
+    finally:
+        model.train(training).set_attn_implementation(attention)
+
+
+def attend(module, query, key, value, _, scaling=None, tree=None, sliding_window=None,
+           softcap=None, s_aux=None, **__):  # fmt: skip
+    """One layer's attention, on [1, heads, queries, head size], as transformers calls it."""
+    layer = type(module).__name__
+    if tree is None:
+        raise R3Error(f"{layer} keeps what the engine hands it: {USE_VLLM}")
+    window = sliding_window or tree.longest
+    if softcap is not None or s_aux is not None or window < tree.longest:
+        raise R3Error(f"{layer}: soft caps, sinks, short windows are not supported: use vLLM")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    tree.store(module.layer_idx, key, value)
+    with torch.autocast(query.device.type, enabled=False):  # a trainer's would go back to 16 bits
+        parts = [
+            attend_level(query, *cached[module.layer_idx], queries, scaling)
+            for cached, queries in zip(tree.levels, tree.queries)
+        ]
+    return join(torch.stack(parts)).to(query.dtype)[None], None
+
+
+def attend_level(
+    query: Tensor, keys: Tensor, values: Tensor, queries: Queries, scaling: float
+) -> Tensor:
+    """o, m and w of `query` [queries, heads, size] at one level, as [queries, heads, size + 2]."""
+    keys, values = (slab[queries.rows, :, : queries.keys].float() for slab in (keys, values))
+    rows, kv_heads = keys.shape[:2]
+    heads, size = query.shape[1:]
+    grid = query.new_zeros(rows * queries.slots, heads, size).index_copy_(0, queries.place, query)
+    grid = grid.float()  # 16 bits round scores, or overflow
+    grid = grid.view(rows, queries.slots, kv_heads, heads // kv_heads, size)
+    slots = max(1, MAX_SCORES // (rows * heads * queries.keys))
+    if slots >= queries.slots:
+        parts = weigh(grid, keys, values, queries.mask, scaling)
+    else:
+        visible = queries.visible.expand(-1, queries.slots, -1, -1, -1)
+        turns = zip(grid.split(slots, 1), visible.split(slots, 1))
+        masked = ((some, attention_mask(seen, queries.keys)) for some, seen in turns)
+        parts = torch.cat([weigh(some, keys, values, mask, scaling) for some, mask in masked], 1)
+    return parts.reshape(rows * queries.slots, heads, -1)[queries.place]
+
+
+def attention_mask(visible: Tensor, keys: int) -> Tensor:
+    """What is added to the scores of `keys` keys: 0 for the first `visible`, -1e30 for the rest."""
+    return (torch.arange(keys, device=visible.device) >= visible) * -1e30
+
+
+def weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """o, m and w as [rows, slots, kv heads, group, size + 2].
+
+    `query` is [rows, slots, kv heads, group, size], `keys` and `values` are
+    [rows, kv heads, keys, size].
+    """
+    scores = torch.einsum("nskgd,nktd->nskgt", query, keys)
+    scores = torch.add(mask, scores, alpha=scaling * log2(e))
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp2_()
+    mixed = torch.einsum("nskgt,nktd->nskgd", weights, values)
+    return torch.cat([mixed, highest, weights.sum(-1, keepdim=True)], -1)
+
+
+def join(parts: Tensor) -> Tensor:
+    """[queries, heads, size] from the levels' o, m and w [levels, queries, heads, size + 2]."""
+    mixed, highest, weight = parts[..., :-2], parts[..., -2:-1], parts[..., -1:]
+    share = (highest - highest.amax(0)).exp2()
+    return (mixed * share).sum(0) / (weight * share).sum(0)
+
+
+def to_device(array: np.ndarray, device) -> Tensor:
+    """`array` as a tensor on `device`, without waiting for the copy."""
+    return torch.from_numpy(array).to(device, non_blocking=True)

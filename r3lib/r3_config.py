@@ -1,0 +1,131 @@
+"""`R3Config`: TRL's `GRPOConfig` with the paper's settings, and what R3 adds to them."""
+
+import os
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .config import accumulation_steps
+from .errors import R3Error
+from .settings import refuse_ignored
+from .tasks.base import RETRY_TURNS
+from .weights import training_options
+
+MASKS = ("reflection", "reflection+retry", "retry")
+
+
+def setting(default, help: str):
+    """A field of the config with its help on the command line."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class R3Config(GRPOConfig):
+    """`GRPOConfig` with the paper's settings (its section on training) and what R3 adds.
+
+    Each step uses `failures_per_step` failures and samples `num_generations` reflections for each;
+    `per_device_train_batch_size` is the number of rows in one learning forward, and the
+    accumulation steps follow. Lengths are in tokens. `mask` names the turns whose tokens are
+    trained. R3Error: a setting out of range, or one of TRL's that R3 does not honour.
+    """
+
+    learning_rate: float = 5e-7
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    max_steps: int = 1750
+    beta: float = 0.001
+    loss_type: str = "grpo"
+    use_bias_correction_kl: bool = False
+    vllm_importance_sampling_mode: str = "token_truncate"  # used when the engine is a RemoteEngine
+    max_completion_length: int = 256
+    logging_steps: float = 1
+    shuffle_dataset: bool = False  # the order is drawn by R3: a resumed run sees the same failures
+    gradient_checkpointing: bool | None = None
+    gradient_accumulation_steps: int | None = None  # follows from the rows of a step
+    save_total_limit: int | None = 2
+    failures_per_step: int = setting(256, "Failures in one step, over all processes.")
+    mask: str = setting("reflection", f"Which tokens are trained: {', '.join(MASKS)}.")
+    max_retry_length: int = setting(256, "Most tokens of a retry.")
+    retry_temperature: float = setting(1.0, "Temperature of the retry; 0 is greedy.")
+    retry_turn: str = setting("restate", "A retry restates the question, or is a reminder.")
+    truncation_penalty: float = setting(0.0, "Taken from the reward of a reflection cut off.")
+    mine_samples: int = setting(1, "Answers a row, where the trainer mines.")
+    mine_temperature: float = setting(0.0, "Their temperature; 0 is greedy.")
+    max_attempt_length: int = setting(256, "Most tokens of such an answer.")
+    sample_batch: int = setting(256, "Rows sampled at once.")
+
+    def __post_init__(self):
+        self._check_rollout()
+        refuse_ignored(self)
+        self._fit_device()
+        self._fit_accumulation()
+        generation = self.steps_per_generation, self.generation_batch_size
+        super().__post_init__()
+        self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees
+        self._check_steps(generation)
+
+    def _check_rollout(self) -> None:
+        if self.mask not in MASKS:
+            raise R3Error(f"mask={self.mask!r} is unknown: use one of {', '.join(MASKS)}")
+        if self.retry_turn not in RETRY_TURNS:
+            known = ", ".join(RETRY_TURNS)
+            raise R3Error(f"retry_turn={self.retry_turn!r} is unknown: use one of {known}")
+        if self.truncation_penalty < 0:
+            raise R3Error(
+                f"truncation_penalty={self.truncation_penalty} would reward being cut off: use 0 "
+                "or more"
+            )
+        if self.num_generations < 2:
+            raise R3Error(
+                f"group size {self.num_generations} has no variance to learn from: use at least 2"
+            )
+        if not self.temperature > 0:
+            raise R3Error(
+                f"temperature={self.temperature}: a group needs different reflections: use above 0"
+            )
+
+    def _fit_device(self) -> None:
+        """Precision, checkpointing and device, where they are not given."""
+        device = training_options(self.use_cpu)
+        if self.bf16 is None and not self.fp16:
+            self.bf16, self.fp16 = device["bf16"], device["fp16"]
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = device["gradient_checkpointing"]
+        self.use_cpu = device["use_cpu"]
+        self.dataloader_pin_memory = device["dataloader_pin_memory"]
+
+    def _fit_accumulation(self) -> None:
+        """The accumulation steps with which one step is one rollout."""
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        needed = accumulation_steps(
+            self.failures_per_step,
+            self.num_generations,
+            self.per_device_train_batch_size,
+            processes,
+        )
+        if self.gradient_accumulation_steps not in (None, needed):
+            raise R3Error(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}: it follows from "
+                "failures_per_step x num_generations / per_device_train_batch_size and is "
+                f"{needed} here: leave it unset"
+            )
+        self.gradient_accumulation_steps = needed
+
+    def _check_steps(self, generation: tuple) -> None:
+        """Check what TRL's defaults decide; `generation` holds its two settings as given."""
+        if self.max_steps < 1:
+            raise R3Error(
+                f"max_steps={self.max_steps}: R3 counts steps, not epochs: ask for at least 1"
+            )
+        if self.mask != "reflection" and self.retry_temperature != self.temperature:
+            raise R3Error(
+                f"mask={self.mask!r} trains the retry, which must then be sampled as the "
+                f"reflection is: set retry_temperature={self.temperature} "
+                f"(now {self.retry_temperature})"
+            )
+        one_rollout = self.steps_per_generation == self.gradient_accumulation_steps
+        if generation != (None, None) and not one_rollout:
+            raise R3Error(
+                "a step of R3 is one rollout: leave steps_per_generation and "
+                "generation_batch_size unset"
+            )
