@@ -103,6 +103,12 @@ class Chat:
         own = reply[:-1] if reply and reply[-1] in self.end_ids else reply
         return [*own, *self._closing]
 
+    def written(self, text: str) -> list[int]:
+        """The ids of a reply of ours; reasoning that the prompt has begun is closed before it."""
+        if self._opening:
+            text = "\n" + re.sub(r"^.", r"\g<0>/", self._opening.strip()) + "\n\n" + text
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
     def text(self, ids: list[int]) -> str:
         """The text of a reply as sampled, special tokens too, but not the end or padding behind it.
 

@@ -1,8 +1,6 @@
 """The checkpoints of a training: the newest complete one, and whether they are of this training."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from .errors import R3Error
@@ -13,15 +11,14 @@ STATE = "trainer_state.json"  # the last file of a checkpoint to be written
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """The newest complete checkpoint; the main process removes unfinished ones after it."""
+    """The newest complete checkpoint; unfinished ones after it are passed over."""
     named = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in sorted(named, key=lambda path: int(path.name[11:]), reverse=True):
         try:
             json.loads((path / STATE).read_text())
             return str(path)
-        except (FileNotFoundError, ValueError):  # unfinished, or being removed
-            if os.environ.get("RANK", "0") == "0":
-                shutil.rmtree(path)
+        except (FileNotFoundError, ValueError):  # unfinished, being removed, or not a training's
+            continue
     return None
 
 

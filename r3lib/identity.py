@@ -1,5 +1,6 @@
 """What decides a result, as facts by name: the note that keeps other results out of a folder."""
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -27,33 +28,63 @@ def digest(items: Iterable) -> str:
 
 
 def task_facts(task) -> dict:
-    """The task's public values (prompts, options) and its class's source."""
+    """The task's public values (prompts, options), functions among them, and what its class does."""
+    classes = [owner for owner in reversed(type(task).__mro__) if owner is not object]
     known = {}
-    for owner in [*reversed(type(task).__mro__), task]:
+    for owner in [*classes, task]:
         known |= getattr(owner, "__dict__", {})
-    values = {k: v for k, v in known.items() if not k.startswith("_") and isinstance(v, PLAIN)}
-    source = _source(type(task))
-    named = {f"task.{name}": _short(value) for name, value in sorted(values.items())}
-    functions = {k: v for k, v in vars(task).items() if inspect.isfunction(v)}
-    named |= {f"task.{name}": digest([_source(value)]) for name, value in functions.items()}
-    return named | {"task's class": f"{type(task).__qualname__} {digest([source])}"}
+    own = getattr(task, "__dict__", {})
+    facts = {}
+    for name, value in sorted(known.items()):
+        if name.startswith("_"):  # a cache, say
+            continue
+        if isinstance(value, PLAIN):
+            facts[f"task.{name}"] = _short(value)
+        elif inspect.isfunction(value) and name in own:
+            facts[f"task.{name}"] = digest([code_of(value)])
+    code = [code_of(value) for owner in classes for value in vars(owner).values()]
+    return facts | {"task's class": f"{type(task).__qualname__} {digest(filter(None, code))}"}
 
 
-def _source(thing) -> str:
-    """The source of a class or function; "" if it was typed at a prompt."""
+def code_of(thing) -> list:
+    """What a function or method does, as plain values: also of one that was typed in a notebook."""
+    thing = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
+    if not inspect.isfunction(thing):
+        return []
+    cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+    inner = [code_of(cell) or _settled(cell) for cell in cells]
+    return [_source(thing), _settled(thing.__defaults__), inner]
+
+
+def _source(function) -> str | list:
+    """The source; what it compiles to where there is none, or where a line may hold several."""
     try:
-        return inspect.getsource(thing)
+        if function.__name__ != "<lambda>":
+            return inspect.getsource(function)
     except (OSError, TypeError):
-        return ""
+        pass
+    return _compiled(function.__code__)
+
+
+def _compiled(code) -> list:
+    constants = [_compiled(c) if inspect.iscode(c) else repr(c) for c in code.co_consts]
+    return [code.co_code.hex(), constants, list(code.co_names)]
+
+
+def _settled(value) -> str:
+    return value if isinstance(value, PLAIN) else type(value).__name__
 
 
 def content(problem) -> dict:
     """The values of a problem, the answers that its verifier knows among them."""
-    return {
-        name: value
-        for name, value in getattr(problem, "__dict__", {}).items()
-        if not name.startswith("_")
-    }
+    if dataclasses.is_dataclass(problem):
+        values = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
+    elif hasattr(problem, "_asdict"):
+        values = problem._asdict()
+    else:
+        values = {name: getattr(problem, name) for name in getattr(problem, "__slots__", ())}
+        values |= getattr(problem, "__dict__", {})
+    return {name: value for name, value in values.items() if not name.startswith("_")}
 
 
 def model_facts(model, trained: bool = True) -> dict:

@@ -118,10 +118,7 @@ class RolloutSampler:
         if condition.reflection == "none":
             return [None] * len(failures)
         if condition.reflection == "fixed":
-            tokens = self.chat.tokenizer.encode(
-                self.task.generic_reflection, add_special_tokens=False
-            )
-            return [tokens] * len(failures)
+            return [self.chat.written(self.task.generic_reflection)] * len(failures)
         own = self.reflections(failures, seed) if reflections is None else reflections
         return deranged(own, seed) if condition.reflection == "other" else own
 

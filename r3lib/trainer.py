@@ -122,6 +122,7 @@ class R3Trainer(GRPOTrainer):
         if not is_deepspeed_zero3_enabled():  # which gathers one dtype only
             self._train_in_fp32(start)
         self._check_dtypes()
+        self._check_positions()
         for config in getattr(self.model, "peft_config", {}).values():
             config.base_model_name_or_path = plain_name(config.base_model_name_or_path)
         self.r3_metrics: dict[str, float] = {}
@@ -265,6 +266,26 @@ class R3Trainer(GRPOTrainer):
                 "autocast do not go together: set bf16=True, or load the model with "
                 "dtype=torch.float32"
             ) from error
+
+    def _check_positions(self) -> None:
+        """R3Error for positions that count the padding before a prompt, as learned ones do.
+
+        TRL's learning forward pads on the left and gives no positions: with learned positions its
+        log-probs would not be those of sampling.
+        """
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            return
+        device = self.accelerator.unwrap_model(self.model).device
+        padded = torch.tensor([[0] * 4 + [1, 2, 3]], device=device)
+        seen = (torch.arange(7, device=device) > 3).long()[None]
+        with torch.no_grad():
+            alone = self.model(input_ids=padded[:, 4:]).logits[0, -1].float()
+            moved = self.model(input_ids=padded, attention_mask=seen).logits[0, -1].float()
+        if (alone - moved).abs().max() > 0.1 * alone.std():
+            raise R3Error(
+                f"{self.model.config.model_type} has positions that count the padding before a "
+                "prompt: R3 needs relative ones, such as rotary"
+            )
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         """TRL's, with a card that says what the weights are."""

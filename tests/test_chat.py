@@ -19,6 +19,7 @@ from r3lib.errors import R3Error
 from r3lib.tasks import CountdownProblem, CountdownTask
 from r3lib.tasks.function_calling import FunctionCallingTask
 from r3lib.tasks.function_calling_records import FunctionCallingProblem
+from r3lib.verifiers.reasoning import answer_text
 
 TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"
 MARK = re.compile(
@@ -646,3 +647,13 @@ def test_an_argument_that_cannot_be_honoured_is_one_line(tokenizer, arguments, s
 def test_an_argument_of_the_wrong_type_is_one_line(tokenizer):
     with pytest.raises(R3Error, match="refuses this conversation .*chat_template_kwargs"):
         chat_of(tokenizer, "llama3_2", {"date_string": 26})
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think_training", "deepseek_r1_distill_training"])
+def test_a_reply_of_ours_closes_the_reasoning_that_the_prompt_has_begun(tokenizer, name):
+    chat = chat_of(tokenizer, name)
+    assert answer_text(chat.text(chat.written("I should check."))).strip() == "I should check."
+
+
+def test_a_reply_of_ours_is_its_text_elsewhere(tokenizer):
+    assert Chat(tokenizer).written("I should check.") == ids_of(tokenizer, "I should check.")

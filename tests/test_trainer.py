@@ -29,6 +29,8 @@ from hypothesis import strategies as st
 from peft import PromptTuningConfig
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     MixtralConfig,
     Qwen3MoeConfig,
     T5Config,
@@ -356,27 +358,17 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_takes_again(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_an_unfinished_checkpoint_is_removed_and_the_one_before_it_used(tmp_path, damage):
+def test_an_unfinished_checkpoint_is_passed_over_and_nothing_is_deleted(tmp_path, damage):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 2}')
     state = tmp_path / "checkpoint-10" / "trainer_state.json"
     os.remove(state) if damage == "missing" else state.write_text('{"global_')
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
-    assert not (tmp_path / "checkpoint-10").exists()
+    assert (tmp_path / "checkpoint-10").exists()
 
 
-def test_of_several_processes_the_main_one_removes_what_all_skip(tmp_path, monkeypatch):
-    for step in (2, 9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    for rank, left in (("1", 3), ("0", 1), ("1", 1)):
-        monkeypatch.setenv("RANK", rank)
-        assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
-        assert len(list(tmp_path.iterdir())) == left
-
-
-def test_a_process_goes_on_while_the_main_one_removes_a_checkpoint_under_its_eyes(tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_being_removed_is_passed_over(tmp_path, monkeypatch):
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}" if step == 2 else "{")
@@ -387,7 +379,6 @@ def test_a_process_goes_on_while_the_main_one_removes_a_checkpoint_under_its_eye
             shutil.rmtree(path.parent)
         return read(path)
 
-    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(Path, "read_text", late)
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
 
@@ -815,3 +806,17 @@ def test_checkpoints_without_a_note_are_not_resumed(tiny, tokenizer, tmp_path):
     (tmp_path / RUN_NOTE).unlink()
     with pytest.raises(R3Error, match="another training"):
         again(tiny, tokenizer, tmp_path, options).resume_or_train()
+
+
+def test_learned_positions_are_refused_since_padding_would_move_them(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
+    )
+    with pytest.raises(R3Error, match="gpt2 has positions that count the padding"):
+        make(model, tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
+
+
+def test_truncation_is_masked_only_where_the_last_token_is_the_reflections(tmp_path):
+    with pytest.raises(R3Error, match="mask_truncated_completions"):
+        small_config(tmp_path, mask="reflection+retry", retry_temperature=1.0, mask_truncated_completions=True)
