@@ -61,7 +61,7 @@ lint: $(STAMP) ## Check the style of the code
 	@$(VENV)/bin/ruff check .
 
 base-model: $(STAMP) ## Train the embedded model again, from its seed
-	@$(R3) base-model
+	@$(VENV)/bin/python data/base_model/pretrain.py
 
 clean: ## Remove .venv, .venv-vllm and caches; results stay
 	rm -rf $(VENV) $(VLLM) *.egg-info .pytest_cache .ruff_cache .hypothesis

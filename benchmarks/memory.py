@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py [smoke] [nano] [smol] [--set KEY=VALUE ...] [--glibc]
 
-A process for each profile samples one full batch of retries, learns from as many rows as one learning pass has (after
-one such pass of the warm start, if the profile has that), and reports its peak resident set. Every turn is as long as
-its limit, on function calling, whose prompts are the longer ones. How many rows and steps follow changes no peak.
+A process for each profile samples one full batch of retries, learns from as many rows as one
+learning pass has, and reports its peak resident set. Every turn is as long as its limit, on function
+calling, whose prompts are the longer ones. How many rows and steps follow changes no peak.
 Memory comes from tcmalloc where it is installed, as in `r3 reproduce`, unless --glibc is given.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(name: str, overrides: dict) -> None:
-    """Sample, warm up and learn in this process; print the peak (GiB) after each as JSON."""
+    """Sample and learn in this process; print the peak (GiB) after each as JSON."""
     from r3lib.study import Study
 
     p, peaks = load_profile(name, **overrides), {}
@@ -58,9 +58,6 @@ def measure(name: str, overrides: dict) -> None:
         study = Study(name, TASK, folder, **overrides | one_pass)
         sample(study)
         peaks["sampling"] = peak()
-        if p.warm_start_steps:
-            warm_up(study, folder)
-            peaks["warm start"] = peak()
         learn(study, folder)
         peaks["learning"] = peak()
     print(json.dumps(peaks))
@@ -82,23 +79,10 @@ def sample(study) -> None:
     runner.engine.generate(prompts, 1, SamplingParams(p.retry_tokens))
 
 
-def warm_up(study, folder: str) -> None:
-    """One forward and backward of the warm start, on the longest of some conversations."""
-    from r3lib.plan import SAMPLE
-    from r3lib.warm_start import config, warm_start
-
-    talks = [study.task.conversation(Random(index)) for index in range(SAMPLE)]
-    study.task.conversation = lambda _: max(talks, key=lambda talk: sum(len(text) for _, text, _ in talk))
-    args = config(folder, 1, 1e-3, study.profile.micro_batch)
-    args.gradient_accumulation_steps = 1
-    warm_start(study.model(), study.tokenizer, study.task, study.lora(), args).train()
-
-
 def learn(study, folder: str) -> None:
     """A training step on reflections of full length, sampled by the real engine."""
     from r3lib.engines.transformers import TransformersEngine
 
-    study.warm_start = lambda: None
     study.failures = partial(failures, study, study.profile.failures_per_step)
     trainer = study.trainer(0, Path(folder) / "run")
     trainer._engine = TransformersEngine(trainer.model, study.tokenizer, study.profile.sample_batch)

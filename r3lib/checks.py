@@ -1,7 +1,5 @@
 """What can be known of a run before anything runs, without torch: its model, tasks, problems."""
 
-from random import Random
-
 from .config import ROOT, Profile
 from .doctor import reaches_hub
 from .errors import R3Error
@@ -21,8 +19,6 @@ def check(profile: Profile, tasks: list[str]) -> None:
     check_model(profile.model)
     for name in tasks:
         task = load_task(name, **profile.task_options.get(name, {}))
-        if profile.warm_start_steps:
-            task.conversation(Random(0))
         if getattr(task, "source", "") != "hub" or reaches_hub():
             check_problems(task, profile)
 

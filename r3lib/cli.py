@@ -1,6 +1,7 @@
 """The command `r3`: reproduce, sample, merge, doctor, report, base-model, badges."""
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("base-model", base_model, "Pretrain the embedded model from a seed (hours; resumes after a kill).")
     one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=int)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
 
     command("badges", badges, "Stamp the notebooks with their Colab badge and cell (after a new version or URL).")
@@ -110,14 +111,13 @@ def report(options) -> int:
 
 
 def base_model(options) -> int:
-    from .base_model import PretrainConfig, pretrain
-    from .config import ROOT
+    from .weights import EMBEDDED
 
-    steps = PretrainConfig.steps if options.steps is None else options.steps
-    if steps < 1:
-        raise R3Error(f"--steps {steps} trains nothing: ask for at least 1")
-    pretrain(options.out or ROOT / "data" / "base_model", PretrainConfig(seed=options.seed, steps=steps))
-    return 0
+    command = [sys.executable, str(EMBEDDED / "pretrain.py")]
+    for name in ("out", "seed", "steps"):
+        if (value := getattr(options, name)) is not None:
+            command += [f"--{name}", str(value)]
+    return subprocess.run(command).returncode
 
 
 def badges(options) -> int:

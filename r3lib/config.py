@@ -38,8 +38,6 @@ class Profile:
     learning_rate: float
     warmup_steps: int | float  # a number of steps, or a share of them below 1
     scheduler: str
-    warm_start_steps: int
-    warm_start_rate: float
     quantization: str
     lora_rank: int
     lora_alpha: int
@@ -86,9 +84,9 @@ CHOICES = {
     "quantization": ("none", "nf4"),
     "engine": ("transformers", "vllm"),
 }
-FROM_ZERO = {"warm_start_steps", "mine_temperature", "retry_temperature", "warmup_steps", "beta", "threads"}
+FROM_ZERO = {"mine_temperature", "retry_temperature", "warmup_steps", "beta", "threads"}
 FROM_ZERO |= {"truncation_penalty"}
-ABOVE_ZERO = {"learning_rate", "warm_start_rate", "max_grad_norm", "reflection_temperature"}  # others: from 1
+ABOVE_ZERO = {"learning_rate", "max_grad_norm", "reflection_temperature"}  # others: from 1
 WHY = {
     "group_size": "a group of 1 has no variance, so nothing is learned: use 2 or more, for example 8",
     "reflection_temperature": "greedy reflections of a group are all alike, so nothing is learned: use 1.0",

@@ -50,17 +50,14 @@ class Episode:
     schema_version: int = SCHEMA_VERSION
 
 
-START = (
-    "vanilla",
-    "warm_start",
-)  # what R3 starts from: the model as it comes, or after supervised training
+UNTRAINED = "vanilla"  # the policy that R3 starts from
 
 
 @dataclass(frozen=True)
 class Policy:
     """Who answers: the names that go into the results, and the seed of its training."""
 
-    name: str = "vanilla"
+    name: str = UNTRAINED
     seed: int = 0
     model: str = "base_model"
     adapter: str = ""

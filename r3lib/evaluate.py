@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY
-from .episodes import START
+from .episodes import UNTRAINED
 from .errors import R3Error
 from .stats import holm, mcnemar, rate_difference, rate_interval, wilson
 
@@ -24,15 +24,15 @@ def judged(episodes: pd.DataFrame) -> pd.DataFrame:
     if episodes.empty:
         raise R3Error("no episodes to evaluate: run the notebook that writes them first")
     reason = episodes.attempt_reason.where(episodes.condition == FIRST, episodes.retry_reason)
-    order = {name: str(i) for i, name in enumerate([*map(str, CONDITIONS), *START, "r3"])}
+    order = {name: str(i) for i, name in enumerate([*map(str, CONDITIONS), UNTRAINED, "r3"])}
     keys = ["task", "policy", "condition", "split", "seed", "problem_id"]
     frame = episodes.assign(ok=reason.eq("ok").fillna(False).astype(bool))
     return frame.sort_values(keys, key=lambda column: column.replace(order), ignore_index=True)
 
 
 def trained_on(policy: str, task: str) -> str:
-    """The task that a policy was trained on: "" for a START, X for `r3_from_X`, else the `task` it is tested on."""
-    return "" if policy in START else policy.partition("_from_")[2] or task
+    """The task that a policy was trained on: X for `r3_from_X`, "" for none, else the tested `task`."""
+    return "" if policy == UNTRAINED else policy.partition("_from_")[2] or task
 
 
 def by_part(episodes: pd.DataFrame, part: Callable[[str], str]) -> pd.DataFrame:
@@ -94,7 +94,7 @@ def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
             first, second = pooled.loc[FIRST], pooled.loc[REFLECT]
             _complete(key[1], first.n - first.k, second.n)
             rate, n = (first.k + second.k) / first.n, first.n // seeds
-            who = "vanilla" if key[1] in START else "trained"
+            who = "vanilla" if key[1] == UNTRAINED else "trained"
             rows.append([*key, f"{who}_first", first.n, seeds, first.rate, first.lo, first.hi])
             rows.append([*key, f"{who}_second", first.n, seeds, rate, *wilson(round(rate * n), n)])
     return pd.DataFrame(rows, columns=VIEW)
@@ -102,10 +102,9 @@ def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
 
 def _questions(policies):
     """(question, (policy, condition) a, (policy, condition) b) for every question."""
-    for policy in sorted(policies, key=START.__contains__):
-        if policy not in START:
-            start = next((p for p in START if p in policies), START[0])
-            yield from ((text, (policy, c), (start, c)) for c, text in TRAINING.items())
+    for policy in sorted(policies, key=UNTRAINED.__eq__):
+        if policy != UNTRAINED:
+            yield from ((text, (policy, c), (UNTRAINED, c)) for c, text in TRAINING.items())
         yield from ((text, (policy, REFLECT), (policy, c)) for c, text in CONTROLS.items())
 
 

@@ -7,7 +7,7 @@ from random import Random
 
 import pandas as pd
 
-from .episodes import START
+from .episodes import UNTRAINED
 from .errors import R3Error
 from .evaluate import FIRST, REFLECT, judged
 from .stats import rate_interval
@@ -130,11 +130,11 @@ def reflection_examples(episodes: pd.DataFrame, n: int, seed: int, after: str = 
     `_before` and `_after`. `after` names the trained policy; of several seeds the first is taken.
     """
     frame = _rows(episodes, REFLECT).drop_duplicates(["policy", "problem_id"])
-    start = next((p for p in START if p in set(frame.policy)), START[0])
-    old, new = (frame.loc[frame.policy == p, ["problem_id", "prompt", *SIDES]] for p in (start, after))
+    old, new = (frame.loc[frame.policy == p, ["problem_id", "prompt", *SIDES]] for p in (UNTRAINED, after))
     both = old.merge(new.drop(columns="prompt"), on="problem_id", suffixes=("_before", "_after"))
     if both.empty:
-        raise R3Error(f"no problem was failed by both {start} and {after!r}: evaluate them on the same ones")
+        both_policies = f"{UNTRAINED} and {after!r}"
+        raise R3Error(f"no problem was failed by both {both_policies}: evaluate them on the same ones")
     chosen = Random(seed).sample(range(len(both)), min(n, len(both)))
     return both.iloc[chosen].reset_index(drop=True)
 

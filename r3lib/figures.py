@@ -13,13 +13,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .conditions import CONDITIONS
-from .episodes import START
+from .episodes import UNTRAINED
 from .errors import R3Error
 
 COLORS = {c.name: c.color for c in reversed(CONDITIONS)}
 POLICIES = {  # colour, marker, label
     "vanilla": ("#777777", "o", "untrained"),
-    "warm_start": ("#777777", "o", "warm start (supervised)"),
     "r3": ("#0072B2", "o", "trained (R3)"),
     "r3_mask_both": ("#009E73", "s", "mask: reflection + retry"),
     "r3_mask_retry": ("#CC79A7", "^", "mask: retry"),
@@ -99,7 +98,7 @@ def paper_figure(view: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     of confidence C are not drawn. A panel for each task of `view`.
     """
     _need(view, ["task", "policy", "column", "n", "seeds", "rate", "lo", "hi"], "paper")
-    ours = view[view.policy.isin([*START, "r3"])]
+    ours = view[view.policy.isin([UNTRAINED, "r3"])]
     ours = ours.assign(model="this run", value=100 * ours.rate, confidence="ours")
     cells = pd.concat([ours, paper[(paper.confidence != "C") & paper.task.isin(ours.task)]])
     heights = ours.task.map(cells.groupby("task").model.nunique()).groupby(ours.task, sort=False).first()
@@ -280,7 +279,7 @@ def _dots(ax, table, category, order, values, colors=None, count=False):
         color = (colors or {}).get(cell[category], color)
         y = order.index(cell[category]) + (policies.index(cell["policy"]) - (len(policies) - 1) / 2) * step
         ax.plot([lo, hi], [y, y], color=color, lw=1.8, clip_on=False)
-        fill = "white" if cell["policy"] in START else color
+        fill = "white" if cell["policy"] == UNTRAINED else color
         ax.plot(rate, y, marker, color=color, markerfacecolor=fill, markersize=6, clip_on=False)
         text = f"{rate:.1%}" + (f", n={cell['n']:,}" if count else "")
         ax.annotate(text, (hi, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
@@ -296,7 +295,7 @@ def _policies(ax, table, unit, title=None, color=None):
     for row in table.drop_duplicates("policy").itertuples():
         own, marker, _ = _style(row.policy)
         line = Line2D([], [], marker=marker, color=color or own, label=_size(row, unit))
-        line.set_markerfacecolor("white" if row.policy in START else color or own)
+        line.set_markerfacecolor("white" if row.policy == UNTRAINED else color or own)
         marks.append(line)
     ax.legend(handles=marks, title=title and _label(title), ncols=1 if len(ax.figure.axes) > 1 else 2, **ABOVE)
 

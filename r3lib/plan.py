@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from itertools import count, product
 from math import ceil, floor
 from pathlib import Path
-from random import Random
 
 import psutil
 
@@ -39,7 +38,7 @@ SERVER_WORK = 1 * GIB  # of a GPU, besides weights and KV cache: vLLM's activati
 UTILIZATION = "--gpu-memory-utilization"
 SHARE_OPTION = re.compile(r"--gpu[-_]memory[-_]utilization([ =]\S+)? ?")
 PROMPT, TURN = 400, 40  # tokens of a first prompt and of a later request, where they cannot be measured
-SAMPLE = 64  # problems and conversations whose lengths are measured
+SAMPLE = 64  # problems whose lengths are measured
 LOOSE = 1.5  # RAM for a byte of activations without tcmalloc: glibc leaves holes between them (1.3 to 1.6 measured)
 
 
@@ -72,12 +71,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The longest texts in tokens: a first prompt, the two later requests, a conversation of the warm start."""
+    """The longest texts in tokens: a first prompt, the two later requests."""
 
     prompt: int = PROMPT
     reflect: int = TURN
     retry: int = TURN
-    conversation: int = 0
     measured: bool = False
 
 
@@ -125,12 +123,9 @@ class Plan:
         return own | {"adapters": p.lora_rank * s.ports * ADAPTER}
 
     def _learning(self) -> dict[str, float]:
-        """The larger of a training step's forward and backward and the warm start's."""
-        p = self.profile
-        passes = [self._pass(self.learned, p.micro_batch, ceil(p.micro_batch / 4))]
-        if p.warm_start_steps:
-            passes.append(self._pass(self.lengths.conversation or self.sampled, p.micro_batch, p.micro_batch))
-        return max(passes, key=lambda parts: sum(parts.values()))
+        """A training step's forward and backward."""
+        rows = self.profile.micro_batch
+        return self._pass(self.learned, rows, ceil(rows / 4))
 
     def _pass(self, length: int, rows: int, together: int) -> dict[str, float]:
         """Forward and backward over `rows`; `together` go through the model at once, the graphs of all are kept.
@@ -235,7 +230,7 @@ class Plan:
         weights = {"base_model": 0, "smollm2": fp32 * self.shape.parameters}.get(p.model, 2 * self.shape.parameters)
         return {
             "model": 0 if Path(p.model).is_dir() else weights,
-            "adapters": len(TASKS) * (p.seeds + (p.warm_start_steps > 0)) * fp32 * adapter,
+            "adapters": len(TASKS) * p.seeds * fp32 * adapter,
             "checkpoints": 2 * (fp32 + 8) * adapter,
             "episodes": 4 * self.tokens()["evaluation"],  # characters a token
         }
@@ -325,20 +320,18 @@ def lengths_of(profile: Profile) -> Lengths:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         chat = Chat(tokenizer, chat_template_kwargs=profile.chat_template_kwargs)
         tasks = [load_task(name, **profile.task_options.get(name, {})) for name in TASKS]
-        found = [_longest(chat, task, profile.warm_start_steps > 0) for task in tasks]
+        found = [_longest(chat, task) for task in tasks]
     except Exception:  # no tokenizer, no data
         return Lengths()
     return Lengths(*map(max, zip(*found)), measured=True)
 
 
-def _longest(chat: Chat, task, warm: bool) -> tuple[int, int, int, int]:
+def _longest(chat: Chat, task) -> tuple[int, int, int]:
     problems = task.problems("train", SAMPLE, seed=0)
     prompts = [chat.start(task, problem) for problem in problems]
     again = max((task.second_turn(task.retry_prompt, problem) for problem in problems), key=len)
     requests = [len(chat.follow([], [chat.end_id], text)) - 1 for text in (task.reflection_prompt, again)]
-    talks = [task.conversation(Random(index)) for index in range(SAMPLE if warm else 0)]
-    whole = [chat.prompt([{"role": role, "content": text} for role, text, _ in talk]) for talk in talks]
-    return max(map(len, prompts)), *requests, max(map(len, whole), default=0)
+    return max(map(len, prompts)), *requests
 
 
 def _share(text: str) -> float:

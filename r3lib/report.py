@@ -9,7 +9,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from .config import ROOT
-from .episodes import START
+from .episodes import UNTRAINED
 from .errors import R3Error
 from .evaluate import paper_view
 from .store import write_atomic
@@ -99,8 +99,8 @@ def conditions(accuracy: pd.DataFrame) -> list[dict]:
 def headline(accuracy: pd.DataFrame, paper: pd.DataFrame, profile: str) -> list[dict]:
     """For each task the paper's Table 1 or 2 (percent of all test problems) with this run's row below it."""
     paper = paper[paper.confidence.isin(["A", "B"])]
-    view = paper_view(accuracy[accuracy.policy.isin([*START, "r3"]) & (accuracy.split == "test")])
-    view = view[view.policy.isin(START) | (view.train_task == view.task)]
+    view = paper_view(accuracy[accuracy.policy.isin([UNTRAINED, "r3"]) & (accuracy.split == "test")])
+    view = view[(view.policy == UNTRAINED) | (view.train_task == view.task)]
     studies = []
     for task, own in view.groupby("task", sort=False):
         published = paper[paper.task == task].groupby("model", sort=False)

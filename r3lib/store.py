@@ -18,6 +18,8 @@ from .errors import R3Error
 
 STARTED = time.time()
 ROOM = 2**20  # bytes; with less than that free, a failed write is blamed on the disk
+NO_EFFECT = (".pyc", ".md", ".pt")  # endings of files that change no result
+SCRIPTS = (".py",)  # beside the weights of a model they change none either
 LOCK = ".r3.lock"  # in a folder of results; holds the id of the process that took it last
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -28,10 +30,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_hash(*paths: Path) -> str:
-    """Hex digest of files and of what folders hold, less what has no effect; "" when nothing is there."""
+def folder_hash(*paths: Path, without: tuple[str, ...] = ()) -> str:
+    """Hex digest of files and of what folders hold, less what has no effect; "" when nothing is there.
+
+    `without`: endings of further files that have none.
+    """
     found = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-    lines = [f"{f.name} {sha256(f)}" for f in found if f.suffix not in (".pyc", ".md", ".pt")]
+    lines = [f"{f.name} {sha256(f)}" for f in found if f.suffix not in (*NO_EFFECT, *without)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
 
 

@@ -18,10 +18,10 @@ import pandas as pd
 from .chat import DATE, Chat
 from .conditions import CONDITIONS
 from .config import Profile, load_profile
-from .episodes import Policy, in_shards, read_episodes, run_episodes
+from .episodes import UNTRAINED, Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
 from .sampler import FAILURE, Limits, MinedFailures, RolloutSampler, mine_failures
-from .store import folder_hash, key_of, stage, up_to_date
+from .store import SCRIPTS, folder_hash, key_of, stage, up_to_date
 from .tasks import TASKS, load_task
 from .weights import commit, compute_dtype, load, locate, reading
 
@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data"
-SOURCES = "study.py weights.py warm_start.py chat.py conditions.py sampler.py episodes.py r3_config.py "
+SOURCES = "study.py weights.py chat.py conditions.py sampler.py episodes.py r3_config.py "
 SOURCES += "rollout.py trainer.py engines/* tasks/base.py tasks/{0}* verifiers/*"
 Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
-WARM_START = ("warm_start_steps", "warm_start_rate", "micro_batch", "lora_rank", "lora_alpha")
 SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "retry_turn")
 SAMPLING += ("sample_batch",)
 TRAINING = (
@@ -64,7 +63,7 @@ class Study:
     @cached_property
     def model_hash(self) -> str:
         """Hash of a local model's files; for a hub id "id@commit", or the id alone where no commit is known."""
-        if found := folder_hash(Path(self.model_path)):
+        if found := folder_hash(Path(self.model_path), without=SCRIPTS):
             return found
         return f"{self.model_path}@{known}" if (known := commit(self.model_path)) else self.model_path
 
@@ -125,30 +124,9 @@ class Study:
             self.drawn[split, n] = self.task.problems(split, n, seed=0)
         return self.drawn[split, n]
 
-    def warm_start(self) -> Path | None:
-        """The adapter that R3 starts from, made by supervised training; None where the profile has no warm start."""
-        p = self.profile
-        if not p.warm_start_steps:
-            return None
-
-        def build(work: Path) -> None:
-            from .trainer import last_checkpoint
-            from .warm_start import config, warm_start
-
-            args = config(work, p.warm_start_steps, p.warm_start_rate, p.micro_batch)
-            model, lora = self.model(trainable=True), self.lora()
-            trainer = warm_start(model, self.tokenizer, self.task, lora, args, self.chat)
-            trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-            trainer.save_model(str(work / f"{self.task_name}-warm_start"))
-
-        target = self.results / "adapters" / f"{self.task_name}-warm_start"
-        return self._stage(target, self._config(*WARM_START), [], build)
-
     def baseline(self, part: Part = None) -> Path:
-        """Episodes on the test problems of what R3 starts from: the untrained model, or the one after a warm start."""
-        start = self.warm_start()
-        name, adapter = ("warm_start", start.name) if start else ("vanilla", "")
-        return self._episodes(Policy(name, 0, self.profile.model, adapter), start, part)
+        """Episodes of the untrained model on the test problems."""
+        return self._episodes(Policy(UNTRAINED, 0, self.profile.model), None, part)
 
     def evaluate(self, seed: int, part: Part = None) -> Path:
         """Episodes of the policy that was trained with `seed`."""
@@ -156,11 +134,11 @@ class Study:
         return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter, part)
 
     def mine(self, part: Part = None) -> Path:
-        """The failures of what R3 starts from on training problems: the data set of the training."""
-        p, start = self.profile, self.warm_start()
+        """The untrained model's failures on training problems: the data set of the training."""
+        p = self.profile
 
         def sample(out: Path, part: tuple[int, int]) -> None:
-            problems, runner = self.problems("train", p.train_problems), self.runner(start)
+            problems, runner = self.problems("train", p.train_problems), self.runner()
 
             def mined(some: list) -> pd.DataFrame:
                 failures = mine_failures(runner, some, p.mine_samples, p.mine_temperature)
@@ -171,7 +149,7 @@ class Study:
 
         target = self.results / "failures" / f"{self.task_name}.parquet"
         config = self._config("train_problems", "mine_samples", "mine_temperature", "attempt_tokens", "shard_size")
-        return self._sampled(target, config, [start] if start else [], sample, part)
+        return self._sampled(target, config, [], sample, part)
 
     def failures(self) -> MinedFailures:
         """The mined failures, as training takes them."""
@@ -195,9 +173,8 @@ class Study:
                 (adapter / "metrics.jsonl").write_text(metrics_file(trainer.args).read_text())
 
         target = self.results / "adapters" / f"{self.task_name}-r3-{seed}"
-        start = self.warm_start()
-        inputs = [self.mine(), *([start] if start else [])]
-        path = self._stage(target, self._config(*SAMPLING, *TRAINING, seed=seed), inputs, build)
+        config = self._config(*SAMPLING, *TRAINING, seed=seed)
+        path = self._stage(target, config, [self.mine()], build)
         self._collect_metrics()
         return path
 
@@ -217,10 +194,11 @@ class Study:
             per_device_train_batch_size=p.micro_batch, sample_batch=p.sample_batch, max_grad_norm=p.max_grad_norm,
             save_steps=p.save_steps, disable_tqdm=True, chat_template_kwargs=p.chat_template_kwargs,
         )  # fmt: skip
-        start, failures, callbacks = self.warm_start(), self.failures(), [AfterStep(on_step)] if on_step else []
-        model, lora = self.model(start, trainable=True), None if start else self.lora()
-        engine = self.remote_engine()
-        trainer = R3Trainer(model, config, self.task, failures, lora, self.tokenizer, engine, callbacks)
+        model, failures, engine = self.model(trainable=True), self.failures(), self.remote_engine()
+        callbacks = [AfterStep(on_step)] if on_step else []
+        trainer = R3Trainer(
+            model, config, self.task, failures, self.lora(), self.tokenizer, engine, callbacks
+        )
         trainer.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         return trainer
 

@@ -27,7 +27,6 @@ def main(argv: list[str] | None = None) -> int:
             raise R3Error(NO_SAMPLING)
         heed(doubts(study.profile), quiet=not state.is_main_process)
         with claimed(study.results, shared=True):
-            study.warm_start()
             with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
                 study.mine()
             path = study.train(options.seed)

@@ -4,27 +4,26 @@ import json
 from dataclasses import asdict
 from itertools import islice
 
+import pretrain
 import pytest
 import torch
 from conftest import BASE_MODEL
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from r3lib import base_model
-from r3lib.base_model import (
+from pretrain import (
     PretrainConfig,
     batches,
     build_model,
     conversations,
     encode,
     loss_of,
-    pretrain,
     rate,
     save_state,
     train_tokenizer,
 )
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from r3lib.chat import Chat
 from r3lib.errors import R3Error
 
@@ -43,10 +42,10 @@ def train(words, monkeypatch):
 
     def train(out, loss_call=None, save_call=None):
         with monkeypatch.context() as patch:
-            patch.setattr(base_model, "train_tokenizer", lambda config: words)
-            patch.setattr(base_model, "loss_of", killed_at(loss_call, loss_of))
-            patch.setattr(base_model, "save_state", killed_at(save_call, save_state))
-            pretrain(out, TINY, log=lambda line: None)
+            patch.setattr(pretrain, "train_tokenizer", lambda config: words)
+            patch.setattr(pretrain, "loss_of", killed_at(loss_call, loss_of))
+            patch.setattr(pretrain, "save_state", killed_at(save_call, save_state))
+            pretrain.pretrain(out, TINY, log=lambda line: None)
 
     return train
 
@@ -93,7 +92,7 @@ def test_a_finished_pretraining_is_not_repeated(train, whole):
 def test_a_checkpoint_of_other_settings_is_refused_and_the_model_kept(train, whole):
     before = (whole / "model.safetensors").read_bytes()
     with pytest.raises(R3Error, match="state.pt is of a training with other settings: delete it"):
-        pretrain(whole, PretrainConfig(seed=7))
+        pretrain.pretrain(whole, PretrainConfig(seed=7))
     assert (whole / "model.safetensors").read_bytes() == before
 
 
@@ -109,7 +108,7 @@ def test_muon_moves_matrices_as_torchs_own_does():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.ones(48, 16)), torch.nn.Parameter(torch.ones(16, 48))] for _ in "ab")
     options = dict(weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    optims = base_model.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, **options)
+    optims = pretrain.Muon(ours, lr=0.1), torch.optim.Muon(theirs, lr=0.1, **options)
     for _ in range(3):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn(a.shape, generator=generator)

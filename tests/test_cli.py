@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from r3lib import base_model, cli, doctor, pipeline
+from r3lib import cli, doctor, pipeline
 from r3lib.errors import R3Error
 from r3lib.store import claimed
 
@@ -89,13 +89,14 @@ def test_report_of_a_run_that_never_was_is_one_line(tmp_path, capsys):
     assert str(Path(tmp_path.name, "variant")) in capsys.readouterr().err
 
 
-def test_base_model_passes_seed_steps_and_folder(monkeypatch, tmp_path, capsys):
-    calls = []
-    monkeypatch.setattr(base_model, "pretrain", lambda out, config: calls.append((out, config.seed, config.steps)))
+def test_base_model_passes_seed_steps_and_folder(monkeypatch, tmp_path):
+    calls, done = [], subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(subprocess, "run", lambda command: calls.append(command) or done)
     assert cli.main(["base-model", "--out", str(tmp_path), "--seed", "7", "--steps", "12"]) == 0
     assert cli.main(["base-model"]) == 0
-    assert calls == [(tmp_path, 7, 12), (ROOT / "data" / "base_model", 0, base_model.PretrainConfig().steps)]
-    assert cli.main(["base-model", "--steps", "0"]) == 2 and "at least 1" in capsys.readouterr().err
+    script = [sys.executable, str(ROOT / "data" / "base_model" / "pretrain.py")]
+    given = ["--out", str(tmp_path), "--seed", "7", "--steps", "12"]
+    assert calls == [[*script, *given], script] and Path(script[1]).is_file()
 
 
 @pytest.fixture

@@ -6,25 +6,27 @@ from itertools import islice
 from random import Random
 from typing import NamedTuple
 
+import corpus_countdown
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from r3lib.base_model import conversations, training_task
-from r3lib.tasks import CountdownProblem, FunctionCallingTask, countdown_corpus
-from r3lib.tasks.countdown import split_of
-from r3lib.tasks.countdown_corpus import (
+from corpus_countdown import (
     BLIND,
     DIRECT,
     FOREIGN,
     MOST_TRIES,
     STYLES,
-    VAGUE,
     reflection,
     solutions,
-    style,
     wrong_attempt,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pretrain import conversations, training_task
+
+from r3lib.errors import R3Error
+from r3lib.tasks import CountdownProblem, CountdownTask, FunctionCallingTask
+from r3lib.tasks.countdown import split_of
+from r3lib.tasks.styles import COUNTDOWN_VAGUE
+from r3lib.tasks.styles import countdown as style
 from r3lib.verifiers.countdown import answer, read
 
 TASK, COUNT = training_task(), 10_000
@@ -53,19 +55,19 @@ class Talk(NamedTuple):
 @pytest.fixture(scope="module")
 def corpus():
     """The first 10,000 conversations about Countdown, with every problem that went into each."""
-    original, drawn = countdown_corpus.conversation, []
+    draw, drawn = corpus_countdown.draw, []
 
-    def recorded(task, draw, random):
-        def watched(random):
-            drawn.append(draw(random))
-            return drawn[-1]
+    def watched(task, random):
+        drawn.append(draw(task, random))
+        return drawn[-1]
 
-        drawn.clear()
-        return original(task, watched, random)
-
+    talks = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(countdown_corpus, "conversation", recorded)
-        return [Talk(turns, list(drawn)) for turns in islice(conversations(0), 1, 2 * COUNT, 2)]
+        patch.setattr(corpus_countdown, "draw", watched)
+        for turns in islice(conversations(0), 1, 2 * COUNT, 2):
+            talks.append(Talk(turns, list(drawn)))
+            drawn.clear()
+    return talks
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +288,11 @@ def test_the_user_turns_of_the_function_calling_half_are_the_tasks_own_words():
     assert seen == followups
 
 
+def test_a_task_whose_problems_the_corpus_does_not_know_is_refused():
+    with pytest.raises(R3Error, match=r"count=\(3, 4\): the corpus knows 3 numbers: use 3"):
+        corpus_countdown.conversation(CountdownTask(), Random(0))
+
+
 def test_the_generic_reflection_is_a_sentence_of_the_corpus(reflections):
-    assert TASK.generic_reflection in VAGUE
+    assert TASK.generic_reflection in COUNTDOWN_VAGUE
     assert TASK.generic_reflection in {text for text, own, *_ in reflections if own}

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ScriptedEngine, small_lora
+from corpus_countdown import solutions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -24,7 +25,6 @@ from r3lib.identity import content, differences, digest, model_facts, task_facts
 from r3lib.sampler import Failure, Limits, RolloutSampler, deranged, failures_of, mine_failures
 from r3lib.tasks import CountdownTask, FunctionCallingTask
 from r3lib.tasks.base import Task
-from r3lib.tasks.countdown_corpus import solutions
 from r3lib.verifiers.verdict import Verdict
 
 COLUMNS = (

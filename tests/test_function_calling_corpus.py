@@ -6,24 +6,22 @@ from collections import Counter
 from random import Random
 from typing import NamedTuple
 
+import corpus_function_calling
 import pytest
+from corpus_function_calling import (
+    BLIND,
+    DIRECT,
+    STYLES,
+    WORKED,
+    conversation,
+    exercise,
+    reflection,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3lib.errors import R3Error
 from r3lib.tasks.function_calling import FunctionCallingTask
-from r3lib.tasks.function_calling_corpus import (
-    BLIND,
-    DIRECT,
-    INVENTED,
-    STYLES,
-    WORKED,
-    conversation,
-    exercise,
-    problems,
-    reflection,
-    style,
-)
 from r3lib.tasks.function_calling_tools import (
     HELD_OUT_PHRASINGS,
     NEW,
@@ -37,6 +35,7 @@ from r3lib.tasks.function_calling_tools import (
     draw,
     split_of,
 )
+from r3lib.tasks.styles import function_calling as style
 from r3lib.verifiers.function_calling import verify
 
 TASK, COUNT = FunctionCallingTask(), 3000
@@ -57,16 +56,19 @@ class Talk(NamedTuple):
 
 @pytest.fixture(scope="module")
 def corpus():
-    def talk(index):
-        drawn = []
+    original, drawn = corpus_function_calling.draw, []
 
-        def watched(random):
-            drawn.append(draw(random, "pretrain", invented=INVENTED))
-            return drawn[-1]
+    def watched(task, random):
+        drawn.append(original(task, random))
+        return drawn[-1]
 
-        return Talk(conversation(TASK, watched, Random(index)), drawn)
-
-    return [talk(index) for index in range(COUNT)]
+    talks = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_function_calling, "draw", watched)
+        for index in range(COUNT):
+            talks.append(Talk(conversation(TASK, Random(index)), list(drawn)))
+            drawn.clear()
+    return talks
 
 
 @pytest.fixture(scope="module")
@@ -153,20 +155,26 @@ def test_the_parts_of_the_test_problems_hold_what_they_say(cases):
 
 
 def test_problems_are_distinct_repeatable_and_of_their_split():
-    first = problems("test", 400, 0)
-    assert len({p.id for p in first}) == 400 and first == problems("test", 400, 0) != problems("test", 400, 1)
+    first, again, other = (TASK.problems("test", 400, seed) for seed in (0, 0, 1))
+    assert len({p.id for p in first}) == 400 and first == again != other
     assert Counter(TASK.part(p.id) for p in first).keys() == {"combinations", "phrasings", "tools"}
-    drawn = {split: {frozenset(tool_names(Case(p, ()))) for p in problems(split, 300, 0, {"combinations": 1})}
-             for split in SPLITS}  # fmt: skip
+    task = FunctionCallingTask(parts={"combinations": 1})
+    drawn = {
+        split: {frozenset(tool_names(Case(p, ()))) for p in task.problems(split, 300, 0)}
+        for split in SPLITS
+    }
     for a in SPLITS:
         assert all(a == b or not drawn[a] & drawn[b] for b in SPLITS)
 
 
 def test_other_parts_and_splits_are_refused():
     with pytest.raises(R3Error, match="unknown 'novel': known: combinations, phrasings, tools"):
-        problems("test", 1, 0, {"novel": 1.0})
+        FunctionCallingTask(parts={"novel": 1.0})
+    for shares in ({"tools": 0}, {"tools": 2, "phrasings": -1}):
+        with pytest.raises(R3Error, match="option parts=.*: give shares above 0, for example"):
+            FunctionCallingTask(parts=shares)
     with pytest.raises(R3Error, match="unknown split 'dev'"):
-        problems("dev", 1, 0)
+        TASK.problems("dev", 1, 0)
 
 
 def test_a_style_is_known_from_its_text(corpus):

@@ -219,7 +219,7 @@ def test_what_may_not_fit_is_said_before_a_run(qwen, monkeypatch, capsys, tmp_pa
     pipeline.check_memory("paper", {})
     assert capsys.readouterr().err == f"r3: warning: {found[1]}\n"
     monkeypatch.setattr(train, "study_of", lambda options: types.SimpleNamespace(
-        profile=load_profile("paper", model=qwen, vllm_options=share), warm_start=stop, results=tmp_path
+        profile=load_profile("paper", model=qwen, vllm_options=share), mine=stop, results=tmp_path
     ))  # fmt: skip
     assert train.main(["--task", "countdown"]) == 2
     assert capsys.readouterr().err == f"r3: warning: {found[1]}\nr3: error: stopped\n"

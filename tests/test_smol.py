@@ -41,9 +41,10 @@ def test_the_short_run_of_smol_goes_from_real_weights_to_the_report(tmp_path):
     settings = re.search(r'^# SET="(.*)"$', text, re.MULTILINE)[1].split()
     folder = reproduce(tmp_path, "smol", *settings)
     assert folder.name == "smol-short"
-    assert policies(folder) == {"warm_start": "countdown-warm_start", "r3": "countdown-r3-0"}
+    assert policies(folder) == {"vanilla": "", "r3": "countdown-r3-0"}
     accuracy = pd.read_csv(folder / "tables" / "accuracy.csv")
-    assert set(accuracy.policy) == {"warm_start", "r3"} and set(accuracy.n[accuracy.condition == "first_try"]) == {8}
+    assert set(accuracy.policy) == {"vanilla", "r3"}
+    assert set(accuracy.n[accuracy.condition == "first_try"]) == {8}
     [step] = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert step["reflection_tokens"] > 1 and step["tokens"] > 8 * 100
 

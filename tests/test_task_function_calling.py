@@ -13,7 +13,6 @@ from test_chat import dressed
 from r3lib.chat import Chat
 from r3lib.errors import R3Error
 from r3lib.sampler import RolloutSampler, failures_of
-from r3lib.tasks import function_calling_corpus
 from r3lib.tasks import function_calling_records as records
 from r3lib.tasks.function_calling import CATEGORIES, FunctionCallingTask
 from r3lib.tasks.function_calling_records import FunctionCallingProblem, split_of
@@ -118,11 +117,13 @@ def test_bfcl_gives_problems_of_every_split():
             task.problems(split, n + 1, 0)
 
 
-def test_generated_problems_come_with_the_options_from_the_corpus(monkeypatch):
-    asked = []
-    monkeypatch.setattr(function_calling_corpus, "problems", lambda *given: asked.append(given) or [PROBLEM])
-    assert FunctionCallingTask(hard=0.5).problems("pretrain", 1, 9) == [PROBLEM]
-    assert asked == [("pretrain", 1, 9, function_calling_corpus.PARTS, 0.5)]
+def test_options_of_the_generator_have_their_effect():
+    test = FunctionCallingTask(parts={"tools": 1, "phrasings": 1}).problems("test", 100, 0)
+    assert 30 < sum(p.kind == "tools" for p in test) < 70
+    assert {p.kind for p in test} == {"tools", "phrasings"}
+    easy, hard = (FunctionCallingTask(hard=h).problems("train", 100, 0) for h in (0.0, 1.0))
+    weeks = [sum(" weeks, " in p.query for p in some) for some in (easy, hard)]
+    assert weeks[0] == 0 < weeks[1]  # "for 2 weeks, 3 days and 4 hours" takes more than two steps
 
 
 @pytest.mark.parametrize(

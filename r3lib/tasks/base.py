@@ -1,9 +1,7 @@
 """What a task is: problems, the conversation about them, and a verifier."""
 
 from pathlib import Path
-from random import Random
 
-from ..errors import R3Error
 from ..verifiers.verdict import Verdict
 
 RETRY_TURNS = ("restate", "reminder")  # a second try asks the question again (the paper's), or only to try again
@@ -51,10 +49,6 @@ class Task:
     def files(self) -> list[Path]:
         """Return the local files and folders that problems are read from: when they change, so do results."""
         return []
-
-    def conversation(self, random: Random) -> list[tuple[str, str, bool]]:
-        """Return a generated conversation of the split "pretrain", for a warm start: (role, text, learn it) a turn."""
-        raise R3Error(f"task {self.name!r} has no generated conversations: set warm_start_steps=0")
 
     def verify(self, text: str, problem) -> Verdict:
         """Judge the text of an answer. Pure: no disk, model or clock."""

@@ -13,7 +13,7 @@ from random import Random
 from ..errors import R3Error
 from ..verifiers import countdown as verifier
 from ..verifiers.verdict import Verdict
-from . import countdown_corpus as corpus
+from . import styles
 from .base import Task
 
 SPLITS = {"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}  # share of the problems
@@ -80,19 +80,8 @@ class CountdownTask(Task):
         return verifier.verify(text, problem.nums, problem.target)
 
     def style(self, reflection: str) -> str:
-        """One of the styles of the embedded model's corpus, or "other"."""
-        return corpus.style(reflection)
-
-    def conversation(self, random: Random) -> list[tuple[str, str, bool]]:
-        """See `Task`; the corpus knows problems of three numbers only."""
-        if self.count != (3,):
-            raise R3Error(f"countdown option count={self.count}: for a warm start use 3")
-        return corpus.conversation(self, self._draw_for_pretraining, random)
-
-    def _draw_for_pretraining(self, random: Random) -> CountdownProblem:
-        while split_of(problem := self.draw(random)) != "pretrain":
-            pass
-        return problem
+        """See `r3lib.tasks.styles.countdown`."""
+        return styles.countdown(reflection)
 
     def files(self) -> list[Path]:
         """The local copy that `source` names, if it names one."""

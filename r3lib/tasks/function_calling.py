@@ -7,41 +7,44 @@ from random import Random
 from ..errors import R3Error
 from ..verifiers import function_calling as verifier
 from ..verifiers.verdict import Verdict
-from . import function_calling_corpus as corpus
 from . import function_calling_records as records
+from . import styles
 from .base import Task
 from .function_calling_records import FunctionCallingProblem
-from .function_calling_tools import Case, draw
+from .function_calling_tools import PARTS, SPLITS, draw
 
-CATEGORIES = {reason: "parameter choice" for reason in verifier.REASONS if reason != "ok"}  # the paper's Table 4
+HARD = 0.5  # chance that an amount takes several steps
+# the paper's Table 4
+CATEGORIES = {reason: "parameter choice" for reason in verifier.REASONS if reason != "ok"}
 CATEGORIES |= {"no_call": "format", "invalid_json": "format"}
 CATEGORIES |= {"wrong_function": "tool choice", "wrong_call_count": "tool choice"}
 
 
 class FunctionCallingTask(Task):
-    """Function calling as the paper has it (its Table 1), on generated problems, on APIGen or on BFCL.
+    """Function calling as the paper has it (its Table 1): generated problems, APIGen or BFCL.
 
-    `source` is "generator", "hub" (the paper's `Salesforce/xlam-function-calling-60k`, gated), "bfcl" (from the
-    package bfcl-eval) or a local copy of either. `rule` is the verifier's: "strict", or "lenient", which takes
-    every answer that BFCL lists as possible. For the generator, `parts` gives the shares of what is new in a test
-    problem, and `hard` is the chance that an amount takes several steps.
+    `source` is "generator", "hub" (the paper's `Salesforce/xlam-function-calling-60k`, gated),
+    "bfcl" (from the package bfcl-eval) or a local copy of either. `rule` is the verifier's:
+    "strict", or "lenient", which takes every answer that BFCL lists as possible. For the generator,
+    `parts` gives the shares of what is new in a test problem, and `hard` is the chance that an
+    amount takes several steps.
     """
 
     name = "function_calling"
     reflection_prompt = (
-        "You tried performing the task, but failed in generating the correct tool call. Reflect on what went wrong "
-        "and write a short explanation that will help you do better next time."
+        "You tried performing the task, but failed in generating the correct tool call. Reflect on "
+        "what went wrong and write a short explanation that will help you do better next time."
     )
     reasons = tuple(CATEGORIES)
     categories = CATEGORIES
 
-    def __init__(self, source="generator", rule="strict", parts=corpus.PARTS, hard=corpus.HARD):
+    def __init__(self, source="generator", rule="strict", parts=PARTS, hard=HARD):
         if rule not in verifier.RULES:
             raise R3Error(f"unknown rule {rule!r}: use {' or '.join(verifier.RULES)}")
         if not (isinstance(hard, (int, float)) and 0 <= hard <= 1):
             raise R3Error(f"function_calling option hard={hard!r}: it is a chance, from 0 to 1")
         self.source, self.rule = str(source), rule
-        self.parts, self.hard = dict(parts), hard
+        self.parts, self.hard = _checked_shares(dict(parts)), hard
 
     def messages(self, problem: FunctionCallingProblem) -> list[dict]:
         """The plain form, for models whose chat template has no place for tools."""
@@ -70,19 +73,12 @@ class FunctionCallingTask(Task):
         return verifier.verify(text, list(problem.tools), list(answers), self.rule)
 
     def style(self, reflection: str) -> str:
-        """One of the styles of the embedded model's corpus, or "other"."""
-        return corpus.style(reflection)
+        """See `r3lib.tasks.styles.function_calling`."""
+        return styles.function_calling(reflection)
 
     def part(self, problem_id: str) -> str:
-        """What is new in a generated test problem: the "combinations" of tools, the "phrasings" or the "tools"."""
+        """What is new in a generated test problem: "combinations" of tools, "phrasings" or "tools"."""
         return problem_id.partition("-")[0] if self.source == "generator" else ""
-
-    def conversation(self, random: Random) -> list[tuple[str, str, bool]]:
-        """See `Task`; always generated problems, whatever `source` is, some of their tools renamed."""
-        return corpus.conversation(self, self._draw_for_pretraining, random)
-
-    def _draw_for_pretraining(self, random: Random) -> Case:
-        return draw(random, "pretrain", hard=self.hard, invented=corpus.INVENTED)
 
     def files(self) -> list[Path]:
         """BFCL's files, or the local copy that `source` names."""
@@ -92,20 +88,44 @@ class FunctionCallingTask(Task):
 
     def problems(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
         """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
-        known = corpus.SPLITS if self.source == "generator" else records.SPLITS
+        known = SPLITS if self.source == "generator" else records.SPLITS
         if split not in known:
             raise R3Error(f"unknown split {split!r}: use one of {', '.join(known)}")
         if n < 1:
             raise R3Error(f"n={n} asks for no problem: ask for at least 1")
-        if self.source == "generator":
-            return corpus.problems(split, n, seed, self.parts, self.hard)
-        return self._read(split, n, seed)
+        made = self._generate if self.source == "generator" else self._read
+        return made(split, n, seed)
+
+    def _generate(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
+        shares = self.parts if split == "test" else {"combinations": 1.0}
+        found: dict[str, FunctionCallingProblem] = {}
+        for index in range(3 * n + 1000):
+            random = Random(f"{seed}/{index}")
+            part = random.choices(list(shares), shares.values())[0]
+            problem = draw(random, split, part, self.hard).problem
+            found.setdefault(problem.id, problem)
+            if len(found) == n:
+                return list(found.values())
+        there = f"function_calling {split} holds only about {len(found)} distinct problems"
+        raise R3Error(f"{there}, {n} were asked for: ask for fewer")
 
     def _read(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
         rows = [p for p in records.read(self.source)[0] if records.split_of(p) == split]
         if len(rows) < n:
-            raise R3Error(f"{self.source} has {len(rows)} {split} problems, {n} were asked for: ask for fewer")
+            there = f"{self.source} has {len(rows)} {split} problems"
+            raise R3Error(f"{there}, {n} were asked for: ask for fewer")
         return Random(f"{seed}").sample(rows, len(rows))[:n]
+
+
+def _checked_shares(parts: dict[str, float]) -> dict[str, float]:
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        known = ", ".join(PARTS)
+        raise R3Error(f"function_calling option parts: unknown {unknown[0]!r}: known: {known}")
+    if sum(parts.values()) <= 0 or min(parts.values()) < 0:
+        why = f"function_calling option parts={parts}"
+        raise R3Error(f"{why}: give shares above 0, for example {PARTS}")
+    return parts
 
 
 def _without_blanks(value):

@@ -1,30 +1,42 @@
-"""Pretrain the embedded model from a seed: tokenizer, weights and training state, on conversations of both tasks."""
+"""Pretrain the embedded model from a seed, on conversations about both tasks (hours; resumes after a kill).
 
+    python data/base_model/pretrain.py [--out FOLDER] [--seed 0] [--steps 10000]
+"""
+
+import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 
+import corpus_countdown
+import corpus_function_calling
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .errors import R3Error
-from .tasks import CountdownTask, FunctionCallingTask
-from .tasks.function_calling_corpus import exercise
-from .tasks.function_calling_tools import WORDS
+from r3lib.errors import R3Error
+from r3lib.tasks import CountdownTask, FunctionCallingTask
+from r3lib.tasks.function_calling_tools import WORDS
 
+HERE = Path(__file__).resolve().parent
 END, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+LEARNED = 30.0  # learned tokens of a conversation, about: the constant by which the loss is divided
+LOG_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -43,23 +55,43 @@ class PretrainConfig:
     checkpoint_every: int = 250
 
 
+def main() -> int:
+    """Pretrain as the command line says; return 0, or 2 for a stated error."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of the model (default: here)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps} trains nothing: ask for at least 1")
+    try:
+        pretrain(options.out, PretrainConfig(seed=options.seed, steps=options.steps))
+    except R3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def training_task() -> CountdownTask:
     """The embedded model's Countdown: 3 numbers up to 20, targets up to 99."""
     return CountdownTask(count=3, largest=20, largest_target=99)
 
 
 def conversations(seed: int, start: int = 0) -> Iterator[list[tuple[str, str, bool]]]:
-    """Yield conversation number `start`, `start` + 1, ... of the corpus; problems of the split "pretrain" only.
+    """Yield conversation number `start`, `start` + 1, ... of the corpus.
 
-    Odd ones are Countdown; of the even ones four in ten are exercises in arithmetic, the others function calling.
+    Odd ones are about Countdown. Of the even ones four in ten are exercises in arithmetic, the
+    others about function calling. All problems are of the split "pretrain".
     """
     countdown, calling = training_task(), FunctionCallingTask()
     while True:
         random = Random(f"corpus/{seed}/{start}")
         if start % 2:
-            yield countdown.conversation(random)
+            yield corpus_countdown.conversation(countdown, random)
+        elif start % 20 in (0, 6, 12, 18):
+            yield corpus_function_calling.exercise(random)
         else:
-            yield exercise(random) if start % 20 in (0, 6, 12, 18) else calling.conversation(random)
+            yield corpus_function_calling.conversation(calling, random)
         start += 1
 
 
@@ -85,8 +117,9 @@ def train_tokenizer(config: PretrainConfig, samples: int = 4000) -> PreTrainedTo
         max_token_length=200,
         show_progress=False,
     )
-    source = conversations(config.seed)
-    tokenizer.train_from_iterator((text for _ in range(samples) for _, text, _ in next(source)), trainer)
+    corpus = islice(conversations(config.seed), samples)
+    texts = (text for conversation in corpus for _, text, _ in conversation)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -128,11 +161,15 @@ def build_model(config: PretrainConfig, tokenizer) -> LlamaForCausalLM:
 
 
 def batches(config: PretrainConfig, tokenizer, step: int) -> Iterator[list]:
-    """Yield encoded batches from `step` on: windows of 16 batches, sorted by length inside, shuffled outside."""
+    """Yield encoded batches from `step` on.
+
+    The conversations of 16 batches are sorted by length and cut into batches, which are shuffled.
+    """
     window = 16
+    count = window * config.batch
     for block in range(step // window, math.ceil(config.steps / window)):
-        source = conversations(config.seed, block * window * config.batch)
-        rows = sorted((encode(next(source), tokenizer) for _ in range(window * config.batch)), key=lambda r: len(r[0]))
+        corpus = islice(conversations(config.seed, block * count), count)
+        rows = sorted((encode(turns, tokenizer) for turns in corpus), key=lambda row: len(row[0]))
         order = Random(f"order/{config.seed}/{block}").sample(range(window), window)
         for place, index in enumerate(order):
             if step <= block * window + place < config.steps:
@@ -144,18 +181,20 @@ def loss_of(model, rows, tokens: float) -> torch.Tensor:
     ids = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
     learn = pad_sequence([torch.tensor(learn) for _, learn in rows], batch_first=True)[:, 1:]
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[learn]
-    return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][learn], reduction="sum") / tokens
+    logits, targets = model.lm_head(hidden), ids[:, 1:][learn]
+    return F.cross_entropy(logits, targets, reduction="sum") / tokens
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz steps (Jordan et al., 2024), for matrices.
 
-    As torch.optim.Muon with its update scaled to AdamW's size, but in fp32 and with matrices of one shape
-    together: its bf16 products one at a time take most of a training step on a CPU.
+    As torch.optim.Muon with its update scaled to AdamW's size, but in fp32 and with matrices of one
+    shape together: its bf16 products one at a time take most of a training step on a CPU.
     """
 
     def __init__(self, matrices, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(matrices, defaults)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -165,18 +204,23 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 shapes.setdefault(matrix.shape, []).append(matrix)
             for shape, matrices in shapes.items():
-                updates = []
-                for matrix in matrices:
-                    buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-                    buffer.lerp_(matrix.grad, 1 - group["momentum"])
-                    updates.append(matrix.grad.lerp(buffer, group["momentum"]))  # Nesterov's look ahead
+                update = orthogonal(torch.stack([self._momentum(m, group) for m in matrices]))
                 size = group["lr"] * 0.2 * max(shape) ** 0.5  # root mean square of AdamW's updates
-                for matrix, update in zip(matrices, orthogonal(torch.stack(updates))):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+                for matrix, change in zip(matrices, update):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=size)
+
+    def _momentum(self, matrix, group) -> torch.Tensor:
+        """The gradient of `matrix` with Nesterov's look ahead."""
+        buffer = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+        buffer.lerp_(matrix.grad, 1 - group["momentum"])
+        return matrix.grad.lerp(buffer, group["momentum"])
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Five Newton-Schulz steps that bring the singular values of each matrix, shape (n, rows, columns), near 1."""
+    """Five Newton-Schulz steps that bring the singular values of each matrix near 1.
+
+    `x`: shape (n, rows, columns).
+    """
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -205,55 +249,97 @@ def rate(step: int, config: PretrainConfig) -> float:
 def pretrain(out: Path, config: PretrainConfig = PretrainConfig(), log=print) -> None:
     """Train, then save the model to `out`; a killed run goes on from its last checkpoint in `out`/state.
 
-    Until it has ended, what was in `out` before stays there. R3Error: the checkpoint is of another `config`.
+    Until it has ended, what was in `out` before stays there. R3Error: the checkpoint is of another
+    `config`.
     """
-    record, state_file = out / "pretraining.json", out / "state" / "state.pt"
-    if state_file.exists() and torch.load(state_file, weights_only=True)["config"] != asdict(config):
-        raise R3Error(f"{state_file} is of a training with other settings: delete it, or train elsewhere (--out)")
+    state_file = out / "state" / "state.pt"
+    state = load_state(state_file, config)
     torch.manual_seed(config.seed)
     tokenizer = train_tokenizer(config)
     model = build_model(config, tokenizer)
     optims = optimizers(model, config)
     step, lines = 0, []
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+    if state:
         model.load_state_dict(state["model"])
         for optim, saved in zip(optims, state["optimizers"]):
             optim.load_state_dict(saved)
         step, lines = state["step"], state["log"]
         log(f"resuming at step {step}")
-    started, first, seen, total = time.time(), step, 0, 0.0
+    first, progress = step, Progress(config, log)
     model.train()
-    for rows in batches(config, tokenizer, step):
-        for optim in optims:
-            for group in optim.param_groups:
-                group["lr"] = config.lr * rate(step, config)
-        loss = loss_of(model, rows, tokens=config.batch * 30.0)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad(set_to_none=True)
-        step += 1
-        learned = sum(sum(learn) for _, learn in rows)
-        seen, total = seen + learned, total + loss.item() * config.batch * 30.0
-        if step % 50 == 0:
-            pace = (time.time() - started) / (step - first)
-            eta = pace * (config.steps - step) / 60
-            lines.append({"step": step, "loss": round(total / seen, 4)})
-            log(f"step {step}/{config.steps}  loss {total / seen:.4f}  {pace:.2f} s/step  ETA {eta:.0f} min")
-            seen, total = 0, 0.0
+    for step, rows in enumerate(batches(config, tokenizer, first), first + 1):
+        loss = learn_from(rows, model, optims, config, step - 1)
+        progress.add(rows, loss)
+        if step % LOG_EVERY == 0:
+            lines.append({"step": step, "loss": round(progress.report(step, first), 4)})
         if step % config.checkpoint_every == 0 or step == config.steps:
             save_state(state_file, config, model, optims, step, lines)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    record.write_text(json.dumps({"config": asdict(config), "log": lines}, indent=1))
+    record = {"config": asdict(config), "log": lines}
+    (out / "pretraining.json").write_text(json.dumps(record, indent=1))
+
+
+def learn_from(rows, model, optims, config: PretrainConfig, step: int) -> float:
+    """Update the model from a batch; return its loss, summed over the learned tokens."""
+    for optim in optims:
+        for group in optim.param_groups:
+            group["lr"] = config.lr * rate(step, config)
+    loss = loss_of(model, rows, tokens=config.batch * LEARNED)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optim in optims:
+        optim.step()
+        optim.zero_grad(set_to_none=True)
+    return loss.item() * config.batch * LEARNED
+
+
+class Progress:
+    """The mean loss since the last report, and the pace."""
+
+    def __init__(self, config: PretrainConfig, log):
+        self.config, self.log, self.started = config, log, time.time()
+        self.tokens, self.loss = 0, 0.0
+
+    def add(self, rows, loss: float) -> None:
+        """Count a batch and its summed loss."""
+        self.tokens += sum(sum(learn) for _, learn in rows)
+        self.loss += loss
+
+    def report(self, step: int, first: int) -> float:
+        """Log where the training, which began after step `first`, is; return the mean loss."""
+        mean, steps = self.loss / self.tokens, self.config.steps
+        pace = (time.time() - self.started) / (step - first)
+        eta = pace * (steps - step) / 60
+        self.log(f"step {step}/{steps}  loss {mean:.4f}  {pace:.2f} s/step  ETA {eta:.0f} min")
+        self.tokens, self.loss = 0, 0.0
+        return mean
+
+
+def load_state(path: Path, config: PretrainConfig) -> dict | None:
+    """The training state in `path`, None where there is none. R3Error: it is of another `config`."""
+    if not path.exists():
+        return None
+    state = torch.load(path, weights_only=True)
+    if state["config"] != asdict(config):
+        why = f"{path} is of a training with other settings"
+        raise R3Error(f"{why}: delete it, or train elsewhere (--out)")
+    return state
 
 
 def save_state(path: Path, config: PretrainConfig, model, optims, step: int, lines: list) -> None:
     """Write the training state aside and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "step": step, "log": lines}
-    state["config"] = asdict(config)
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [optim.state_dict() for optim in optims],
+        "step": step,
+        "log": lines,
+        "config": asdict(config),
+    }
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

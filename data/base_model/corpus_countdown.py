@@ -1,41 +1,67 @@
 """Generated Countdown conversations, on which the embedded model is pretrained.
 
-Nothing here says which style of reflection helps: every conversation ends with a right answer, whatever
-the reflection before it. Only whole, non-negative intermediate values are used; with three numbers they
-reach every solvable target.
+Nothing here says which style of reflection helps: every conversation ends with a right answer,
+whatever the reflection before it. Only whole, non-negative intermediate values are used; with three
+numbers they reach every solvable target.
 """
 
 import re
+from collections.abc import Iterator
 from random import Random
 
-from .styles import most_said
+from r3lib.errors import R3Error
+from r3lib.tasks.countdown import CountdownProblem, CountdownTask, split_of
+from r3lib.tasks.styles import COUNTDOWN_VAGUE, COUNTDOWN_VERBOSE
 
 DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
 STYLES = {"vague": 0.23, "verbose": 0.20, "diagnosis": 0.20, "hint": 0.12, "search": 0.25}
 FOREIGN = 0.06  # share of reflections that were written for another problem
-FOUND, GIVE_UP = 0.40, 0.04  # chances that the next try of a search is a right one, that it stops after a wrong one
+FOUND = 0.40  # chance that the next try of a search is a right one
+GIVE_UP = 0.04  # chance that a search stops after a wrong try
 MOST_TRIES = 8  # of one search
-
-VAGUE = (
-    "I should read the problem again and be more careful.",
-    "I should be more careful next time.",
-    "I made a mistake, so I will check my work.",
-    "I should think step by step and try another way.",
-    "I need to try different operations.",
-)
-VERBOSE = (
-    "I tried solving the problem and got the wrong answer.",
-    "The answer was wrong because it did not equal {target}.",
-    "To equal {target} the equation has to equal {target}.",
-    "I used the numbers {nums} but the answer was wrong.",
-    "Each number can only be used once, so each number has to be used once.",
-    "Next time I will make sure that the answer is right.",
-    "If the answer is not {target} then the answer is wrong.",
-)
 SEARCH, GAVE_UP = "I try other ways.", "I did not find it."
-VERBOSE_OPENINGS = tuple(line.split("{")[0] for line in VERBOSE)
-COMPARED = re.compile(r"[0-9] [-+*/] [0-9]{1,9} = -?[0-9]{1,9}, need [0-9]")
-DIAGNOSED = re.compile(r"My equation (gives|was)|I used [0-9]|It is [0-9]+ too (big|small)")
+
+
+def conversation(task: CountdownTask, random: Random) -> list[tuple[str, str, bool]]:
+    """Return one conversation about a problem of the split "pretrain": (role, text, learn it) a turn.
+
+    R3Error: `task` has problems of other than three numbers, which the corpus does not know.
+    """
+    problem = draw(task, random)
+    user = task.messages(problem)[0]["content"]
+    right = random.choice(solutions(problem.nums, problem.target))[1]
+    kind = random.random()
+    if kind < DIRECT:
+        return [("user", user, False), ("assistant", tagged(right), True)]
+    attempt = wrong_attempt(problem, random)
+    turns = [("user", user, False), ("assistant", tagged(attempt), False)]
+    if kind < DIRECT + BLIND:
+        again = task.second_turn(task.blind_retry_prompt, problem)
+        return turns + [("user", again, False), ("assistant", tagged(right), True)]
+    text, own = reflection(problem, attempt, random), True
+    if random.random() < FOREIGN:
+        other = draw(task, random)
+        text, own = reflection(other, wrong_attempt(other, random), random), False
+    else:
+        right = _announced(text, problem) or right
+    turns += [("user", task.reflection_prompt, False), ("assistant", text, own)]
+    again = task.second_turn(task.retry_prompt, problem)
+    return turns + [("user", again, False), ("assistant", tagged(right), True)]
+
+
+def draw(task: CountdownTask, random: Random) -> CountdownProblem:
+    """Draw a problem of the split "pretrain"."""
+    if task.count != (3,):
+        raise R3Error(f"countdown option count={task.count}: the corpus knows 3 numbers: use 3")
+    while True:
+        problem = task.draw(random)
+        if split_of(problem) == "pretrain":
+            return problem
+
+
+def tagged(equation: str) -> str:
+    """The form of an answer."""
+    return f"<answer>{equation}</answer>"
 
 
 def solutions(nums, target) -> list[tuple[str, str]]:
@@ -43,7 +69,8 @@ def solutions(nums, target) -> list[tuple[str, str]]:
     found = []
     for last in sorted(set(nums)):
         for step, value in first_steps(*others(nums, last)):
-            found += [(f"{step} = {value}", equation) for equation in finish(step, value, last, target)]
+            equations = finish(step, value, last, target)
+            found += [(f"{step} = {value}", equation) for equation in equations]
     return found
 
 
@@ -78,9 +105,11 @@ def wrong_attempt(problem, random: Random) -> str:
     kind = random.choices(("missed", "numbers", "form"), (0.75, 0.2, 0.05))[0]
     nums = list(problem.nums)
     if kind == "numbers":
-        nums[random.randrange(len(nums))] = random.choice(nums + [random.randint(1, 20)])
+        other = random.choice(nums + [random.randint(1, 20)])
+        nums[random.randrange(len(nums))] = other
     candidates = [_random_equation(nums, random) for _ in range(6)]
-    candidates = [c for c in candidates if c[1] != problem.target or sorted(nums) != sorted(problem.nums)]
+    if sorted(nums) == sorted(problem.nums):
+        candidates = [c for c in candidates if c[1] != problem.target]
     if not candidates:
         return f"{nums[0]} + {nums[1]}"
     equation = min(candidates, key=lambda c: abs(c[1] - problem.target))[0]
@@ -91,24 +120,33 @@ def _random_equation(nums, random: Random) -> tuple[str, int]:
     last = random.choice(nums)
     step, value = random.choice(first_steps(*others(nums, last)))
     ways = [(f"({step}) + {last}", value + last), (f"({step}) * {last}", value * last)]
-    ways += [(f"({step}) - {last}", value - last)] if value >= last else [(f"{last} - ({step})", last - value)]
+    if value >= last:
+        ways.append((f"({step}) - {last}", value - last))
+    else:
+        ways.append((f"{last} - ({step})", last - value))
     return random.choice(ways)
 
 
 def reflection(problem, attempt: str, random: Random, name: str | None = None) -> str:
     """A reflection on `attempt`, in the style `name` (by default drawn with the shares in STYLES)."""
     name = name or random.choices(list(STYLES), STYLES.values())[0]
-    write = {"vague": _vague, "verbose": _verbose, "diagnosis": _diagnosis, "hint": _hint, "search": _search}[name]
-    return write(problem, attempt, random)
+    writers = {
+        "vague": _vague,
+        "verbose": _verbose,
+        "diagnosis": _diagnosis,
+        "hint": _hint,
+        "search": _search,
+    }
+    return writers[name](problem, attempt, random)
 
 
 def _vague(problem, attempt, random) -> str:
-    return random.choice(VAGUE)
+    return random.choice(COUNTDOWN_VAGUE)
 
 
 def _verbose(problem, attempt, random) -> str:
-    lines = [random.choice(VERBOSE) for _ in range(random.randint(3, 5))]
-    return " ".join(lines).format(target=problem.target, nums=", ".join(map(str, problem.nums)))
+    lines = [random.choice(COUNTDOWN_VERBOSE) for _ in range(random.randint(3, 5))]
+    return " ".join(lines).format(target=problem.target, nums=_listed(problem.nums))
 
 
 def _diagnosis(problem, attempt, random) -> str:
@@ -116,14 +154,19 @@ def _diagnosis(problem, attempt, random) -> str:
     if attempt.count("(") != attempt.count(")"):
         return "My equation was not well formed."
     if sorted(used) != sorted(problem.nums):
-        return f"I used {', '.join(map(str, used))} but I was given {', '.join(map(str, problem.nums))}."
+        return f"I used {_listed(used)} but I was given {_listed(problem.nums)}."
     steps = list(evaluate(attempt))
     gap = steps[-1][1] - problem.target
     said = ", ".join(f"{step} = {value}" for step, value in steps)
-    return f"My equation gives {said}, not {problem.target}. It is {abs(gap)} too {'big' if gap > 0 else 'small'}."
+    missed = f"It is {abs(gap)} too {'big' if gap > 0 else 'small'}."
+    return f"My equation gives {said}, not {problem.target}. {missed}"
 
 
-def evaluate(equation: str):
+def _listed(numbers) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def evaluate(equation: str) -> Iterator[tuple[str, int]]:
     """Yield the two steps of one of our own equations, ("14 / 7", 2), then ("2 + 13", 15)."""
     inner = re.search(r"\((\d+) (.) (\d+)\)", equation)
     value = _apply(int(inner[1]), inner[2], int(inner[3]))
@@ -149,7 +192,8 @@ def _search(problem, attempt, random) -> str:
         if random.random() < FOUND:
             equation = random.choice(solutions(problem.nums, problem.target))[1]
             return f"{text} {_tried(equation, problem.target)}, yes."
-        tried.add(equation := _near_miss(problem, tried, random))
+        equation = _near_miss(problem, tried, random)
+        tried.add(equation)
         text += f" {_tried(equation, problem.target)}, no."
         if random.random() < GIVE_UP:
             break
@@ -157,7 +201,7 @@ def _search(problem, attempt, random) -> str:
 
 
 def _near_miss(problem, tried, random) -> str:
-    """A wrong equation on the right numbers, the nearest to the target of several, not among `tried`."""
+    """A wrong equation on the right numbers, the nearest to the target of several, not in `tried`."""
     while True:
         candidates = [_random_equation(list(problem.nums), random) for _ in range(4)]
         wrong = [c for c in candidates if c[1] != problem.target and c[0] not in tried]
@@ -167,52 +211,8 @@ def _near_miss(problem, tried, random) -> str:
 
 def _tried(equation: str, target: int) -> str:
     """The steps of one of our own equations: "14 / 7 = 2, 2 + 13 = 15, need 15"."""
-    return ", ".join([f"{step} = {value}" for step, value in evaluate(equation)] + [f"need {target}"])
-
-
-def style(text: str) -> str:
-    """Name the style of a reflection by what it says, not by its opening words, which training may drop.
-
-    "search": at least one computed try is compared with the target ("7 + 8 = 15, need 25"). Else the style of
-    most of its sentences: "diagnosis" (what the attempt gives or used), "hint" (a good first step), "verbose"
-    or "vague" (sentences that name no number of their own); "other" where most are of none.
-    """
-    return "search" if COMPARED.search(text) else most_said(text, _says)
-
-
-def _says(sentence: str) -> str:
-    """The style that a single sentence is written in."""
-    if "good first step is" in sentence:
-        return "hint"
-    if sentence.startswith(VERBOSE_OPENINGS):
-        return "verbose"
-    if DIAGNOSED.search(sentence):
-        return "diagnosis"
-    return "vague" if sentence in VAGUE else "other"
-
-
-def conversation(task, draw, random: Random) -> list[tuple[str, str, bool]]:
-    """One conversation: (role, text, learn from it) a turn. `draw(random)` gives a training problem."""
-    problem = draw(random)
-    user = task.messages(problem)[0]["content"]
-    right = random.choice(solutions(problem.nums, problem.target))[1]
-    kind = random.random()
-    if kind < DIRECT:
-        return [("user", user, False), ("assistant", tagged(right), True)]
-    attempt = wrong_attempt(problem, random)
-    turns = [("user", user, False), ("assistant", tagged(attempt), False)]
-    if kind < DIRECT + BLIND:
-        again = task.second_turn(task.blind_retry_prompt, problem)
-        return turns + [("user", again, False), ("assistant", tagged(right), True)]
-    text, own = reflection(problem, attempt, random), True
-    if random.random() < FOREIGN:
-        other = draw(random)
-        text, own = reflection(other, wrong_attempt(other, random), random), False
-    else:
-        right = _announced(text, problem) or right
-    turns += [("user", task.reflection_prompt, False), ("assistant", text, own)]
-    again = task.second_turn(task.retry_prompt, problem)
-    return turns + [("user", again, False), ("assistant", tagged(right), True)]
+    steps = [f"{step} = {value}" for step, value in evaluate(equation)]
+    return ", ".join([*steps, f"need {target}"])
 
 
 def _announced(text: str, problem) -> str | None:
@@ -223,8 +223,3 @@ def _announced(text: str, problem) -> str | None:
         if step == first or _tried(equation, problem.target) == found:
             return equation
     return None
-
-
-def tagged(equation: str) -> str:
-    """The form of an answer."""
-    return f"<answer>{equation}</answer>"
