@@ -7,11 +7,26 @@ from importlib import import_module
 warnings.filterwarnings("ignore", "IProgress not found")  # plain progress bars do in notebooks
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that it would fetch from the hub
 
-PUBLIC = {
+PUBLIC = {  # name: the module that it is in
+    "Chat": "chat",
+    "Condition": "conditions",
+    "DatasetTask": "tasks.dataset",
+    "Failure": "sampler",
+    "Limits": "sampler",
+    "Policy": "episodes",
     "R3Config": "trainer",
+    "R3Error": "errors",
     "R3Trainer": "trainer",
+    "RolloutSampler": "sampler",
+    "Study": "study",
+    "Task": "tasks",
+    "TransformersEngine": "engines.transformers",
+    "Verdict": "verifiers.verdict",
+    "accuracy_table": "evaluate",
+    "comparisons_table": "evaluate",
     "load_profile": "config",
     "load_task": "tasks",
+    "mine_failures": "sampler",
     "run_episodes": "episodes",
 }
 __all__ = sorted(PUBLIC)
