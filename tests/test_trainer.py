@@ -26,7 +26,7 @@ from conftest import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PromptTuningConfig
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -652,6 +652,24 @@ def test_a_lora_config_serves_two_trainings(tiny, tokenizer, tmp_path):
         for name in "ab":
             make(tiny(), tokenizer, tmp_path / name, engine=ScriptedEngine(tokenizer), lora=lora)
     assert lora.base_model_name_or_path is None
+
+
+def test_training_goes_on_from_the_adapter_of_a_peft_model(tiny, tokenizer, tmp_path):
+    """At a learning rate of next to zero the adapter stays what was given, otherwise it moves."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(tiny(), small_lora(init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "given")
+    before = dict(adapted.named_parameters())
+    failures = coin_failures(tokenizer, 4)
+    for rate, still in ((1e-12, True), (1e-2, False)):
+        model = PeftModel.from_pretrained(tiny(), tmp_path / "given", is_trainable=True)
+        args = small_config(tmp_path / str(rate), max_steps=1, learning_rate=rate)
+        task = CoinTask(count=3, largest=20)
+        trainer = R3Trainer(model, args, task, failures, None, tokenizer)
+        trainer.train()
+        trained = {n: p for n, p in trainer.model.named_parameters() if "lora" in n}
+        moved = max((p - before[n]).abs().max().item() for n, p in trained.items())
+        assert (moved < 1e-6) == still
 
 
 def test_a_models_name_is_what_was_given_or_has_no_absolute_path(tmp_path, monkeypatch):

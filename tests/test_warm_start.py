@@ -44,7 +44,10 @@ def test_examples_are_joined_as_episodes_with_labels_on_own_turns_only(tokenizer
 
 def test_two_steps_write_a_whole_model_that_any_profile_can_name(study, tmp_path):
     out = tool.warm_start(study, tmp_path / "started", **SETTINGS)
-    before, after = load_file(tmp_path / "tiny" / "model.safetensors"), load_file(out / "model.safetensors")
+    before, after = (
+        load_file(tmp_path / "tiny" / "model.safetensors"),
+        load_file(out / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert moved and all("layers" in name for name in moved)  # merged: of the linear layers alone
@@ -55,7 +58,10 @@ def test_two_steps_write_a_whole_model_that_any_profile_can_name(study, tmp_path
     assert same.chat_template == study.tokenizer.chat_template
     assert same.pad_token == study.tokenizer.pad_token
     note = json.loads((out / "warm_start.json").read_text())
-    assert note["model_hash"] == study.model_hash and (note["task"], note["steps"]) == ("countdown", 2)
+    assert note["model_hash"] == study.model_hash and (note["task"], note["steps"]) == (
+        "countdown",
+        2,
+    )
     assert not (out / "state").exists() and not list(tmp_path.glob(".*.tmp"))
     with pytest.raises(R3Error, match="started is there already: delete it, or give another --out"):
         tool.warm_start(study, out, **SETTINGS)
@@ -101,5 +107,7 @@ def test_scripts_and_caches_beside_the_weights_are_no_part_of_the_model(tmp_path
     (tmp_path / "model" / "__pycache__").mkdir()
     (tmp_path / "model" / "__pycache__" / "pretrain.cpython-311.pyc").write_text("...")
     assert digest() == before
-    (tmp_path / "model" / "tokenizer.json").write_bytes((BASE_MODEL / "tokenizer.json").read_bytes())
+    (tmp_path / "model" / "tokenizer.json").write_bytes(
+        (BASE_MODEL / "tokenizer.json").read_bytes()
+    )
     assert digest() != before

@@ -23,7 +23,7 @@ SEARCH, GAVE_UP = "I try other ways.", "I did not find it."
 
 
 def conversation(task: CountdownTask, random: Random) -> list[tuple[str, str, bool]]:
-    """Return one conversation about a problem of the split "pretrain": (role, text, learn it) a turn.
+    """Return one conversation about a "pretrain" problem, one (role, text, learn it) a turn.
 
     R3Error: `task` has problems of other than three numbers, which the corpus does not know.
     """
@@ -65,7 +65,7 @@ def tagged(equation: str) -> str:
 
 
 def solutions(nums, target) -> list[tuple[str, str]]:
-    """All (first step, equation) pairs such as ("14 / 7 = 2", "(14 / 7) + 13") that reach `target`."""
+    """All (first step, equation) that reach `target`, such as ("14 / 7 = 2", "(14 / 7) + 13")."""
     found = []
     for last in sorted(set(nums)):
         for step, value in first_steps(*others(nums, last)):
@@ -101,7 +101,7 @@ def finish(step, value, last, target) -> list[str]:
 
 
 def wrong_attempt(problem, random: Random) -> str:
-    """A plausible wrong equation: mostly near the target, sometimes with wrong numbers or ill-formed."""
+    """A plausible wrong equation: mostly near the target, or with wrong numbers, or ill-formed."""
     kind = random.choices(("missed", "numbers", "form"), (0.75, 0.2, 0.05))[0]
     nums = list(problem.nums)
     if kind == "numbers":
@@ -128,7 +128,7 @@ def _random_equation(nums, random: Random) -> tuple[str, int]:
 
 
 def reflection(problem, attempt: str, random: Random, name: str | None = None) -> str:
-    """A reflection on `attempt`, in the style `name` (by default drawn with the shares in STYLES)."""
+    """A reflection on `attempt` in the style `name`, by default drawn with the shares in STYLES."""
     name = name or random.choices(list(STYLES), STYLES.values())[0]
     writers = {
         "vague": _vague,
@@ -201,7 +201,7 @@ def _search(problem, attempt, random) -> str:
 
 
 def _near_miss(problem, tried, random) -> str:
-    """A wrong equation on the right numbers, the nearest to the target of several, not in `tried`."""
+    """A wrong equation on the right numbers, the nearest of several to the target, not `tried`."""
     while True:
         candidates = [_random_equation(list(problem.nums), random) for _ in range(4)]
         wrong = [c for c in candidates if c[1] != problem.target and c[0] not in tried]

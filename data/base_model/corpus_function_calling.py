@@ -9,7 +9,8 @@ from random import Random
 
 from r3lib.tasks import FunctionCallingTask
 from r3lib.tasks import function_calling_tools as tools
-from r3lib.tasks.function_calling_tools import KINDS, Case, clock
+from r3lib.tasks.function_calling_tools import Case
+from r3lib.tasks.function_calling_values import KINDS, clock
 from r3lib.tasks.styles import CALLING_VAGUE, CALLING_VERBOSE
 
 DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
@@ -25,7 +26,7 @@ COMPUTED = (
 
 
 def conversation(task: FunctionCallingTask, random: Random) -> list[tuple[str, str, bool]]:
-    """Return one conversation about a problem of the split "pretrain": (role, text, learn it) a turn.
+    """Return one conversation about a "pretrain" problem, one (role, text, learn it) a turn.
 
     Problems are generated ones, whatever the task's `source` is.
     """
@@ -92,7 +93,7 @@ def wrong_attempt(case: Case, random: Random) -> list[dict] | str:
 
 
 def _other_tools(case: Case, name: str) -> list[str]:
-    """The tools to mistake for `name`: the one of the other size if there is one, else any other."""
+    """The tools to mistake for `name`: the one of the other size if there is one, else all."""
     others = [tool for tool in case.problem.tools if tool["name"] != name]
     sized = [t["name"] for t in others if t["description"] and _other_size(t["name"], name)]
     return sized or [tool["name"] for tool in others]
@@ -128,7 +129,7 @@ def _off(value, random: Random):
 
 
 def reflection(case: Case, attempt, random: Random, name: str | None = None) -> str:
-    """A reflection on `attempt`, in the style `name` (by default drawn with the shares in STYLES)."""
+    """A reflection on `attempt` in the style `name`, by default drawn with the shares in STYLES."""
     name = name or random.choices(list(STYLES), STYLES.values())[0]
     writers = {
         "vague": _vague,
@@ -181,7 +182,9 @@ def _worked(case, attempt, random) -> str:
             text += f" {name}: {', '.join(value.steps) or said}."
         if call.size:
             amount = next(iter(call.values.values())).value
-            text += f" {amount} is {'at most' if call.size == 'small' else 'more than'} {call.limit}."
+            text += (
+                f" {amount} is {'at most' if call.size == 'small' else 'more than'} {call.limit}."
+            )
         name = call.tool.name(call.size)
         text += f" So {', not '.join([name, *_near(case, name)])}."
     return text

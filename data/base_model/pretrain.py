@@ -1,6 +1,8 @@
-"""Pretrain the embedded model from a seed, on conversations about both tasks (hours; resumes after a kill).
+"""Pretrain the embedded model from a seed, on conversations about both tasks.
 
     python data/base_model/pretrain.py [--out FOLDER] [--seed 0] [--steps 10000]
+
+It takes an hour or more; a killed run resumes when it is repeated.
 """
 
 import argparse
@@ -58,7 +60,9 @@ class PretrainConfig:
 def main() -> int:
     """Pretrain as the command line says; return 0, or 2 for a stated error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of the model (default: here)")
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="folder of the model (default: here)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
     options = parser.parse_args()
@@ -96,7 +100,7 @@ def conversations(seed: int, start: int = 0) -> Iterator[list[tuple[str, str, bo
 
 
 def train_tokenizer(config: PretrainConfig, samples: int = 4000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose tokens may span words; digits, <tags> and the words of tool names stand alone.
+    """Byte-level BPE whose tokens may span words; digits, <tags> and words of tools stand alone.
 
     So a tool's name shares its tokens with the words that ask for it.
     """
@@ -241,16 +245,16 @@ def optimizers(model, config: PretrainConfig) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, config: PretrainConfig) -> float:
-    """Learning-rate factor: linear warm-up, constant, then linear to zero over the last `decay` of the steps."""
+    """Learning-rate factor: linear warm-up, constant, linear to zero in the last `decay` share."""
     left = (config.steps - step) / (config.decay * config.steps)
     return min(1.0, (step + 1) / config.warmup, left)
 
 
 def pretrain(out: Path, config: PretrainConfig = PretrainConfig(), log=print) -> None:
-    """Train, then save the model to `out`; a killed run goes on from its last checkpoint in `out`/state.
+    """Train, then save the model to `out`.
 
-    Until it has ended, what was in `out` before stays there. R3Error: the checkpoint is of another
-    `config`.
+    A killed run goes on from its last checkpoint in `out`/state. Until a run has ended, what was in
+    `out` before stays there. R3Error: the checkpoint is of another `config`.
     """
     state_file = out / "state" / "state.pt"
     state = load_state(state_file, config)
@@ -317,7 +321,7 @@ class Progress:
 
 
 def load_state(path: Path, config: PretrainConfig) -> dict | None:
-    """The training state in `path`, None where there is none. R3Error: it is of another `config`."""
+    """The training state in `path`, None without one. R3Error: it is of another `config`."""
     if not path.exists():
         return None
     state = torch.load(path, weights_only=True)

@@ -3,9 +3,10 @@
     python data/base_model/warm_start.py --task countdown --out runs/smol-countdown
     r3 reproduce --profile smol --task countdown --set model=runs/smol-countdown
 
-R3 rewards retries that succeed; where none does, there is nothing to reward. A LoRA learns the task's
-generated conversations (TRL's SFTTrainer), is merged, and the folder loads with plain transformers.
-`warm_start.json` in it has what the model was made from. A killed run resumes when it is repeated.
+R3 rewards retries that succeed; where none does, there is nothing to reward. A LoRA learns the
+task's generated conversations (TRL's SFTTrainer) and is merged; the folder loads with plain
+transformers. `warm_start.json` in it has what the model was made from. A killed run resumes when it
+is repeated.
 """
 
 import argparse
@@ -39,11 +40,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, choices=CORPORA)
     parser.add_argument("--out", required=True, type=Path, help="folder to make")
-    parser.add_argument("--profile", default="smol", help="names the model, task options, LoRA rank")
-    parser.add_argument("--model", help="base_model, smollm2, a folder or a hub id, not the profile's")
+    parser.add_argument(
+        "--profile", default="smol", help="names the model, task options, LoRA rank"
+    )
+    parser.add_argument(
+        "--model", help="base_model, smollm2, a folder or a hub id, not the profile's"
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--batch", type=int, default=32, help=f"conversations a step, x {MICRO_BATCH}")
+    parser.add_argument(
+        "--batch", type=int, default=32, help=f"conversations a step, x {MICRO_BATCH}"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.batch < 1 or options.batch % MICRO_BATCH or options.steps < 1:
@@ -60,12 +67,18 @@ def main() -> int:
 
 
 def warm_start(
-    study: Study, out: Path, steps: int, learning_rate: float, batch: int, seed: int, save_steps: int = 10
+    study: Study,
+    out: Path,
+    steps: int,
+    learning_rate: float,
+    batch: int,
+    seed: int,
+    save_steps: int = 10,
 ) -> Path:
-    """Train the `study`'s model on `steps` x `batch` conversations about its task; write it to `out`.
+    """Train the `study`'s model on `steps` x `batch` conversations about its task; return `out`.
 
-    A killed run resumes from its last checkpoint, one every `save_steps`; the folder comes last, by a
-    rename. R3Error: `out` is there already, or the killed run had other settings.
+    A killed run resumes from its last checkpoint, one every `save_steps`; the folder comes last, by
+    a rename. R3Error: `out` is there already, or the killed run had other settings.
     """
     if out.exists():
         raise R3Error(f"{out} is there already: delete it, or give another --out")
@@ -112,7 +125,7 @@ def config(
 
 
 def trainer_of(study: Study, args: SFTConfig) -> SFTTrainer:
-    """The trainer, with as many conversations as `args` has steps for. Weights are fp32, to be merged."""
+    """The trainer, with as many conversations as `args` has steps for; in fp32, to be merged."""
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
     data = Dataset.from_list(list(examples(study.task, study.chat, count, args.seed)))
     set_seed(args.seed)  # of the adapter's first weights

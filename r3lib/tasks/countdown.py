@@ -16,7 +16,8 @@ from ..verifiers.verdict import Verdict
 from . import styles
 from .base import Task
 
-SPLITS = {"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}  # share of the problems
+# shares of the problems
+SPLITS = {"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 BATCH = 1000  # rows of it that are read at once
 COUNTED = 5000  # most sets of numbers whose problems are counted (0.1 s for 1,540 of three)
@@ -36,17 +37,18 @@ class CountdownProblem:
 
 
 def split_of(problem: CountdownProblem) -> str:
-    """Assign a canonical problem to a split by hash. Only "pretrain" is in the embedded model's corpus."""
+    """Assign a canonical problem to a split by hash; the embedded model saw "pretrain" only."""
     place = int.from_bytes(hashlib.sha256(problem.id.encode()).digest()[:4]) / 2**32
     return next(split for split, end in zip(SPLITS, accumulate(SPLITS.values())) if place < end)
 
 
 class CountdownTask(Task):
-    """Countdown as the paper has it (its Table 2), from the hub's data set or from a seeded generator.
+    """Countdown as the paper has it (its Table 2), from the hub's data set or a seeded generator.
 
-    `source` is "generator", "hub" or a local folder or file of the data set `Jiayi-Pan/Countdown-Tasks-3to4`.
-    The generator draws `count` numbers (one of the given counts) from 1 to `largest` and a target from 1 to
-    `largest_target` that they reach; a problem belongs to one split whatever the order of its numbers.
+    `source` is "generator", "hub" or a local folder or file of the data set
+    `Jiayi-Pan/Countdown-Tasks-3to4`. The generator draws `count` numbers (one of the given counts)
+    from 1 to `largest` and a target from 1 to `largest_target` that they reach; a problem belongs
+    to one split whatever the order of its numbers.
     """
 
     name = "countdown"
@@ -60,18 +62,20 @@ class CountdownTask(Task):
         self.source = source
         self.count = (count,) if isinstance(count, int) else tuple(count)
         self.largest, self.largest_target = largest, largest_target
-        if not self.count or min(self.count) < 2 or max(self.count) > 4 or largest < 2 or largest_target < 1:
+        counts = bool(self.count) and min(self.count) >= 2 and max(self.count) <= 4
+        if not counts or largest < 2 or largest_target < 1:
             raise R3Error(
-                f"countdown options count={count}, largest={largest}, largest_target={largest_target}: "
-                "use counts of 2 to 4, largest >= 2 and largest_target >= 1"
+                f"countdown options count={count}, largest={largest}, "
+                f"largest_target={largest_target}: use counts of 2 to 4, largest >= 2 and largest_target >= 1"
             )
 
     def messages(self, problem: CountdownProblem) -> list[dict]:
         """The paper's prompt, and where to put the answer."""
         content = (
-            f"Using the numbers {list(problem.nums)}, create an equation that equals {problem.target}. "
-            "You can use basic arithmetic operations (+, -, *, /) one or multiple times but each number "
-            "can only be used once. Give the equation in <answer> </answer> tags."
+            f"Using the numbers {list(problem.nums)}, create an equation that equals "
+            f"{problem.target}. You can use basic arithmetic operations (+, -, *, /) one or multiple "
+            "times but each number can only be used once. Give the equation in <answer> </answer> "
+            "tags."
         )
         return [{"role": "user", "content": content}]
 
@@ -93,7 +97,8 @@ class CountdownTask(Task):
             raise R3Error(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
         if n < 1:
             raise R3Error(f"n={n} asks for no problem: ask for at least 1")
-        return self._generate(split, n, seed) if self.source == "generator" else self._read(split, n, seed)
+        made = self._generate if self.source == "generator" else self._read
+        return made(split, n, seed)
 
     def _generate(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
         found: dict[str, CountdownProblem] = {}
@@ -106,8 +111,8 @@ class CountdownTask(Task):
                 return list(found.values())
         most = len(found) if there is None else there
         raise R3Error(
-            f"countdown {split} holds only about {most} distinct problems with numbers up to {self.largest}, "
-            f"{n} were asked for: ask for fewer, or raise largest or largest_target"
+            f"countdown {split} holds only about {most} distinct problems with numbers up to "
+            f"{self.largest}, {n} were asked for: ask for fewer, or raise largest or largest_target"
         )
 
     def _count(self, split: str) -> int | None:
@@ -129,14 +134,17 @@ class CountdownTask(Task):
                 return CountdownProblem(nums, random.choice(targets))
 
     def _read(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
-        parts = {split} | ({"pretrain"} if split == "train" else set())  # no corpus was made from this source
+        parts = {split}
+        if split == "train":  # no corpus was made from this source
+            parts.add("pretrain")
         found: dict[str, CountdownProblem] = {}
         skipped = []
         for row, nums, target in read_rows(self.source, seed):
             problem = _whole(nums, target)
             if problem and (problem.id in found or split_of(problem) not in parts):
                 continue
-            if problem and target in reachable(tuple(sorted(nums))):  # slow, so only of rows that are taken
+            # slow, so only of rows that are taken
+            if problem and target in reachable(tuple(sorted(nums))):
                 found[problem.id] = problem
             else:
                 skipped.append(f"row {row}: nums={nums}, target={target}")
@@ -146,12 +154,13 @@ class CountdownTask(Task):
             said = "%s: skipped %d rows with no solvable problem of whole numbers, e.g. %s"
             logging.getLogger(__name__).warning(said, self.source, len(skipped), skipped[0])
         if len(found) < n:
-            raise R3Error(f"{self.source} has {len(found)} {split} problems, {n} were asked for: ask for fewer")
+            there = f"{self.source} has {len(found)} {split} problems"
+            raise R3Error(f"{there}, {n} were asked for: ask for fewer")
         return list(found.values())
 
 
 def read_rows(source: str, seed: int) -> Iterator[tuple[int, list[int], int]]:
-    """The data set's rows (number, `nums`, `target`) from the hub or a local path, in a seeded order."""
+    """The data set's rows (number, `nums`, `target`), of the hub or a path, in a seeded order."""
     from datasets import load_dataset
 
     path = Path(source)
@@ -162,14 +171,16 @@ def read_rows(source: str, seed: int) -> Iterator[tuple[int, list[int], int]]:
             data = load_dataset(HUB_DATASET if source == "hub" else source, split="train")
     except Exception as error:
         raise R3Error(
-            f"cannot read Countdown problems from {source!r} ({type(error).__name__}): check the path or the "
-            'network, or use source="generator"'
+            f"cannot read Countdown problems from {source!r} ({type(error).__name__}): "
+            'check the path or the network, or use source="generator"'
         ) from error
     if not {"nums", "target"} <= set(data.column_names):
         raise R3Error(
-            f"{source!r} has columns {data.column_names}: Countdown needs `nums` (list of int) and `target` (int)"
+            f"{source!r} has columns {data.column_names}: Countdown needs `nums` (list of int) and "
+            "`target` (int)"
         )
-    data, order = data.select_columns(["nums", "target"]), Random(f"{seed}").sample(range(len(data)), len(data))
+    data = data.select_columns(["nums", "target"])
+    order = Random(f"{seed}").sample(range(len(data)), len(data))
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
         some = data[rows]
@@ -182,9 +193,10 @@ def _whole(nums, target) -> CountdownProblem | None:
     return CountdownProblem(tuple(nums), target) if whole else None
 
 
-@lru_cache(maxsize=2048)  # room for all 1,540 of three numbers up to 20; one of four numbers takes some 20 kB
+# room for all 1,540 of three numbers up to 20; one of four numbers takes some 20 kB
+@lru_cache(maxsize=2048)
 def reachable(nums: tuple[int, ...]) -> tuple[int, ...]:
-    """All whole numbers that sorted `nums` reach with + - * /, each number used exactly once; exact."""
+    """All whole numbers that sorted `nums` reach with + - * /, each used exactly once; exact."""
     return tuple(sorted({n // d for n, d in _fractions(nums) if n % d == 0}))
 
 

@@ -69,7 +69,9 @@ class FunctionCallingTask(Task):
 
     def verify(self, text: str, problem: FunctionCallingProblem) -> Verdict:
         """See `r3lib.verifiers.function_calling.verify`."""
-        answers = problem.possible if self.rule == "lenient" and problem.possible else problem.answers
+        answers = (
+            problem.possible if self.rule == "lenient" and problem.possible else problem.answers
+        )
         return verifier.verify(text, list(problem.tools), list(answers), self.rule)
 
     def style(self, reflection: str) -> str:
@@ -77,7 +79,7 @@ class FunctionCallingTask(Task):
         return styles.function_calling(reflection)
 
     def part(self, problem_id: str) -> str:
-        """What is new in a generated test problem: "combinations" of tools, "phrasings" or "tools"."""
+        """What a generated test problem has new: "combinations" of tools, "phrasings", "tools"."""
         return problem_id.partition("-")[0] if self.source == "generator" else ""
 
     def files(self) -> list[Path]:
