@@ -62,14 +62,22 @@ def test_it_answers_with_three_seeds_on_2000_problems_of_each_task(episodes):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_readme_gives_its_rates(accuracy, task):
-    readme, cells = (ROOT / "README.md").read_text(), accuracy.loc["test", task]
+def test_the_page_of_results_gives_its_rates(accuracy, task):
+    page, cells = (ROOT / "docs" / "results.md").read_text(), accuracy.loc["test", task]
     for condition in CONDITIONS:
         both = [cells.loc[(policy, condition.name)] for policy in ("vanilla", "r3")]
         row = " | ".join([f"`{condition}`", *(percent(c.rate, c.lo, c.hi) for c in both)])
-        assert f"| {row} |" in readme
+        assert f"| {row} |" in page
     for policy in ("vanilla", "r3"):
-        assert f"{cells.loc[(policy, 'reflect_retry')].n:,}" in readme
+        assert f"{cells.loc[(policy, 'reflect_retry')].n:,}" in page
+
+
+def test_readme_gives_its_rates(accuracy):
+    readme = (ROOT / "README.md").read_text()
+    for condition in CONDITIONS:
+        cells = [accuracy.loc[("test", task, policy, condition.name)] for task in TASKS for policy in ("vanilla", "r3")]
+        row = " | ".join([f"`{condition}`", *(percent(c.rate, c.lo, c.hi) for c in cells)])
+        assert f"| {row} |" in readme
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -78,12 +86,13 @@ def test_readme_gives_its_main_differences(task, b):
     table = pd.read_csv(REFERENCE / "tables" / "comparisons.csv").set_index(["task", "a", "b"])
     row = table.loc[(task, "r3/reflect_retry", b)]
     written = f"{100 * row['diff']:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
-    assert written in (ROOT / "README.md").read_text()
+    for page in ("README.md", "docs/results.md"):
+        assert written in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("part", ["combinations", "phrasings", "tools"])
-def test_readme_gives_the_rates_of_each_part(accuracy, part):
+def test_the_page_of_results_gives_the_rates_of_each_part(accuracy, part):
     cells = accuracy.loc[f"test/{part}", "function_calling"]
     both = [cells.loc[(policy, "reflect_retry")] for policy in ("vanilla", "r3")]
     row = " | ".join(percent(c.rate, c.lo, c.hi) for c in both)
-    assert f"| {row} |" in (ROOT / "README.md").read_text()
+    assert f"| {row} |" in (ROOT / "docs" / "results.md").read_text()
