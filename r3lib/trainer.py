@@ -41,6 +41,7 @@ from .identity import (
     task_facts,
     write_note,
 )
+from .provenance import peak_memory_gib
 from .settings import refuse_ignored, settings_facts
 from .store import write_atomic
 from .tasks.base import RETRY_TURNS
@@ -481,6 +482,7 @@ class R3Metrics(TrainerCallback):
         row |= {ours: logs.get(theirs) for ours, theirs in METRICS.items()} | self.trainer.r3_metrics
         row |= {ours: logs[theirs] for ours, theirs in REMOTE_METRICS.items() if theirs in logs}
         row["seconds_learning"] = time.perf_counter() - self.started - row["seconds_sampling"]
+        row["peak_memory_gib"] = peak_memory_gib()
         with metrics_file(args).open("a") as file:
             file.write(json.dumps(row) + "\n")
         if row["zero_variance_share"] == 1.0 and not self.warned:
