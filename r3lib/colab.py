@@ -1,4 +1,4 @@
-"""What the notebooks' Colab cell calls: install the pinned packages beside what Colab itself runs on.
+"""What the notebooks' Colab cell calls: install the pinned packages beside what Colab runs on.
 
 It runs before anything is installed, so it imports nothing but the standard library.
 """
@@ -16,11 +16,11 @@ from .errors import R3Error
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("torch", "ipykernel", "jupyter-client", "jupyterlab", "nbclient", "nbformat")  # Colab's own
 DATA = "bfcl-eval==2026.3.23"  # the function-calling problems; not the code, which pins much else
-REMOVED = "torchao"  # Colab's is too old for peft, which then refuses every LoRA; nothing here uses it
+REMOVED = "torchao"  # Colab's is too old: peft refuses every LoRA beside it; nothing here uses it
 
 
 def install() -> None:
-    """Install this checkout with the versions of pyproject.toml, except for KEPT; minutes, the first time.
+    """Install this checkout with the versions of pyproject.toml, except for KEPT; takes minutes.
 
     Raises R3Error if the session must be restarted to see what pip replaced.
     """

@@ -1,7 +1,8 @@
-"""What can be checked before a run: each check, with a suggested fix. `r3 doctor` runs all of CHECKS.
+"""What can be checked before a run: each check, with a suggested fix.
 
-`r3 reproduce` runs those in BEFORE_A_RUN: it stops at a model or problems that are not there, and warns of the rest.
-A check returns what it found, or raises `Doubt` for what may go wrong and R3Error for what surely will.
+`r3 doctor` runs all of CHECKS. `r3 reproduce` runs those in BEFORE_A_RUN: it stops at a model or
+problems that are not there, and warns of the rest. A check returns what it found, or raises `Doubt`
+for what may go wrong and R3Error for what surely will.
 """
 
 import os
@@ -40,7 +41,7 @@ class Doubt(R3Error):
 
 @dataclass(frozen=True)
 class Run:
-    """What is about to run: `tasks` under `profile`, on a GPU of `gpu_memory` GiB if that is not this machine."""
+    """What is about to run: `tasks` under `profile`, here or on a GPU of `gpu_memory` GiB."""
 
     profile: Profile
     tasks: Iterable[str] = tuple(TASKS)
@@ -59,13 +60,13 @@ def report(profile="nano", log=print, gpu_memory=None, overrides=None, task="all
 
 
 def check_run(run: Run) -> None:
-    """Raise R3Error if model or problems are not there; print a warning to stderr for the rest of BEFORE_A_RUN."""
+    """Raise R3Error if model or problems are not there; warn on stderr of all else."""
     for check in BEFORE_A_RUN:
         warn(check, run, stop_at=(model, problems))
 
 
 def warn(check: Callable[[Run], str], run: Run, stop_at: tuple = ()) -> None:
-    """Print a warning to stderr unless `check` passes; R3Error if it fails and is one of `stop_at`."""
+    """Warn on stderr unless `check` passes; R3Error if it fails and is one of `stop_at`."""
     state, text = outcome(check, run)
     if state == "fail" and check in stop_at:
         raise R3Error(text)
@@ -92,14 +93,17 @@ def tasks_of(task: str) -> list[str]:
 
 def python(run: Run) -> str:
     """Whether this Python is a supported one."""
-    wanted, version = Requirement(f"python{project()['requires-python']}"), platform.python_version()
+    wanted, version = (
+        Requirement(f"python{project()['requires-python']}"),
+        platform.python_version(),
+    )
     if not wanted.specifier.contains(version):
         raise R3Error(f"{version}: install Python {wanted.specifier}")
     return version
 
 
 def packages(run: Run) -> str:
-    """Whether the pinned packages are there, and in the pinned versions; Colab keeps some of its own."""
+    """Whether the pinned packages are there, in the pinned versions; Colab keeps some of its own."""
     lines = project()["dependencies"]
     if run.profile.quantization == "nf4":
         lines = lines + project()["optional-dependencies"]["gpu"]
@@ -129,7 +133,9 @@ def gpu(run: Run) -> str:
 
     if not torch.cuda.is_available():
         if run.profile.model != "base_model":
-            raise Doubt("none found by torch, so this model will be slow: use a GPU, or profile nano")
+            raise Doubt(
+                "none found by torch, so this model will be slow: use a GPU, or profile nano"
+            )
         return "none, which this model does not need"
     name = torch.cuda.get_device_name()
     if torch.cuda.get_device_capability()[0] < 8:  # in hardware from Ampere on
@@ -174,13 +180,15 @@ def _check_hub_id(name: str) -> None:
 
 
 def problems(run: Run) -> str:
-    """Whether each task takes the profile's options and has as many problems; data of the hub are downloaded."""
+    """Whether each task takes its options and has enough problems; downloads those of the hub."""
     for name in run.tasks:
         task = load_task(name, **run.profile.task_options.get(name, {}))
         if run.profile.warm_start_steps:
             task.conversation(Random(0))
         if getattr(task, "source", "") == "hub" and not reaches_hub():
-            raise Doubt(f"{name}: the hub does not answer, its data must be in the hub's cache: go online")
+            raise Doubt(
+                f"{name}: the hub does not answer, its data must be in the hub's cache: go online"
+            )
         check_problems(task, run.profile)
     return f"{', '.join(run.tasks)}"
 
@@ -200,7 +208,7 @@ def check_problems(task: Task, profile: Profile) -> None:
 
 
 def vllm(run: Run) -> str:
-    """Whether the profile's vLLM servers answer; without any, whether one of our own could be started."""
+    """Whether the profile's vLLM servers answer; without any, whether we could start one."""
     if run.profile.engine != "vllm":
         return "not asked for"
     if run.profile.own_server:
@@ -230,7 +238,9 @@ def _check_server(address: str) -> None:
     try:
         ask(f"{web_address(address)}/health", None, 3.0)
     except (Lost, Refused) as error:
-        raise R3Error(f"engine=vllm, {error}: start it, or give another address in servers=") from error
+        raise R3Error(
+            f"engine=vllm, {error}: start it, or give another address in servers="
+        ) from error
 
 
 def memory(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""How much memory a run will take, estimated from the model's config.json alone. It warns and never refuses.
+"""How much memory a run takes, estimated from the model's config.json alone. Warns, never refuses.
 
 What a run really took stands in its metrics.jsonl as `peak_memory_gib`, step by step.
 """
@@ -12,8 +12,12 @@ from .config import ROOT, Profile
 from .errors import R3Error
 
 GIB = provenance.GIB
-OVERHEAD = 1.5  # what the parts leave out: libraries or CUDA contexts, holes in the heap, temporaries
-PROMPT = 400  # tokens assumed for the prompts of a conversation; what the model writes is in the profile
+OVERHEAD = (
+    1.5  # what the parts leave out: libraries or CUDA contexts, holes in the heap, temporaries
+)
+PROMPT = (
+    400  # tokens assumed for the prompts of a conversation; what the model writes is in the profile
+)
 NF4 = (4 + 0.127) / 8  # bytes a weight: 4 bits and the doubly quantised constants (QLoRA)
 ADAPTER = 4 + 4 + 8  # bytes a parameter of an adapter: fp32, its gradient, AdamW's two moments
 TILE = 4096, 32768  # tokens and vocabulary entries that TRL's fused head projects at once
@@ -31,7 +35,7 @@ FIX = {
 
 
 def read_config(model: str) -> dict:
-    """The config.json of a profile's `model`, a folder or a hub id. R3Error where there is none to be had."""
+    """The config.json of a profile's `model`, a folder or a hub id. R3Error where there is none."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     path = FOLDERS.get(model, ROOT / model) / "config.json"
@@ -41,37 +45,48 @@ def read_config(model: str) -> dict:
             if not isinstance(path, str) and provenance.reaches_hub():
                 path = hf_hub_download(model, "config.json")
         config = json.loads(Path(path).read_text())
-    except (OSError, ValueError, TypeError) as error:  # no such model, not reachable, no JSON
+        return config.get("text_config", config)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # no model, no network, no JSON
         fix = "go online, or name a local folder, in which config.json is enough"
         if model in FOLDERS:
             fix = "it is there after the first run"
         raise R3Error(f"memory is not estimated, no config.json of {model!r}: {fix}") from error
-    return config.get("text_config", config)
 
 
 def sizes(config: dict) -> dict[str, int]:
-    """Sizes of a dense decoder with gated MLPs, in numbers, from its config.json; norms and biases are left out.
+    """Sizes of a dense decoder with gated MLPs, in numbers; norms and biases are left out.
 
     `linear` counts the weights that NF4 packs, `lora_dims` the inputs and outputs that LoRA adapts.
     Raises R3Error for a config that describes something else.
     """
-    try:
-        hidden, heads, inner = (
-            config[key] for key in ("hidden_size", "num_attention_heads", "intermediate_size")
-        )
-        layers, vocabulary = config["num_hidden_layers"], config["vocab_size"]
-        head = config.get("head_dim") or hidden // heads
-        kv = (config.get("num_key_value_heads") or heads) * head
-        query = heads * head
-        linear = layers * (2 * hidden * (query + kv) + 3 * hidden * inner)
-        lora_dims = layers * (4 * hidden + 2 * (query + kv) + 3 * (hidden + inner))
-        embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise R3Error(f"memory is not estimated, config.json is not a dense decoder's: {error!r}") from error
     if any("experts" in key for key in config):
         raise R3Error("memory is not estimated: the model is a mixture of experts")
-    return dict(linear=linear, embeddings=embeddings, lora_dims=lora_dims, layers=layers, hidden=hidden,
-                query=query, kv=kv, inner=inner, vocabulary=vocabulary)  # fmt: skip
+    try:
+        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
+        heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
+        vocabulary = int(config["vocab_size"])
+        head = int(config.get("head_dim") or hidden // heads)
+        kv = head * int(config.get("num_key_value_heads") or heads)
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        why = f"config.json is not a dense decoder's: {type(error).__name__} {error}"
+        raise R3Error(f"memory is not estimated, {why}") from error
+    query = head * heads
+    return {
+        "linear": layers * (2 * hidden * (query + kv) + 3 * hidden * inner),
+        "embeddings": vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2),
+        "lora_dims": layers * (4 * hidden + 2 * (query + kv) + 3 * (hidden + inner)),
+        "layers": layers,
+        "hidden": hidden,
+        "query": query,
+        "kv": kv,
+        "inner": inner,
+        "vocabulary": vocabulary,
+    }
 
 
 def weight_bytes(found: dict[str, int], number: int, packed: bool) -> float:
@@ -80,16 +95,18 @@ def weight_bytes(found: dict[str, int], number: int, packed: bool) -> float:
 
 
 def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
-    """GiB by part, for a GPU (16 bits, gradient checkpointing) or a CPU (fp32). Every turn is as long as it may be.
+    """GiB by part, for a GPU (16 bits, gradient checkpointing) or a CPU (fp32); an upper bound.
 
-    A layer keeps for the backward about four tensors each of the hidden, the attention's and the MLP's size.
+    Every turn is as long as it may be. A layer keeps for the backward about four tensors each of
+    the hidden, the attention's and the MLP's size; with checkpointing only its input, and one layer
+    is computed again for a quarter of the rows at a time, as the trainer has it.
     """
     p, s = profile, sizes(config)
     number = 2 if gpu else 4
     length = PROMPT + p.attempt_tokens + p.reflection_tokens + p.retry_tokens
     learned = length - p.retry_tokens if p.mask == "reflection" else length
     layer = 4 * (s["hidden"] + s["query"] + s["inner"])
-    kept = s["layers"] * s["hidden"] + layer if gpu else s["layers"] * layer
+    kept = s["layers"] * s["hidden"] + layer / 4 if gpu else s["layers"] * layer
     tokens = p.micro_batch * learned
     found = {
         "weights": weight_bytes(s, number, p.quantization == "nf4"),
@@ -116,7 +133,7 @@ def stored(model: str) -> float:
 
 
 def total(profile: Profile, found: dict[str, float]) -> float:
-    """GiB of all parts with the overhead. One process samples and learns in turn; a vLLM server lives beside it."""
+    """GiB of all parts with the overhead; the phases take turns, but with a vLLM server."""
     learning = found["activations"] + found["logits"]
     sampling = found.get("KV cache", 0)
     both = learning + sampling if profile.own_server else max(learning, sampling)
@@ -124,7 +141,9 @@ def total(profile: Profile, found: dict[str, float]) -> float:
 
 
 def estimate(profile: Profile, gpu_memory: float | None = None) -> tuple[bool, str]:
-    """Whether a run fits a GPU of `gpu_memory` GiB, else this machine's GPU or RAM; and why, in one line. Raises R3Error where nothing can be said.
+    """Whether a run fits a GPU of `gpu_memory` GiB, or else this machine; and why, in a line.
+
+    Raises R3Error where nothing can be said.
     """
     gpu = gpu_memory or provenance.gpu_gib()
     there = gpu or provenance.ram_gib()
@@ -139,13 +158,16 @@ def estimate(profile: Profile, gpu_memory: float | None = None) -> tuple[bool, s
 
 
 def server_options(profile: Profile) -> str:
-    """Arguments for a vLLM server of our own: the profile's, and on a GPU its share and a context that fits it.
+    """Arguments for a vLLM server of our own: the profile's, and what a GPU asks for.
 
-    The share is what the trainer's estimate leaves; `vllm_options` may name another.
+    On a GPU that is the share that the trainer's estimate leaves, and a context that fits it.
+    `vllm_options` may name others.
     """
     if weights.device() == "cpu":
         return profile.vllm_options
-    ours = {"--max-model-len": "auto"}  # vLLM does not start with less cache than one whole context takes
+    ours = {
+        "--max-model-len": "auto"
+    }  # vLLM does not start with less cache than one whole context takes
     try:
         ours = {UTILIZATION: f"{server_share(profile):g}"} | ours
     except R3Error:  # nothing to estimate with: vLLM decides
@@ -155,7 +177,7 @@ def server_options(profile: Profile) -> str:
 
 
 def server_share(profile: Profile) -> float:
-    """The share of this process's GPU, from 0.1 to SHARE, that the trainer leaves to a vLLM server."""
+    """The share of this GPU, from 0.1 to SHARE, that the trainer leaves to a vLLM server."""
     found = parts(profile, read_config(profile.model), gpu=True)
     own = ("weights", "adapters", "activations", "logits")
     left = 1 - OVERHEAD * sum(found[name] for name in own) / _gpu_gib()

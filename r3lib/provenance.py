@@ -1,4 +1,4 @@
-"""Where a result comes from: git commit, package versions, hardware, memory. Facts only, no judgement."""
+"""Where a result comes from: git commit, package versions, hardware, memory."""
 
 import os
 import resource
@@ -17,7 +17,9 @@ from packaging.utils import canonicalize_name
 from .config import ROOT
 
 GIB = 2**30
-PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
+PACKAGES = (
+    "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
+)
 INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
 # preloaded by `reproduce` where it is installed: sampling on a CPU is 10 to 20% faster
 TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")
@@ -54,7 +56,7 @@ def ram_gib() -> float:
 
 
 def gpu_gib() -> float | None:
-    """Memory of this machine's smallest NVIDIA GPU in GiB, without importing torch; None without one."""
+    """GiB of this machine's smallest NVIDIA GPU, without importing torch; None without one."""
     sizes = _output("nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits")
     with suppress(AttributeError, ValueError):  # no nvidia-smi, or one that does not know the size
         return min(map(float, sizes.split())) / 1024
@@ -75,7 +77,9 @@ def peak_memory_gib() -> float:
 def reaches_hub() -> bool:
     """Whether the hub answers within three seconds; asked once."""
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3).close()
+        urllib.request.urlopen(
+            os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3
+        ).close()
     except (OSError, ValueError):
         return False
     return True
