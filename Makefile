@@ -36,7 +36,7 @@ reproduce: $(STAMP) ## Run every notebook; tables, figures and report go to resu
 smoke: $(STAMP) ## The same with a handful of problems and steps
 	@$(R3) reproduce --profile smoke --task '$(TASK)' $(addprefix --set ,$(SET))
 
-doctor: $(STAMP) ## Say what the run needs, whether this machine has it, and what to mend
+doctor: $(STAMP) ## Check this machine for a profile, with a suggested fix for each problem
 	@$(R3) doctor --profile '$(PROFILE)' --task '$(TASK)' $(addprefix --set ,$(SET))
 
 test: $(STAMP) ## Every test, the slow ones too

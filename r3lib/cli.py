@@ -1,4 +1,4 @@
-"""The command `r3`: reproduce, sample, merge, doctor, report, base-model, badges."""
+"""The command `r3`: reproduce, sample, merge, doctor, report, base-model."""
 
 import argparse
 import subprocess
@@ -54,11 +54,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, default=0)
     add_study(one)
 
-    one = command("doctor", doctor, "Say what a profile needs, whether this machine has it, and what to mend.")
+    one = command("doctor", doctor, "Check this machine for a profile, with a suggested fix for each problem.")
     one.add_argument("--profile", default="nano")
     one.add_argument("--task", default="all", help="all (default) or one task, whose data alone are then asked for")
     add_set(one)
-    one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="plan for a GPU of so many GiB")
+    one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="estimate for a GPU of so many GiB")
 
     one = command("report", report, "Write report.html again from the results that are there.")
     one.add_argument("--profile", default="nano")
@@ -69,8 +69,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
-
-    command("badges", badges, "Stamp the notebooks with their Colab badge and cell (after a new version or URL).")
     return top
 
 
@@ -118,13 +116,6 @@ def base_model(options) -> int:
         if (value := getattr(options, name)) is not None:
             command += [f"--{name}", str(value)]
     return subprocess.run(command).returncode
-
-
-def badges(options) -> int:
-    from .badges import write_badges
-
-    write_badges()
-    return 0
 
 
 def add_set(one: argparse.ArgumentParser) -> None:

@@ -1,194 +1,274 @@
-"""What this machine is, and whether it can run a profile: each finding with its mend."""
+"""What can be checked before a run: each check, with a suggested fix.
+
+`r3 doctor` runs all of CHECKS. `r3 reproduce` runs those in BEFORE_A_RUN: it stops at a model or
+problems that are not there, and warns of the rest. A check returns what it found, or raises `Doubt`
+for what may go wrong and R3Error for what surely will.
+"""
 
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tomllib
-import urllib.request
-from contextlib import suppress
-from functools import cache
-from glob import glob
-from importlib import metadata
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from . import preflight
 from .colab import KEPT, on_colab
-from .config import ROOT, Profile, load_profile
+from .config import ROOT, Profile, load_profile, nearest
 from .errors import R3Error
-from .tasks.function_calling_records import BFCL_INSTALL, GATED_MEND
-from .tasks.function_calling_records import HUB_DATASET as GATED
+from .provenance import GIB, INSTALLED, TCMALLOC, reaches_hub
+from .tasks import TASKS, Task, load_task
 from .weights import missing
 
-PACKAGES = "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
-TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")  # 10 to 20% faster when preloaded
-GIB = 2**30
+VALIDATION = 32  # problems of the tour
 HAS_VLLM = "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))"
-INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
+TIMES = {  # measured on two cores, unless settings change
+    "smoke": "about 90 seconds",
+    "nano": "about 20 minutes for both tasks and one seed",
+    "smol": "about two hours a task",
+}
 
 
-class Finding(NamedTuple):
-    """`state` is "ok", "warn" or "fail"; `mend` says what to do when it is not "ok", and else may say more."""
-
-    name: str
-    state: str
-    value: str
-    mend: str = ""
+class Doubt(R3Error):
+    """What may go wrong, or is only slow: no reason to stop."""
 
 
-@cache
-def machine() -> dict:
-    """Git commit, package versions and hardware: where a result comes from."""
-    git, gpu = f'git -C "{ROOT}" ', "nvidia-smi --query-gpu=name --format=csv,noheader"
-    done = map(subprocess.getstatusoutput, (git + "rev-parse --verify HEAD", git + "status --porcelain", gpu))
-    commit, changes, gpu = (output if status == 0 else None for status, output in done)
-    versions = {name: INSTALLED.get(name) for name in PACKAGES}
-    hardware = {"cpus": os.cpu_count(), "gpu": gpu, "memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
-    return {"commit": commit, "dirty": bool(changes), "packages": versions, "hardware": hardware}
+@dataclass(frozen=True)
+class Run:
+    """What is about to run: `tasks` under `profile`, here or on a GPU of `gpu_memory` GiB."""
+
+    profile: Profile
+    tasks: Iterable[str] = tuple(TASKS)
+    gpu_memory: float | None = None
 
 
-def examine(profile: Profile, gpu_memory: float | None = None, task: str = "all") -> list[Finding]:
-    """All findings about this machine for a profile and task; with `gpu_memory` planned for a GPU of so many GiB."""
-    lacking, memory = missing(profile.model), psutil.virtual_memory().total / GIB
-    return [
-        *_versions(),
-        Finding("cores", "ok", str(os.cpu_count())),
-        _finding("memory", f"{memory:.1f} GiB", memory >= 3.5, "needs 4 GiB: use a larger machine"),
-        _gpu(profile),
-        _finding("model", profile.model, not lacking, lacking),
-        *_plan(profile, gpu_memory),
-        *_hub(),
-        *(_function_calling(profile) if task in ("all", "function_calling") else []),
-        *vllm(profile),
-        _finding("tcmalloc", TCMALLOC or "none", TCMALLOC, "10 to 20% slower: install libtcmalloc-minimal4", "warn"),
+def report(profile="nano", log=print, gpu_memory=None, overrides=None, task="all") -> int:
+    """Log a line for each check; return 1 if one fails, else 0."""
+    run = Run(load_profile(profile, **(overrides or {})), tasks_of(task), gpu_memory)
+    failed = False
+    for check in CHECKS:
+        state, text = outcome(check, run)
+        log(f"{state:4}  {check.__name__:8}  {text}")
+        failed |= state == "fail"
+    return int(failed)
+
+
+def check_run(run: Run) -> None:
+    """Raise R3Error if model or problems are not there; warn on stderr of all else."""
+    for check in BEFORE_A_RUN:
+        warn(check, run, stop_at=(model, problems))
+
+
+def warn(check: Callable[[Run], str], run: Run, stop_at: tuple = ()) -> None:
+    """Warn on stderr unless `check` passes; R3Error if it fails and is one of `stop_at`."""
+    state, text = outcome(check, run)
+    if state == "fail" and check in stop_at:
+        raise R3Error(text)
+    if state != "ok":
+        print(f"r3: warning: {text}", file=sys.stderr)
+
+
+def outcome(check: Callable[[Run], str], run: Run) -> tuple[str, str]:
+    """("ok", "warn" or "fail", what was found and the fix)."""
+    try:
+        return "ok", check(run)
+    except Doubt as doubt:
+        return "warn", str(doubt)
+    except R3Error as error:
+        return "fail", str(error)
+
+
+def tasks_of(task: str) -> list[str]:
+    """The tasks that "all" or a task's name stands for. R3Error for an unknown name."""
+    if task != "all" and task not in TASKS:
+        raise R3Error(f"unknown task {task!r}: {nearest(task, ['all', *TASKS])}")
+    return list(TASKS) if task == "all" else [task]
+
+
+def python(run: Run) -> str:
+    """Whether this Python is a supported one."""
+    wanted, version = (
+        Requirement(f"python{project()['requires-python']}"),
+        platform.python_version(),
+    )
+    if not wanted.specifier.contains(version):
+        raise R3Error(f"{version}: install Python {wanted.specifier}")
+    return version
+
+
+def packages(run: Run) -> str:
+    """Whether the pinned packages are there, in the pinned versions; Colab keeps some of its own."""
+    lines = project()["dependencies"]
+    if run.profile.quantization == "nf4":
+        lines = lines + project()["optional-dependencies"]["gpu"]
+    wanted = {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+    if on_colab():
+        wanted = {name: r for name, r in wanted.items() if name not in KEPT}
+    if absent := [str(r) for name, r in wanted.items() if name not in INSTALLED]:
+        raise R3Error(f"missing {', '.join(absent)}: run `make install`, on a GPU with EXTRAS=gpu")
+    others = [
+        f"{name} {INSTALLED[name]} (tested: {r.specifier})"
+        for name, r in wanted.items()
+        if not r.specifier.contains(INSTALLED[name], prereleases=True)
     ]
+    if others:
+        raise Doubt(f"other versions than tested, {', '.join(others)}: run `make install`")
+    return f"all {len(wanted)} as pinned"
 
 
-def report(profile="nano", say=print, gpu_memory=None, overrides: dict | None = None, task: str = "all") -> int:
-    """Print the findings as a table; return 1 if something that `profile` needs fails, else 0."""
-    findings = examine(load_profile(profile, **(overrides or {})), gpu_memory, task)
-    wide = [max(len(getattr(f, part)) for f in findings) for part in ("name", "value")]
-    for f in findings:
-        say(f"{f.state:4}  {f.name:{wide[0]}}  {f.value:{wide[1]}}  {f.mend}".rstrip())
-    return int(any(f.state == "fail" for f in findings))
+def project() -> dict:
+    """The [project] table of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def _finding(name: str, value: str, good, mend: str, bad: str = "fail") -> Finding:
-    return Finding(name, "ok", value) if good else Finding(name, bad, value, mend)
-
-
-def _versions() -> list[Finding]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    python, version = Requirement("python" + project["requires-python"]).specifier, platform.python_version()
-    found = [_finding("python", version, python.contains(version), f"install Python {python}")]
-    found += [_package(Requirement(text), "fail", "run `make install`") for text in project["dependencies"]]
-    extras = [(extra, text) for extra in ("gpu", "vllm") for text in project["optional-dependencies"][extra]]
-    return found + [_package(Requirement(text), "ok", f"optional: extra [{extra}]") for extra, text in extras]
-
-
-def _package(wanted: Requirement, absent: str, mend: str) -> Finding:
-    if on_colab() and wanted.name in KEPT:
-        return Finding(wanted.name, "ok", INSTALLED.get(wanted.name, "not installed"), "Colab's own")
-    if not (version := INSTALLED.get(name := canonicalize_name(wanted.name))):
-        return Finding(name, absent, "not installed", mend)
-    fits = wanted.specifier.contains(version, prereleases=True)
-    return _finding(name, version, fits, f'tested with another: pip install "{wanted}"', "warn")
-
-
-def _gpu(profile: Profile) -> Finding:
+def gpu(run: Run) -> str:
+    """Whether torch finds a GPU, which matters for larger models, and one that computes in bf16."""
     import torch
 
     if not torch.cuda.is_available():
-        return _finding("gpu", "none", profile.model == "base_model", "slow on a CPU: use a GPU or nano", "warn")
-    bf16 = torch.cuda.get_device_capability()[0] >= 8  # in hardware from Ampere on
-    return _finding("gpu", torch.cuda.get_device_name(), bf16, "no bf16: train in fp16 or fp32", "warn")
+        if run.profile.model != "base_model":
+            raise Doubt(
+                "none found by torch, so this model will be slow: use a GPU, or profile nano"
+            )
+        return "none, which this model does not need"
+    name = torch.cuda.get_device_name()
+    if torch.cuda.get_device_capability()[0] < 8:  # in hardware from Ampere on
+        raise Doubt(f"{name} has no bf16: training will use fp16")
+    return name
 
 
-def _plan(profile: Profile, gpu_memory: float | None) -> list[Finding]:
-    """What the run will need, by part, and whether it is there."""
-    from .plan import plan_of
-
-    free, need, parts, findings = shutil.disk_usage(ROOT).free / GIB, 2.0, "", []
-    if plan := plan_of(profile, gpu_memory):
-        how = "measured" if plan.lengths.measured else "assumed"
-        prompts = f"prompts of {plan.lengths.prompt} tokens ({how})"
-        findings.append(Finding("plan", "ok", f"{plan.shape.parameters:,} parameters", prompts))
-        for phase, needed in plan.memory().items():
-            state, parts = plan.state(phase), _words(needed, GIB)
-            mend = parts if state == "ok" else f"{plan.mend(phase)} ({parts})"
-            findings.append(Finding(phase, state, plan.share(phase), mend))
-        tokens = plan.tokens()
-        learned = tokens.pop("learned")
-        value = f"{sum(tokens.values()) / 1e6:,.2f} M sampled, {learned / 1e6:,.2f} M learned"
-        findings.append(Finding("tokens", "ok", value, f"at most; {_words(tokens, 1e6)}"))
-        need, parts = max(need, sum(plan.disk().values()) / GIB), f" ({_words(plan.disk(), GIB)})"
-    else:
-        mend = "to see what it will need go online, or name a local folder, in which config.json is enough"
-        findings.append(Finding("plan", "warn", f"no config of {profile.model}", mend))
-    mend = f"needs {need:.1f} GiB{parts}: free some disk space"
-    return [*findings, _finding("disk", f"{free:.1f} GiB free", free >= need, mend)]
+def model(run: Run) -> str:
+    """Whether the model is on this machine, or the hub has it."""
+    check_model(run.profile.model)
+    return run.profile.model
 
 
-def _words(counts: dict[str, float], unit: float) -> str:
-    return ", ".join(f"{name} {count / unit:,.2f}" for name, count in counts.items() if count >= 0.005 * unit)
+def check_model(name: str) -> None:
+    """Raise R3Error unless the model `name` is on this machine or the hub has it."""
+    if why := missing(name):
+        raise R3Error(f"model {name!r} has {why}")
+    folder = ROOT / name  # where the notebooks' kernels look for a relative one
+    if name in ("base_model", "smollm2") or (folder / "config.json").is_file():
+        return
+    if folder.is_dir():
+        raise R3Error(f"model {name!r} has no config.json: name a model's folder, or a hub id")
+    _check_hub_id(name)
 
 
-def reaches_hub() -> bool:
-    """Whether the hub answers within three seconds."""
+def _check_hub_id(name: str) -> None:
+    """Raise R3Error unless the hub, or while offline its cache, has the model `name`."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    no_folder = f"model {name!r} is no folder with a model"
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3).close()
-    except (OSError, ValueError):
-        return False
-    return True
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        if not reaches_hub():
+            why = "and not in the hub's cache, and the hub does not answer: go online"
+            raise R3Error(f"{no_folder} {why}")
+        hf_hub_download(name, "config.json")
+    except (ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise R3Error(f"{no_folder}, and the hub does not give it: {said}") from error
 
 
-def _hub() -> list[Finding]:
-    if not reaches_hub():
-        return [Finding("hub", "warn", "not reachable", "nano and smoke work offline; else name local folders")]
-    return [Finding("hub", "ok", "reachable")]
+def problems(run: Run) -> str:
+    """Whether each task takes its options and has enough problems; downloads those of the hub."""
+    for name in run.tasks:
+        task = load_task(name, **run.profile.task_options.get(name, {}))
+        if getattr(task, "source", "") == "hub" and not reaches_hub():
+            raise Doubt(
+                f"{name}: the hub does not answer, its data must be in the hub's cache: go online"
+            )
+        check_problems(task, run.profile)
+    return f"{', '.join(run.tasks)}"
 
 
-def vllm(profile: Profile) -> list[Finding]:
-    """Whether the profile's vLLM servers answer; without any, whether one of our own could be started."""
-    if profile.engine != "vllm":
-        return []
+def check_problems(task: Task, profile: Profile) -> None:
+    """Raise R3Error unless `task` has as many problems as the profile asks for, in every split."""
+    wanted = {"train": profile.train_problems, "test": profile.test_problems}
+    wanted["validation"] = VALIDATION
+    for split, count in wanted.items():
+        try:
+            task.problems(split, count, seed=0)
+        except (TypeError, ValueError, KeyError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise R3Error(
+                f"task {task.name!r} cannot make {split} problems ({why}): see its options"
+            ) from error
+
+
+def vllm(run: Run) -> str:
+    """Whether the profile's vLLM servers answer; without any, whether we could start one."""
+    if run.profile.engine != "vllm":
+        return "not asked for"
+    if run.profile.own_server:
+        return _interpreter()
+    addresses = run.profile.servers.replace(",", " ").split()
+    for address in addresses:
+        _check_server(address)
+    return ", ".join(addresses)
+
+
+def _interpreter() -> str:
+    """The Python that would run a vLLM server of our own; R3Error if it has no vLLM."""
     from .engines.vllm_server import install, interpreter
 
-    if not profile.own_server:
-        return [_server(address) for address in profile.servers.replace(",", " ").split()]
-    python, found = interpreter(), False
-    with suppress(OSError, subprocess.TimeoutExpired):
-        found = subprocess.run([python, "-c", HAS_VLLM], capture_output=True, timeout=60).returncode == 0
-    return [_finding("vllm server", python, found, f"no Python that has vLLM: {install()}")]
+    path = interpreter()
+    try:
+        subprocess.run([path, "-c", HAS_VLLM], capture_output=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise R3Error(f"engine=vllm, but {path} is no Python that has vLLM: {install()}") from error
+    return path
 
 
-def _server(address: str) -> Finding:
-    """Whether a vLLM server answers within three seconds."""
+def _check_server(address: str) -> None:
+    """Raise R3Error unless a vLLM server answers within three seconds."""
     from .engines.vllm import Lost, Refused, ask, web_address
 
     try:
         ask(f"{web_address(address)}/health", None, 3.0)
     except (Lost, Refused) as error:
-        return Finding("vllm server", "fail", address, f"{error}: start it, or give another address in servers=")
-    except R3Error as error:
-        return Finding("vllm server", "fail", address, str(error))
-    return Finding("vllm server", "ok", address)
+        raise R3Error(
+            f"engine=vllm, {error}: start it, or give another address in servers="
+        ) from error
 
 
-def _function_calling(profile: Profile) -> list[Finding]:
-    """Whether the data of the profile's function-calling source can be had."""
-    source = profile.task_options.get("function_calling", {}).get("source")
-    if source == "bfcl":
-        version = INSTALLED.get("bfcl-eval")
-        return [_finding("bfcl-eval", version or "not installed", version, f"run `{BFCL_INSTALL}`")]
-    if source != "hub":
-        return []
-    from huggingface_hub import auth_check, get_token
+def memory(run: Run) -> str:
+    """Whether the estimated memory is there, see `preflight`."""
+    try:
+        fits, text = preflight.estimate(run.profile, run.gpu_memory)
+    except R3Error as error:  # nothing to estimate with
+        raise Doubt(str(error)) from error
+    if not fits:
+        raise Doubt(f"memory may be short, {text}")
+    return text
 
-    allowed = False
-    with suppress(Exception):  # whatever stands in the way, there is no access
-        allowed = bool(get_token()) and auth_check(GATED, repo_type="dataset") is None
-    return [_finding("gated data", GATED, allowed, GATED_MEND)]
+
+def disk(run: Run) -> str:
+    """Whether two GiB are free, and room for the weights of a model that the hub gives."""
+    free, needed = shutil.disk_usage(ROOT).free / GIB, 2.0
+    try:
+        needed += preflight.stored(run.profile.model)
+    except R3Error:  # a model of unknown size
+        pass
+    if free < needed:
+        raise Doubt(f"{free:.1f} GiB free, about {needed:.1f} are needed: free some disk space")
+    return f"{free:.1f} GiB free of about {needed:.1f} needed"
+
+
+def time(run: Run) -> str:
+    """How long the run takes, where that was measured."""
+    known = TIMES.get(run.profile.name, "not measured for this profile")
+    faster = "" if TCMALLOC else "; 10 to 20% less on a CPU with libtcmalloc-minimal4 installed"
+    return f"{known} ({os.cpu_count()} cores here){faster}"
+
+
+CHECKS = (python, packages, gpu, model, problems, vllm, memory, disk, time)
+BEFORE_A_RUN = (model, problems, vllm, memory, disk)

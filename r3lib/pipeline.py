@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -18,13 +17,11 @@ from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode, read
 from papermill.exceptions import PapermillExecutionError
 
-from .checks import check
-from .config import ROOT, Profile, load_profile, nearest
-from .doctor import TCMALLOC, reaches_hub, vllm
+from .config import ROOT, Profile, load_profile
+from .doctor import Run, check_run, tasks_of
 from .errors import R3Error
-from .plan import heed
+from .provenance import TCMALLOC, reaches_hub
 from .store import claimed, room_for
-from .tasks import TASKS
 
 NOTEBOOKS, RESULTS = ROOT / "notebooks", Path("results")
 TABLES = ("accuracy.csv", "comparisons.csv")  # what a report cannot do without
@@ -41,24 +38,18 @@ def reproduce(
     Before notebook 04 has ever run there is no report, and the path is that of the results.
     `results`, if relative, lies beside the notebooks, as does the kernels' working directory. Executed copies go
     to `results/<profile>/executed`, also of a notebook that fails. Raises R3Error before anything runs for an
-    unknown profile, key, task, notebook or parameter, for what `checks.check` refuses, for a plan that does not fit
-    and a folder of results that cannot be written or that another run holds; and for the cell that fails.
-    Warns on stderr where vLLM is wanted and not there.
+    unknown profile, key, task, notebook or parameter, for what `doctor.check_run` refuses, and a folder of results
+    that cannot be written or that another run holds; and for the cell that fails.
+    Warns on stderr of what else `check_run` finds: vLLM that is not there, memory or disk that may be short.
     """
     settings = load_profile(profile, **(overrides or {}))
-    if task != "all" and task not in TASKS:
-        raise R3Error(f"unknown task {task!r}: {nearest(task, ['all', *TASKS])}")
+    run = Run(settings, tasks_of(task))
     profile = str(Path(profile).resolve()) if profile.endswith(".yaml") else profile
     given = dict(profile=profile, task=task, overrides=json.dumps(overrides or {}), results=str(results))
     notebooks = choose(start, only)
     for notebook in notebooks:
         check_parameters(notebook, given)
-    check(settings, list(TASKS) if task == "all" else [task])
-    for finding in vllm(settings):
-        if finding.state == "fail":  # no error yet: what is cached needs no server
-            print(f"r3: warning: engine=vllm, {finding.value}: {finding.mend}", file=sys.stderr)
-    if settings.model != "base_model":  # which fits any machine
-        check_memory(profile, overrides or {})
+    check_run(run)
     kernel, started, folder = kernel_of(settings, fresh), time.time(), NOTEBOOKS.parent / results / settings.name
     with claimed(folder):
         for notebook in notebooks:
@@ -97,15 +88,6 @@ def check_parameters(notebook: Path, given: dict) -> None:
             ast.literal_eval(parameter["default"])
         except (ValueError, SyntaxError) as error:
             raise R3Error(f"{notebook.name}: parameter {name!r} is no literal: write its value out") from error
-
-
-def check_memory(profile: str, overrides: dict) -> None:
-    """Raise R3Error if the plan surely does not fit, warn on stderr if it may not.
-
-    A process of its own takes torch, which a plan needs, away again.
-    """
-    command = [sys.executable, "-m", "r3lib.plan", profile, json.dumps(overrides)]
-    heed(json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout or "[]"))
 
 
 def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:

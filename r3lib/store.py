@@ -13,8 +13,8 @@ from glob import glob
 from pathlib import Path
 
 from .chat import DATE
-from .doctor import machine
 from .errors import R3Error
+from .provenance import machine
 
 STARTED = time.time()
 ROOM = 2**20  # bytes; with less than that free, a failed write is blamed on the disk

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     from accelerate import PartialState
 
-    from .plan import doubts, heed
+    from .doctor import Run, memory, warn
     from .store import claimed
     from .weights import NO_SAMPLING, device, spreads_weights
 
@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         study = study_of(options)
         if study.profile.engine == "transformers" and spreads_weights():
             raise R3Error(NO_SAMPLING)
-        heed(doubts(study.profile), quiet=not state.is_main_process)
+        if state.is_main_process and not spreads_weights():
+            warn(memory, Run(study.profile))
         with claimed(study.results, shared=True):
             with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
                 study.mine()

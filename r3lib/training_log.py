@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
+from .provenance import peak_memory_gib
 from .store import write_atomic
 
 METRICS = {  # ours: TRL's
@@ -59,6 +60,7 @@ class R3Metrics(TrainerCallback):
         row |= self.trainer.r3_metrics
         row |= {ours: logs[theirs] for ours, theirs in REMOTE_METRICS.items() if theirs in logs}
         row["seconds_learning"] = time.perf_counter() - self.started - row["seconds_sampling"]
+        row["peak_memory_gib"] = peak_memory_gib()
         with metrics_file(args).open("a") as file:
             file.write(json.dumps(row) + "\n")
         if row["zero_variance_share"] == 1.0 and not self.warned:

