@@ -158,7 +158,7 @@ def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
         ({"function_calling": {"parts": 5}}, "task 'function_calling', options {'parts': 5}"),
         (
             {"function_calling": {"parts": {"tools": "x"}}},
-            "task 'function_calling' cannot make train problems",
+            "task 'function_calling', options {'parts': {'tools': 'x'}}: ",
         ),
         (
             {"countdown": {"source": "no/such/folder"}},
@@ -181,6 +181,7 @@ def test_too_few_problems_are_counted_not_searched_for():
 
 
 def test_problems_of_the_hub_are_a_doubt_while_offline_and_bfcl_names_its_package(monkeypatch):
+    monkeypatch.setattr(doctor, "reaches_hub", lambda: False)
     state, text = ask("problems", task_options={"countdown": {"source": "hub"}})
     assert state == "warn" and text.startswith("countdown: the hub does not answer")
     monkeypatch.setattr("r3lib.tasks.function_calling_records.find_spec", lambda name: None)

@@ -111,10 +111,10 @@ def test_a_server_of_our_own_holds_the_weights_again_and_one_elsewhere_does_not(
 
 def test_without_a_gpu_the_ram_is_what_there_is(monkeypatch):
     monkeypatch.setattr(provenance, "_output", lambda command: None)
-    monkeypatch.setattr(provenance, "ram_gib", lambda: 4.0)
+    monkeypatch.setattr(provenance, "ram_gib", lambda: 6.0)
     for name in ("smoke", "nano"):
         fits, text = estimate(load_profile(name))
-        assert fits and "of 4.0 GiB RAM" in text
+        assert fits and "of 6.0 GiB RAM" in text
     monkeypatch.setattr(provenance, "_output", lambda command: "15360\n81920")
     assert "of 15.0 GiB GPU" in estimate(load_profile("nano"))[1]
 
