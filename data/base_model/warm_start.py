@@ -97,6 +97,8 @@ def warm_start(
     # a training may change ends and padding: these are the model's own
     generation_config(study.model_path).save_pretrained(work)
     AutoTokenizer.from_pretrained(study.model_path).save_pretrained(work)
+    for weights in work.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod((work / "warm_start.json").stat().st_mode)
     shutil.rmtree(work / "state")
     work.rename(out)
     return out
