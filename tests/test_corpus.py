@@ -1,5 +1,7 @@
 """The Countdown half of the embedded model's corpus: training problems only, right arithmetic, styles as stated."""
 
+import hashlib
+import json
 import re
 import time
 from itertools import islice
@@ -265,6 +267,12 @@ def test_a_conversation_depends_on_seed_and_index_alone(corpus):
     assert list(islice(conversations(0, start=81), 0, 20, 2)) == [talk.turns for talk in corpus[40:50]]
     assert list(islice(conversations(0, start=40), 10)) == list(islice(conversations(0), 50))[40:]
     assert list(islice(conversations(1), 1, 10, 2)) != [talk.turns for talk in corpus[:5]]
+
+
+def test_the_conversations_are_those_that_the_shipped_model_was_trained_on():
+    """A change of the corpora makes another model: then train it again and note its new digest."""
+    first = json.dumps(list(islice(conversations(0), 2000)))
+    assert hashlib.sha256(first.encode()).hexdigest()[:16] == "b2619b01136cf55f"
 
 
 def test_half_of_the_corpus_is_countdown_three_tenths_function_calling_the_rest_exercises():

@@ -62,6 +62,7 @@ def test_two_steps_write_a_whole_model_that_any_profile_can_name(study, tmp_path
         "countdown",
         2,
     )
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # as the umask has it
     assert not (out / "state").exists() and not list(tmp_path.glob(".*.tmp"))
     with pytest.raises(R3Error, match="started is there already: delete it, or give another --out"):
         tool.warm_start(study, out, **SETTINGS)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from r3lib.chat import Chat
+from r3lib.checks import check_model
 from r3lib.errors import R3Error
 from r3lib.study import Study, generation_config
 from r3lib.tasks import Task
@@ -58,6 +59,7 @@ def main() -> int:
     try:
         chosen = {"model": options.model} if options.model else {}
         study = Study(options.profile, options.task, **chosen)
+        check_model(study.profile.model)
         settings = {k: getattr(options, k) for k in ("steps", "learning_rate", "batch", "seed")}
         print(warm_start(study, options.out, **settings))
     except R3Error as error:
@@ -95,6 +97,8 @@ def warm_start(
     # a training may change ends and padding: these are the model's own
     generation_config(study.model_path).save_pretrained(work)
     AutoTokenizer.from_pretrained(study.model_path).save_pretrained(work)
+    for weights in work.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod((work / "warm_start.json").stat().st_mode)
     shutil.rmtree(work / "state")
     work.rename(out)
     return out

@@ -66,16 +66,17 @@ class CountdownTask(Task):
         if not counts or largest < 2 or largest_target < 1:
             raise R3Error(
                 f"countdown options count={count}, largest={largest}, "
-                f"largest_target={largest_target}: use counts of 2 to 4, largest >= 2 and largest_target >= 1"
+                f"largest_target={largest_target}: use counts of 2 to 4, largest >= 2 "
+                "and largest_target >= 1"
             )
 
     def messages(self, problem: CountdownProblem) -> list[dict]:
         """The paper's prompt, and where to put the answer."""
         content = (
             f"Using the numbers {list(problem.nums)}, create an equation that equals "
-            f"{problem.target}. You can use basic arithmetic operations (+, -, *, /) one or multiple "
-            "times but each number can only be used once. Give the equation in <answer> </answer> "
-            "tags."
+            f"{problem.target}. You can use basic arithmetic operations (+, -, *, /) one or "
+            "multiple times but each number can only be used once. Give the equation in <answer> "
+            "</answer> tags."
         )
         return [{"role": "user", "content": content}]
 
