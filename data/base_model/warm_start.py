@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from r3lib.chat import Chat
-from r3lib.checks import check_model
+from r3lib.doctor import check_model
 from r3lib.errors import R3Error
 from r3lib.study import Study, generation_config
 from r3lib.tasks import Task
