@@ -103,7 +103,7 @@ def python(run: Run) -> str:
 
 
 def packages(run: Run) -> str:
-    """Whether the pinned packages are there, in the pinned versions; Colab keeps some of its own."""
+    """Whether the packages are there, in the pinned versions; Colab keeps some of its own."""
     lines = project()["dependencies"]
     if run.profile.quantization == "nf4":
         lines = lines + project()["optional-dependencies"]["gpu"]
