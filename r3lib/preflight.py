@@ -4,6 +4,7 @@ What a run really took stands in its metrics.jsonl as `peak_memory_gib`, step by
 """
 
 import json
+from contextlib import suppress
 from math import floor
 from pathlib import Path
 
@@ -12,12 +13,8 @@ from .config import ROOT, Profile
 from .errors import R3Error
 
 GIB = provenance.GIB
-OVERHEAD = (
-    1.5  # what the parts leave out: libraries or CUDA contexts, holes in the heap, temporaries
-)
-PROMPT = (
-    400  # tokens assumed for the prompts of a conversation; what the model writes is in the profile
-)
+OVERHEAD = 1.5  # what the parts leave out: libraries, CUDA contexts, holes in the heap, temporaries
+PROMPT = 400  # tokens assumed for the prompts of a conversation; the profile limits the answers
 NF4 = (4 + 0.127) / 8  # bytes a weight: 4 bits and the doubly quantised constants (QLoRA)
 ADAPTER = 4 + 4 + 8  # bytes a parameter of an adapter: fp32, its gradient, AdamW's two moments
 TILE = 4096, 32768  # tokens and vocabulary entries that TRL's fused head projects at once
@@ -46,12 +43,7 @@ def read_config(model: str) -> dict:
                 path = hf_hub_download(model, "config.json")
         config = json.loads(Path(path).read_text())
         return config.get("text_config", config)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # no model, no network, no JSON
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # no model, network or JSON
         fix = "go online, or name a local folder, in which config.json is enough"
         if model in FOLDERS:
             fix = "it is there after the first run"
@@ -165,13 +157,10 @@ def server_options(profile: Profile) -> str:
     """
     if weights.device() == "cpu":
         return profile.vllm_options
-    ours = {
-        "--max-model-len": "auto"
-    }  # vLLM does not start with less cache than one whole context takes
-    try:
-        ours = {UTILIZATION: f"{server_share(profile):g}"} | ours
-    except R3Error:  # nothing to estimate with: vLLM decides
-        pass
+    ours = {}
+    with suppress(R3Error):  # nothing to estimate with: vLLM decides
+        ours[UTILIZATION] = f"{server_share(profile):g}"
+    ours["--max-model-len"] = "auto"  # else vLLM wants cache for a whole context, or does not start
     added = [f"{name} {value}" for name, value in ours.items() if profile.vllm_option(name) is None]
     return " ".join([*added, profile.vllm_options]).strip()
 
