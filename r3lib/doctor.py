@@ -92,32 +92,31 @@ def tasks_of(task: str) -> list[str]:
 
 def python(run: Run) -> str:
     """Whether this Python is a supported one."""
-    wanted, version = (
-        Requirement(f"python{project()['requires-python']}"),
-        platform.python_version(),
-    )
-    if not wanted.specifier.contains(version):
-        raise R3Error(f"{version}: install Python {wanted.specifier}")
+    version = platform.python_version()
+    wanted = Requirement(f"python{project()['requires-python']}").specifier
+    if not wanted.contains(version):
+        raise R3Error(f"{version}: install Python {wanted}")
     return version
 
 
 def packages(run: Run) -> str:
-    """Whether the pinned packages are there, in the pinned versions; Colab keeps some of its own."""
-    lines = project()["dependencies"]
+    """Whether the packages are there, in the pinned versions; Colab keeps some of its own."""
+    lines, fix = project()["dependencies"], "run `pip install -e .`"
     if run.profile.quantization == "nf4":
         lines = lines + project()["optional-dependencies"]["gpu"]
+        fix = "run `pip install -e '.[gpu]'`"
     wanted = {canonicalize_name(r.name): r for r in map(Requirement, lines)}
     if on_colab():
         wanted = {name: r for name, r in wanted.items() if name not in KEPT}
     if absent := [str(r) for name, r in wanted.items() if name not in INSTALLED]:
-        raise R3Error(f"missing {', '.join(absent)}: run `make install`, on a GPU with EXTRAS=gpu")
+        raise R3Error(f"missing {', '.join(absent)}: {fix}")
     others = [
         f"{name} {INSTALLED[name]} (tested: {r.specifier})"
         for name, r in wanted.items()
         if not r.specifier.contains(INSTALLED[name], prereleases=True)
     ]
     if others:
-        raise Doubt(f"other versions than tested, {', '.join(others)}: run `make install`")
+        raise Doubt(f"other versions than tested, {', '.join(others)}: {fix}")
     return f"all {len(wanted)} as pinned"
 
 

@@ -4,26 +4,19 @@ What a run really took stands in its metrics.jsonl as `peak_memory_gib`, step by
 """
 
 import json
-from math import floor
 from pathlib import Path
 
-from . import provenance, weights
+from . import provenance
 from .config import ROOT, Profile
 from .errors import R3Error
+from .weights import EMBEDDED, SMOLLM2
 
-GIB = provenance.GIB
-OVERHEAD = (
-    1.5  # what the parts leave out: libraries or CUDA contexts, holes in the heap, temporaries
-)
-PROMPT = (
-    400  # tokens assumed for the prompts of a conversation; what the model writes is in the profile
-)
+OVERHEAD = 1.5  # what the parts leave out: libraries, CUDA contexts, holes in the heap, temporaries
+PROMPT = 400  # tokens assumed for the prompts of a conversation; the profile limits the answers
 NF4 = (4 + 0.127) / 8  # bytes a weight: 4 bits and the doubly quantised constants (QLoRA)
 ADAPTER = 4 + 4 + 8  # bytes a parameter of an adapter: fp32, its gradient, AdamW's two moments
 TILE = 4096, 32768  # tokens and vocabulary entries that TRL's fused head projects at once
-SHARE = 0.92  # of a GPU, vLLM's own default
-UTILIZATION = "--gpu-memory-utilization"
-FOLDERS = {"base_model": weights.EMBEDDED, "smollm2": weights.SMOLLM2}
+FOLDERS = {"base_model": EMBEDDED, "smollm2": SMOLLM2}
 FIX = {
     "weights": "set quantization=nf4 or use a smaller model",
     "adapters": "lower lora_rank",
@@ -46,12 +39,7 @@ def read_config(model: str) -> dict:
                 path = hf_hub_download(model, "config.json")
         config = json.loads(Path(path).read_text())
         return config.get("text_config", config)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # no model, no network, no JSON
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # no model, network or JSON
         fix = "go online, or name a local folder, in which config.json is enough"
         if model in FOLDERS:
             fix = "it is there after the first run"
@@ -121,7 +109,7 @@ def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
         found["vLLM's weights"] = weight_bytes(s, number, packed)
     if p.own_server or p.engine == "transformers":
         found["KV cache"] = rows * length * 2 * s["kv"] * s["layers"] * number
-    return {name: size / GIB for name, size in found.items()}
+    return {name: size / provenance.GIB for name, size in found.items()}
 
 
 def stored(model: str) -> float:
@@ -129,7 +117,7 @@ def stored(model: str) -> float:
     if model in FOLDERS or (ROOT / model).is_dir():
         return 0.0
     found = sizes(read_config(model))
-    return weight_bytes(found, 2, packed=False) / GIB
+    return weight_bytes(found, 2, packed=False) / provenance.GIB
 
 
 def total(profile: Profile, found: dict[str, float]) -> float:
@@ -155,36 +143,3 @@ def estimate(profile: Profile, gpu_memory: float | None = None) -> tuple[bool, s
     if needed <= there:
         return True, text
     return False, f"{text}: {FIX[max(found, key=found.get)]}"
-
-
-def server_options(profile: Profile) -> str:
-    """Arguments for a vLLM server of our own: the profile's, and what a GPU asks for.
-
-    On a GPU that is the share that the trainer's estimate leaves, and a context that fits it.
-    `vllm_options` may name others.
-    """
-    if weights.device() == "cpu":
-        return profile.vllm_options
-    ours = {
-        "--max-model-len": "auto"
-    }  # vLLM does not start with less cache than one whole context takes
-    try:
-        ours = {UTILIZATION: f"{server_share(profile):g}"} | ours
-    except R3Error:  # nothing to estimate with: vLLM decides
-        pass
-    added = [f"{name} {value}" for name, value in ours.items() if profile.vllm_option(name) is None]
-    return " ".join([*added, profile.vllm_options]).strip()
-
-
-def server_share(profile: Profile) -> float:
-    """The share of this GPU, from 0.1 to SHARE, that the trainer leaves to a vLLM server."""
-    found = parts(profile, read_config(profile.model), gpu=True)
-    own = ("weights", "adapters", "activations", "logits")
-    left = 1 - OVERHEAD * sum(found[name] for name in own) / _gpu_gib()
-    return max(0.1, min(SHARE, floor(100 * left) / 100))
-
-
-def _gpu_gib() -> float:
-    import torch
-
-    return torch.cuda.get_device_properties(weights.device()).total_memory / GIB

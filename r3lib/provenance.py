@@ -20,7 +20,7 @@ GIB = 2**30
 PACKAGES = (
     "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
 )
-INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions()}
+INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions() if d.name}
 # preloaded by `reproduce` where it is installed: sampling on a CPU is 10 to 20% faster
 TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")
 

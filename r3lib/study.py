@@ -113,8 +113,8 @@ class Study:
 
     @cached_property
     def server_options(self) -> str:
-        """Arguments for a vLLM server of our own, see `preflight.server_options`."""
-        from .preflight import server_options
+        """Arguments for a vLLM server of our own, see `vllm_server.server_options`."""
+        from .engines.vllm_server import server_options
 
         return server_options(self.profile) if self.profile.own_server else ""
 

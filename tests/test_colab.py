@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import types
 from pathlib import Path
 
 import nbformat
@@ -52,7 +51,9 @@ def test_every_notebook_opens_on_colab_at_this_version_with_the_same_cell(path):
         and f'"{REPOSITORY}"' in cell.source
         and f"r3-{TAG}" in cell.source
     )
-    assert json.loads(path.read_text(encoding="utf-8"))["metadata"]["accelerator"] == "GPU"
+    metadata = nbformat.read(path, 4).metadata
+    assert metadata.accelerator == "GPU"
+    assert metadata.colab.runtime_attributes.runtime_version == colab.RUNTIME
     given = parameterize_notebook(load_notebook_node(str(path)), {"profile": "smoke"}).cells
     tags = [cell.metadata.tags for cell in given if cell.cell_type == "code"]
     assert tags[:3] == [["parameters"], ["injected-parameters"], ["colab"]] and not any(tags[3:])
@@ -78,15 +79,14 @@ def test_a_bare_colab_gets_as_far_as_pip_with_the_committed_files_alone(tmp_path
     )
     script = f"""
 import json, os, subprocess, sys
-from importlib import metadata
 sys.modules["google.colab"] = sys
-metadata.version = lambda name: "1"
 real, pip, git = subprocess.run, [], []
 def run(command, **options):
     if command[0] == "git":
         git.append(command)
         return real(command, **options)
     pip.append(command[4:])
+    return subprocess.CompletedProcess(command, 0, "", "")
 subprocess.run = run
 exec({cell!r}, {{}})
 exec({cell!r}, {{}})
@@ -107,11 +107,7 @@ def asked(monkeypatch):
     """A Colab session; the arguments that pip was given."""
     asked = []
     monkeypatch.setattr(colab, "pip", lambda *arguments: asked.append(arguments))
-    installed = [
-        types.SimpleNamespace(name=name, version=version) for name, version in HERE.items()
-    ]
-    monkeypatch.setattr(colab.metadata, "distributions", lambda: installed)
-    monkeypatch.setattr(colab.metadata, "version", lambda name: HERE.get(name, "1"))
+    monkeypatch.setattr(colab, "version", HERE.get)
     monkeypatch.setattr(colab, "loaded", HERE.get)
     return asked
 
@@ -136,13 +132,19 @@ def test_colab_keeps_its_torch_and_its_kernel_and_gets_our_pins(asked):
 
 
 def test_what_was_imported_before_pip_replaced_it_asks_for_a_restart(asked, monkeypatch):
-    monkeypatch.setattr(
-        colab.metadata, "version", lambda name: (HERE | {"pandas": "3.1.1"}).get(name, "1")
-    )
+    monkeypatch.setattr(colab, "version", (HERE | {"pandas": "3.1.1"}).get)
     with pytest.raises(R3Error, match="pip replaced pandas, .*choose Runtime > Restart session"):
         colab.install()
     monkeypatch.setattr(colab, "loaded", {}.get)  # the session after the restart
     colab.install()
+
+
+def test_a_failing_pip_is_one_line_that_names_the_tested_runtime(monkeypatch):
+    said = "WARNING: slow\nERROR: Package 'r3lib' requires a different Python: 3.13.9\n"
+    done = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(R3Error, match="different Python: 3.13.9.*Runtime version 2026.07"):
+        colab.install()
 
 
 def test_peft_refuses_the_torchao_that_colab_has(monkeypatch):

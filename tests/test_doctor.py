@@ -78,7 +78,7 @@ def test_missing_packages_fail_and_other_versions_are_a_doubt_each_in_one_line(m
     assert (
         state == "fail"
         and f"missing trl=={pins['trl']}, bitsandbytes==" in text
-        and "make install" in text
+        and "pip install -e '.[gpu]'" in text
     )
 
 

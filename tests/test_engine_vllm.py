@@ -24,9 +24,8 @@ from r3lib.chat import Chat
 from r3lib.engines import SamplingParams
 from r3lib.engines.base import RemoteEngine
 from r3lib.engines.vllm import Address, VLLMEngine
-from r3lib.engines.vllm_server import Server, interpreter
+from r3lib.engines.vllm_server import Server, interpreter, server_share
 from r3lib.errors import R3Error
-from r3lib.preflight import server_share
 from r3lib.study import Study
 from r3lib.trainer import R3Trainer, metrics_file
 
@@ -410,8 +409,8 @@ def test_the_server_of_a_study_computes_in_the_trainers_precision(command, tmp_p
 
 def test_the_server_of_a_study_leaves_the_trainer_its_part_of_a_gpu(command, tmp_path, monkeypatch):
     monkeypatch.setenv("R3_VLLM_PYTHON", str(command))
-    monkeypatch.setattr("r3lib.weights.device", lambda: "cuda:0")
-    monkeypatch.setattr("r3lib.preflight._gpu_gib", lambda: 6.0)
+    monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: "cuda:0")
+    monkeypatch.setattr("r3lib.engines.vllm_server.gpu_gib", lambda: 6.0)
     study = Study("smoke", "countdown", tmp_path, engine="vllm", vllm_options="--seed 1")
     [server] = study.remote_engine().servers
     server.stop()

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from r3lib import preflight, provenance, weights
+from r3lib import provenance, weights
 from r3lib.config import load_profile
+from r3lib.engines import vllm_server
+from r3lib.engines.vllm_server import server_options
 from r3lib.errors import R3Error
-from r3lib.preflight import NF4, estimate, parts, read_config, server_options, sizes, stored
+from r3lib.preflight import NF4, estimate, parts, read_config, sizes, stored
 
 QWEN = {  # Qwen2.5-1.5B
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
@@ -158,8 +160,8 @@ def test_a_vllm_server_gets_what_the_trainer_leaves_of_a_gpu(qwen, monkeypatch, 
         name, model=qwen, engine="vllm", quantization="none", vllm_options="--seed 1"
     )
     assert server_options(profile) == "--seed 1"  # on a CPU
-    monkeypatch.setattr(weights, "device", lambda: "cuda:0")
-    monkeypatch.setattr(preflight, "_gpu_gib", lambda: gib)
+    monkeypatch.setattr(vllm_server, "device", lambda: "cuda:0")
+    monkeypatch.setattr(vllm_server, "gpu_gib", lambda: gib)
     words = server_options(profile).split()
     assert words[0] == "--gpu-memory-utilization" and float(words[1]) == pytest.approx(
         share, abs=0.03
@@ -170,8 +172,8 @@ def test_a_vllm_server_gets_what_the_trainer_leaves_of_a_gpu(qwen, monkeypatch, 
 def test_what_the_profile_says_of_a_server_wins_and_an_unknown_model_is_left_to_vllm(
     qwen, monkeypatch
 ):
-    monkeypatch.setattr(weights, "device", lambda: "cuda:0")
-    monkeypatch.setattr(preflight, "_gpu_gib", lambda: 40)
+    monkeypatch.setattr(vllm_server, "device", lambda: "cuda:0")
+    monkeypatch.setattr(vllm_server, "gpu_gib", lambda: 40)
     given = "--gpu-memory-utilization 0.5 --max-model-len 8k"
     assert server_options(load_profile("paper", model=qwen, vllm_options=given)) == given
     monkeypatch.setattr(provenance, "reaches_hub", lambda: False)

@@ -11,17 +11,22 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from math import floor
 from pathlib import Path
 from threading import Lock
 
-from ..config import ROOT
+from ..config import ROOT, Profile
 from ..errors import R3Error
+from ..preflight import OVERHEAD, parts, read_config
+from ..provenance import GIB
 from ..weights import device
 from .vllm import Lost, Refused, ask
 from .watch import GRACE
 
 INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # for GPUs
 INSTALL_CPU = "make .venv-vllm/.installed"
+SHARE = 0.92  # of a GPU, vLLM's own default
+UTILIZATION = "--gpu-memory-utilization"
 WATCH = Path(__file__).with_name("watch.py")
 ON_CPU = {  # the environment's own values win
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
@@ -45,6 +50,36 @@ def install() -> str:
     """How this machine gets an interpreter that has vLLM."""
     command = INSTALL_CPU if device() == "cpu" else INSTALL
     return f"run `{command}` in {ROOT}, or name another Python that has vLLM in R3_VLLM_PYTHON"
+
+
+def server_options(profile: Profile) -> str:
+    """Arguments for a server of ours: what a GPU asks for, then the profile's `vllm_options`.
+
+    On a GPU that is the share that the trainer leaves, and a context that fits vLLM's cache.
+    """
+    if device() == "cpu":
+        return profile.vllm_options
+    ours = {}
+    with suppress(R3Error):  # nothing to estimate with: vLLM decides
+        ours[UTILIZATION] = f"{server_share(profile):g}"
+    ours["--max-model-len"] = "auto"  # else vLLM wants cache for a whole context, or does not start
+    added = [f"{name} {value}" for name, value in ours.items() if profile.vllm_option(name) is None]
+    return " ".join([*added, profile.vllm_options]).strip()
+
+
+def server_share(profile: Profile) -> float:
+    """The share of this GPU, from 0.1 to SHARE, that the trainer's estimate leaves to a server."""
+    found = parts(profile, read_config(profile.model), gpu=True)
+    own = ("weights", "adapters", "activations", "logits")
+    left = 1 - OVERHEAD * sum(found[name] for name in own) / gpu_gib()
+    return max(0.1, min(SHARE, floor(100 * left) / 100))
+
+
+def gpu_gib() -> float:
+    """Memory of this process's GPU in GiB."""
+    import torch
+
+    return torch.cuda.get_device_properties(device()).total_memory / GIB
 
 
 class Server:
