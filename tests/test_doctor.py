@@ -12,6 +12,7 @@ from r3lib.config import load_profile
 from r3lib.doctor import Run, check_run, outcome
 from r3lib.engines.vllm_server import INSTALL
 from r3lib.errors import R3Error
+from r3lib.tasks import function_calling_records as records
 from r3lib.weights import EMBEDDED
 
 NF4 = {"quantization": "nf4"}
@@ -185,6 +186,7 @@ def test_problems_of_the_hub_are_a_doubt_while_offline_and_bfcl_names_its_packag
     state, text = ask("problems", task_options={"countdown": {"source": "hub"}})
     assert state == "warn" and text.startswith("countdown: the hub does not answer")
     monkeypatch.setattr("r3lib.tasks.function_calling_records.find_spec", lambda name: None)
+    records.read.cache_clear()  # other tests have read them
     state, text = ask("problems", task_options={"function_calling": {"source": "bfcl"}})
     assert state == "fail" and "pip install --no-deps bfcl-eval==" in text
 
