@@ -276,7 +276,7 @@ sys.exit(cli.main(["reproduce", "--profile", "smoke", "--results", {str(checkout
     wait(lambda: not alive(kernel))
 
 
-def wait(condition, seconds=30):
+def wait(condition, seconds=90):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end
