@@ -273,12 +273,13 @@ class R3Trainer(GRPOTrainer):
         TRL's learning forward pads on the left and gives no positions: with learned positions its
         log-probs would not be those of sampling.
         """
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        spread = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if spread or getattr(self.model, "is_quantized", False):  # a forward packs NF4 on a CPU
             return
         device = self.accelerator.unwrap_model(self.model).device
         padded = torch.tensor([[0] * 4 + [1, 2, 3]], device=device)
         seen = (torch.arange(7, device=device) > 3).long()[None]
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             alone = self.model(input_ids=padded[:, 4:]).logits[0, -1].float()
             moved = self.model(input_ids=padded, attention_mask=seen).logits[0, -1].float()
         if (alone - moved).abs().max() > 0.1 * alone.std():

@@ -831,7 +831,10 @@ def test_checkpoints_without_a_note_are_not_resumed(tiny, tokenizer, tmp_path):
 def test_learned_positions_are_refused_since_padding_would_move_them(tokenizer, tmp_path):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
-        GPT2Config(len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4, initializer_range=0.5)
+        GPT2Config(
+            vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4,
+            initializer_range=0.5,
+        )
     )
     with pytest.raises(R3Error, match="gpt2 has positions that count the padding"):
         make(model, tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
