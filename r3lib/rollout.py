@@ -38,7 +38,7 @@ def rollout(prompts: list, trainer) -> dict:
     the rewards, and for the masks with a retry `env_mask` (1 = trained).
     """
     started = time.perf_counter()
-    args, runner = trainer.args, trainer.runner()
+    args, runner = trainer.args, trainer.sampler()
     places = [prompt[0]["place"] for prompt in prompts[:: args.num_generations]]
     failures = failures_for(places, trainer)
     seeds = [Random(f"{args.seed}/{place}").getrandbits(32) for place in places]

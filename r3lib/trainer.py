@@ -133,7 +133,7 @@ class R3Trainer(GRPOTrainer):
             self._train_for_a_remote_engine()
         self._reach = reach(self.model)
         check_model(self.model)
-        check_failures(failures, self.runner(), self._context())
+        check_failures(failures, self.sampler(), self._context())
         self._facts = self._decisive(fresh=peft_config is not None)
 
     def _train_in_fp32(self, start: dict) -> None:
@@ -181,7 +181,7 @@ class R3Trainer(GRPOTrainer):
             claim(folder, resume_from_checkpoint, self._facts, self.args.max_steps)
         return super().train(resume_from_checkpoint, *rest, **options)
 
-    def runner(self) -> RolloutSampler:
+    def sampler(self) -> RolloutSampler:
         """Samples from the policy as it stands."""
         engine = self._engine or TransformersEngine(
             self.accelerator.unwrap_model(self.model),
