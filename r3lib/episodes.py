@@ -1,4 +1,4 @@
-"""Episodes: a first try, and second tries on its failure under each condition, as rows in shards."""
+"""Episodes: a first try, and second tries on its failure under each condition, as table rows."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -133,7 +133,7 @@ def decisive(
 
 
 def read_episodes(folder: Path) -> pd.DataFrame:
-    """All episodes in the parquet files of `folder`; R3Error when none is there or one is damaged."""
+    """All episodes in the parquet files of `folder`; R3Error when there is none or one is damaged."""
     paths = sorted(Path(folder).glob("*.parquet"))
     if not paths:
         raise R3Error(

@@ -1,4 +1,4 @@
-"""Mined failures: a table of them as a sequence, what it is checked for, and how a trainer mines."""
+"""Mined failures: a table of them as a sequence, its checks, and how a trainer mines."""
 
 import logging
 from collections.abc import Sequence

@@ -50,7 +50,12 @@ class Group:
 
 
 def sample_group(
-    sampler: RolloutSampler, failure: Failure, n: int, seed=0, temperature=1.0, retry_temperature=0.0
+    sampler: RolloutSampler,
+    failure: Failure,
+    n: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    retry_temperature: float = 0.0,
 ) -> Group:
     """`n` reflections on `failure`, sampled together, and a retry after each."""
     [own_seed] = seeds_for([failure.problem], seed, "group")

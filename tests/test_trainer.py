@@ -490,7 +490,7 @@ def test_what_differs_from_a_profile_is_named(tmp_path):
     args = R3Config(str(tmp_path), seed=4, **block, save_steps=7, sample_batch=3)
     assert differing(args, block) == ""
     args = R3Config(str(tmp_path), **block | {"max_steps": 2, "beta": 0.5})
-    assert differing(args, block) == "beta is 0.5, not 0.001; max_steps is 2, not 3"
+    assert differing(args, block) == "max_steps is 2, not 3; beta is 0.5, not 0.001"
 
 
 def test_a_default_that_is_given_is_no_reason_to_refuse(tmp_path):
