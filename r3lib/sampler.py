@@ -117,7 +117,7 @@ class RolloutSampler:
         `reflections` are the policy's own, one a failure, which the condition with another's deals
         out anew; they are sampled when not given.
         """
-        given = self._given(condition, failures, seed, reflections)
+        given = self.reflections_under(condition, failures, seed, reflections)
         prompts = [self.second_prompt(condition, *pair) for pair in zip(failures, given)]
         sampling = SamplingParams(self.limits.max_retry_length, condition.temperature)
         seeds = seeds_for([f.problem for f in failures], seed, condition.name)
@@ -129,8 +129,10 @@ class RolloutSampler:
         seeds = seeds_for([f.problem for f in failures], seed, "reflection")
         return [r.completion.ids for r in self.reflect(failures, seeds)]
 
-    def _given(self, condition: Condition, failures, seed, own) -> list[list[int] | None]:
-        """The reflection before each second try, as token ids."""
+    def reflections_under(
+        self, condition: Condition, failures: Sequence[Failure], seed=0, own=None
+    ) -> list[list[int] | None]:
+        """The reflection before each second try, as token ids; `own`: see `second_tries`."""
         if condition.reflection == "none":
             return [None] * len(failures)
         if condition.reflection == "fixed":
@@ -170,7 +172,7 @@ def seeds_for(problems: Sequence, seed: int, purpose: str) -> list[int]:
 def deranged(items: list, seed: int) -> list:
     """`items` in another order, none in its own place; R3Error when there is no other."""
     if len(items) < 2:
-        raise R3Error("shuffled_reflection needs at least 2 failures: ask for more problems")
+        raise R3Error("another's reflection needs at least 2 failures: ask for more problems")
     order = Random(f"{seed}/shuffle").sample(range(len(items)), len(items))
     place = dict(zip(order, order[1:] + order[:1]))
     return [items[place[i]] for i in range(len(items))]

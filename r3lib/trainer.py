@@ -29,6 +29,7 @@ from .engines.transformers import TransformersEngine
 from .errors import R3Error
 from .identity import check_task, digest, model_facts, task_facts
 from .mining import check_failures, failures_digest, mine_for_training
+from .model_checks import check_dtypes, check_positions, train_in_fp32, trained_weights
 from .r3_config import MASKS, R3Config, differing
 from .rollout import completions_under, rollout, training_order, verified
 from .sampler import Failure, Limits, RolloutSampler
@@ -59,10 +60,8 @@ class R3Trainer(GRPOTrainer):
     a causal mask its tokens would change nothing. The other masks train on reflection, turn and
     retry with `env_mask`.
 
-    What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates: full
-    fine-tuning of a bf16 model trains and saves fp32 weights, twice the memory. What is frozen
-    keeps its dtype. With `bf16=True` both compute in bf16; with `bf16=False` beside 16-bit
-    neighbours only adapters learn, the rest is refused.
+    What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates; what
+    is frozen keeps its dtype. With `bf16=True` both compute in bf16.
 
     A run leaves `r3_run.json` beside its checkpoints: with other failures, weights or settings it
     does not resume (saving, logging and the place may change; `max_steps` may grow under a constant
@@ -127,10 +126,11 @@ class R3Trainer(GRPOTrainer):
         if self._engine is None and self._spread:
             raise R3Error(NO_SAMPLING)
         if not is_deepspeed_zero3_enabled():  # which gathers one dtype only
-            self._train_in_fp32(start)
+            train_in_fp32(self.model, start)
         if not self._spread:
-            self._check_dtypes()
-            self._check_positions()
+            check_dtypes(self.model, self.args)
+            with self.accelerator.autocast():
+                check_positions(self.accelerator.unwrap_model(self.model))
         for config in getattr(self.model, "peft_config", {}).values():
             config.base_model_name_or_path = plain_name(config.base_model_name_or_path)
         self._reach = reach(self.model)
@@ -147,15 +147,6 @@ class R3Trainer(GRPOTrainer):
     def _spread(self) -> bool:
         """Whether the weights are spread over processes."""
         return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-
-    def _train_in_fp32(self, start: dict) -> None:
-        """Cast what is trained to fp32: TRL has QLoRA adapters in bf16, where small updates vanish.
-
-        Weights in `start`, by name, are as they were before TRL cast them.
-        """
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = start.get(name, parameter.data).float()
 
     def _dataset(self) -> Dataset:
         """One row a group: its place in the order, inside a message that TRL logs as the prompt.
@@ -276,41 +267,6 @@ class R3Trainer(GRPOTrainer):
                 "or leave out long failures"
             )
 
-    def _check_dtypes(self) -> None:
-        """R3Error where fp32 parameters learn beside 16-bit ones that do not go with them."""
-        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        if len(dtypes) < 2 or self.args.bf16 or self.args.fp16:
-            return
-        try:
-            with torch.no_grad():
-                self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device))
-        except RuntimeError as error:
-            raise R3Error(
-                "what is trained is fp32 and its frozen neighbours are 16-bit, which without "
-                "autocast do not go together: set bf16=True, or load the model with "
-                "dtype=torch.float32"
-            ) from error
-
-    def _check_positions(self) -> None:
-        """R3Error for positions that count the padding before a prompt, as learned ones do.
-
-        TRL's learning forward pads on the left and gives no positions: with learned positions its
-        log-probs would not be those of sampling.
-        """
-        if getattr(self.model, "is_quantized", False):  # a forward packs NF4 on a CPU
-            return
-        device = self.accelerator.unwrap_model(self.model).device
-        padded = torch.tensor([[0] * 4 + [1, 2, 3]], device=device)
-        seen = (torch.arange(7, device=device) > 3).long()[None]
-        with torch.no_grad(), self.accelerator.autocast():
-            alone = self.model(input_ids=padded[:, 4:]).logits[0, -1].float()
-            moved = self.model(input_ids=padded, attention_mask=seen).logits[0, -1].float()
-        if (alone - moved).abs().max() > 0.1 * alone.std():
-            raise R3Error(
-                f"{self.model.config.model_type} has positions that count the padding before a "
-                "prompt: R3 needs relative ones, such as rotary"
-            )
-
     def _save(self, output_dir=None, state_dict=None) -> None:
         """TRL's, with a card that says what the weights are."""
         super()._save(output_dir, state_dict)
@@ -324,12 +280,6 @@ class R3Trainer(GRPOTrainer):
     def resume_or_train(self):
         """Train, from the last complete checkpoint in `output_dir` if there is one."""
         return self.train(resume_from_checkpoint=last_checkpoint(self.args.output_dir))
-
-
-def trained_weights(model) -> dict[str, torch.Tensor]:
-    """Copies of the weights that are trained, by name."""
-    named = model.named_parameters()
-    return {name: value.detach().clone() for name, value in named if value.requires_grad}
 
 
 def check_args(args) -> None:

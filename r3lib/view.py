@@ -68,15 +68,14 @@ def sample_group(
         retries=[text(retry.completion.ids) for retry in retries],
         verdicts=[retry.verdict.reason for retry in retries],
         rewards=[retry.verdict.reward for retry in retries],
-        turns=[turns_of(*pair) for pair in zip(reflections, retries)],
+        turns=[_turns_of(*pair) for pair in zip(reflections, retries)],
     )
 
 
-def turns_of(reflection: Reflection, retry: Retry) -> Turns:
-    """The turns of a rollout: task, attempt, request, reflection, request, retry."""
+def _turns_of(reflection: Reflection, retry: Retry) -> Turns:
     ids = reflection.completion.ids
-    parts = told_turns(reflection.failure, retry.prompt_ids, reflection.prompt_ids, ids)
-    return [*parts, ("retry", retry.completion.ids)]
+    turns = _told_turns(reflection.failure, retry.prompt_ids, reflection.prompt_ids, ids)
+    return [*turns, ("retry", retry.completion.ids)]
 
 
 def conversation_of(
@@ -92,8 +91,8 @@ def conversation_of(
     on `other`. R3Error: the one or the other is missing.
     """
     under = condition(under)
-    turns = _turns_under(sampler, asked, under, other)
     decode = sampler.chat.tokenizer.decode
+    turns = _turns_under(sampler, asked, under, other)
     return "\n".join(f"[{role}]\n{decode(ids)}" for role, ids in turns)
 
 
@@ -103,26 +102,15 @@ def _turns_under(sampler: RolloutSampler, asked, under: Condition, other) -> Tur
         return [("task", sampler.chat.start(sampler.task, problem))]
     if not isinstance(asked, Failure):
         raise R3Error(f"{under} goes on after a failed try: give a Failure, not a problem")
-    if under.reflection == "none":
-        return told_turns(asked, sampler.second_prompt(under, asked))
-    reflection = _reflection(sampler, asked, under, other)
+    failures = [asked] if other is None else [asked, other]
+    reflection = sampler.reflections_under(under, failures)[0]
     prompt = sampler.second_prompt(under, asked, reflection)
-    return told_turns(asked, prompt, sampler.reflection_prompt(asked), reflection)
+    if reflection is None:
+        return _told_turns(asked, prompt)
+    return _told_turns(asked, prompt, sampler.reflection_prompt(asked), reflection)
 
 
-def _reflection(sampler: RolloutSampler, asked: Failure, under: Condition, other) -> list[int]:
-    if under.reflection == "fixed":
-        return sampler.chat.written(sampler.task.generic_reflection)
-    if under.reflection == "own":
-        return sampler.own_reflections([asked])[0]
-    if other is None:
-        raise R3Error(f"{under} shows another problem's reflection: give other=, a second Failure")
-    return sampler.own_reflections([other])[0]
-
-
-def told_turns(
-    failure: Failure, prompt: list[int], reflection_prompt=(), reflection=()
-) -> Turns:
+def _told_turns(failure: Failure, prompt, reflection_prompt=(), reflection=()) -> Turns:
     """The turns of `prompt`, which asks for a retry of `failure`, with or without a reflection."""
     attempted = len(failure.prompt_ids) + len(failure.attempt_ids)
     turns = [("task", failure.prompt_ids), ("attempt", failure.attempt_ids)]
