@@ -1,11 +1,10 @@
 """The Countdown task: reach a target from given numbers, each used exactly once."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, combinations_with_replacement
+from itertools import combinations_with_replacement
 from math import comb, gcd
 from pathlib import Path
 from random import Random
@@ -15,9 +14,8 @@ from ..verifiers import countdown as verifier
 from ..verifiers.verdict import Verdict
 from . import styles
 from .base import Task
+from .splits import GENERATED, check_request, split_by_hash
 
-# shares of the problems
-SPLITS = {"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 BATCH = 1000  # rows of it that are read at once
 COUNTED = 5000  # most sets of numbers whose problems are counted (0.1 s for 1,540 of three)
@@ -37,9 +35,8 @@ class CountdownProblem:
 
 
 def split_of(problem: CountdownProblem) -> str:
-    """Assign a canonical problem to a split by hash; the embedded model saw "pretrain" only."""
-    place = int.from_bytes(hashlib.sha256(problem.id.encode()).digest()[:4]) / 2**32
-    return next(split for split, end in zip(SPLITS, accumulate(SPLITS.values())) if place < end)
+    """Assign a problem to a split, whatever the order of its numbers."""
+    return split_by_hash(problem.id)
 
 
 class CountdownTask(Task):
@@ -94,12 +91,10 @@ class CountdownTask(Task):
 
     def problems(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
         """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
-        if split not in SPLITS:
-            raise R3Error(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-        if n < 1:
-            raise R3Error(f"n={n} asks for no problem: ask for at least 1")
-        made = self._generate if self.source == "generator" else self._read
-        return made(split, n, seed)
+        check_request(split, n, GENERATED)
+        if self.source == "generator":
+            return self._generate(split, n, seed)
+        return self._read(split, n, seed)
 
     def _generate(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
         found: dict[str, CountdownProblem] = {}
@@ -135,9 +130,8 @@ class CountdownTask(Task):
                 return CountdownProblem(nums, random.choice(targets))
 
     def _read(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
-        parts = {split}
-        if split == "train":  # no corpus was made from this source
-            parts.add("pretrain")
+        # no corpus was made from this source
+        parts = {"train", "pretrain"} if split == "train" else {split}
         found: dict[str, CountdownProblem] = {}
         skipped = []
         for row, nums, target in read_rows(self.source, seed):

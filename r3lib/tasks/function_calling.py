@@ -11,7 +11,8 @@ from . import function_calling_records as records
 from . import styles
 from .base import Task
 from .function_calling_records import FunctionCallingProblem
-from .function_calling_tools import PARTS, SPLITS, draw
+from .function_calling_tools import PARTS, draw
+from .splits import GENERATED, check_request
 
 HARD = 0.5  # chance that an amount takes several steps
 # the paper's Table 4
@@ -90,13 +91,9 @@ class FunctionCallingTask(Task):
 
     def problems(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
         """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
-        known = SPLITS if self.source == "generator" else records.SPLITS
-        if split not in known:
-            raise R3Error(f"unknown split {split!r}: use one of {', '.join(known)}")
-        if n < 1:
-            raise R3Error(f"n={n} asks for no problem: ask for at least 1")
-        made = self._generate if self.source == "generator" else self._read
-        return made(split, n, seed)
+        is_generated = self.source == "generator"
+        check_request(split, n, GENERATED if is_generated else records.SPLITS)
+        return self._generate(split, n, seed) if is_generated else self._read(split, n, seed)
 
     def _generate(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
         shares = self.parts if split == "test" else {"combinations": 1.0}
