@@ -4,8 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations_with_replacement
-from math import comb, gcd
+from math import gcd
 from pathlib import Path
 from random import Random
 
@@ -14,11 +13,17 @@ from ..verifiers import countdown as verifier
 from ..verifiers.verdict import Verdict
 from . import styles
 from .base import Task
-from .splits import GENERATED, check_request, split_by_hash
+from .sources import (
+    GENERATED,
+    check_request,
+    draw_distinct,
+    load_table,
+    split_by_hash,
+    too_few,
+)
 
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 BATCH = 1000  # rows of it that are read at once
-COUNTED = 5000  # most sets of numbers whose problems are counted (0.1 s for 1,540 of three)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class CountdownTask(Task):
 
     def files(self) -> list[Path]:
         """The local copy that `source` names, if it names one."""
-        return [path] if (path := Path(str(self.source))).exists() else []
+        path = Path(str(self.source))
+        return [path] if path.exists() else []
 
     def problems(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
         """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
@@ -97,29 +103,12 @@ class CountdownTask(Task):
         return self._read(split, n, seed)
 
     def _generate(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
-        found: dict[str, CountdownProblem] = {}
-        there = self._count(split)
-        for index in range(200 * n + 2000 if there is None or there >= n else 0):
+        def drawn(index: int) -> CountdownProblem | None:
             problem = self.draw(Random(f"{seed}/{index}"))
-            if split_of(problem) == split:
-                found.setdefault(problem.id, problem)
-            if len(found) == n:
-                return list(found.values())
-        most = len(found) if there is None else there
-        raise R3Error(
-            f"countdown {split} holds only about {most} distinct problems with numbers up to "
-            f"{self.largest}, {n} were asked for: ask for fewer, or raise largest or largest_target"
-        )
+            return problem if split_of(problem) == split else None
 
-    def _count(self, split: str) -> int | None:
-        """The distinct problems of `split`, None where counting would take more than a moment."""
-        sets = sum(comb(self.largest + k - 1, k) for k in self.count)
-        if max(self.count) > 3 or sets > COUNTED:
-            return None
-        numbers, targets = range(1, self.largest + 1), range(1, self.largest_target + 1)
-        drawn = (nums for k in self.count for nums in combinations_with_replacement(numbers, k))
-        problems = (CountdownProblem(nums, t) for nums in drawn for t in reachable(nums))
-        return sum(p.target in targets and split_of(p) == split for p in problems)
+        what = f"countdown {split} with numbers up to {self.largest}"
+        return draw_distinct(drawn, n, what, ", or raise largest or largest_target")
 
     def draw(self, random: Random) -> CountdownProblem:
         """Draw one problem, of any split."""
@@ -149,26 +138,14 @@ class CountdownTask(Task):
             said = "%s: skipped %d rows with no solvable problem of whole numbers, e.g. %s"
             logging.getLogger(__name__).warning(said, self.source, len(skipped), skipped[0])
         if len(found) < n:
-            there = f"{self.source} has {len(found)} {split} problems"
-            raise R3Error(f"{there}, {n} were asked for: ask for fewer")
+            raise too_few(f"{self.source} has {len(found)} {split} problems", n)
         return list(found.values())
 
 
 def read_rows(source: str, seed: int) -> Iterator[tuple[int, list[int], int]]:
     """The data set's rows (number, `nums`, `target`), of the hub or a path, in a seeded order."""
-    from datasets import load_dataset
-
-    path = Path(source)
-    try:
-        if path.is_file():
-            data = load_dataset(str(path.parent), data_files=path.name, split="train")
-        else:
-            data = load_dataset(HUB_DATASET if source == "hub" else source, split="train")
-    except Exception as error:
-        raise R3Error(
-            f"cannot read Countdown problems from {source!r} ({type(error).__name__}): "
-            'check the path or the network, or use source="generator"'
-        ) from error
+    fix = 'check the path or the network, or use source="generator"'
+    data = load_table(source, HUB_DATASET, "Countdown problems", fix)
     if not {"nums", "target"} <= set(data.column_names):
         raise R3Error(
             f"{source!r} has columns {data.column_names}: Countdown needs `nums` (list of int) and "
@@ -198,8 +175,11 @@ def reachable(nums: tuple[int, ...]) -> tuple[int, ...]:
 @lru_cache(maxsize=8192)
 def _reduced(nums: tuple[int, ...]) -> frozenset[tuple[int, int]]:
     """The values of `nums` as (numerator, denominator), each value once."""
-    divisors = ((n, d, gcd(n, d) if d > 0 else -gcd(n, d)) for n, d in _fractions(nums))
-    return frozenset((n // g, d // g) for n, d, g in divisors)
+    reduced = set()
+    for n, d in _fractions(nums):
+        divisor = gcd(n, d) if d > 0 else -gcd(n, d)
+        reduced.add((n // divisor, d // divisor))
+    return frozenset(reduced)
 
 
 def _fractions(nums: tuple[int, ...]) -> set[tuple[int, int]]:

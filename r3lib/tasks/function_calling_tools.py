@@ -16,7 +16,7 @@ from random import Random
 
 from .function_calling_records import FunctionCallingProblem
 from .function_calling_values import DATA, Value, draw_value, type_of
-from .splits import split_by_hash
+from .sources import split_by_hash
 
 # what is new in a test problem, and its share
 PARTS = {"combinations": 0.5, "phrasings": 0.25, "tools": 0.25}
