@@ -23,7 +23,6 @@ from .sources import (
 )
 
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
-BATCH = 1000  # rows of it that are read at once
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,8 @@ class CountdownTask(Task):
         found: dict[str, CountdownProblem] = {}
         skipped = []
         for row, nums, target in read_rows(self.source, seed):
-            problem = _whole(nums, target)
+            are_whole = bool(nums) and all(isinstance(number, int) for number in (*nums, target))
+            problem = CountdownProblem(tuple(nums), target) if are_whole else None
             if problem and (problem.id in found or split_of(problem) not in parts):
                 continue
             # slow, so only of rows that are taken
@@ -151,18 +151,9 @@ def read_rows(source: str, seed: int) -> Iterator[tuple[int, list[int], int]]:
             f"{source!r} has columns {data.column_names}: Countdown needs `nums` (list of int) and "
             "`target` (int)"
         )
-    data = data.select_columns(["nums", "target"])
     order = Random(f"{seed}").sample(range(len(data)), len(data))
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        some = data[rows]
-        yield from zip(rows, some["nums"], some["target"])
-
-
-def _whole(nums, target) -> CountdownProblem | None:
-    """The problem of a row of whole numbers; None of any other."""
-    whole = isinstance(target, int) and bool(nums) and all(isinstance(x, int) for x in nums)
-    return CountdownProblem(tuple(nums), target) if whole else None
+    for number, row in zip(order, data.select(order)):
+        yield number, row["nums"], row["target"]
 
 
 # room for all 1,540 of three numbers up to 20; one of four numbers takes some 20 kB

@@ -145,7 +145,8 @@ def _case(random: Random, tools: list[Tool], part: str, hard: float, invented: f
     act = random.choice((" and ", ", then ")).join(_act(random, call) for call in calls)
     phrasing = random.choice(HELD_OUT_PHRASINGS if part == "phrasings" else PHRASINGS)
     if invented and random.random() < invented:
-        opening, closing, mark = (random.choice(DATA[key]) for key in ("openings", "closings", "marks"))
+        keys = ("openings", "closings", "marks")
+        opening, closing, mark = (random.choice(DATA[key]) for key in keys)
         phrasing = f"{opening}{{act}}{closing}{mark}"
     query = phrasing.format(act=act, Act=act[0].upper() + act[1:])
     content = json.dumps([query, sorted(record["name"] for record in records)])

@@ -5,18 +5,18 @@ these are read:
 
 | syntax | families | example |
 |---|---|---|
-| JSON | most | `{"name": "f", "arguments": {"a": 1}}`, a list of these, or one after another |
+| JSON | most | `{"name": "f", "arguments": {"a": 1}}`, a list of these, or several |
 | | Llama | `{"name": "f", "parameters": {"a": 1}}` |
-| | Cohere | `[{"tool_call_id": "0", "tool_name": "f", "parameters": {"a": 1}}]` |
-| envelopes | OpenAI, xlam | `{"tool_calls": [...]}`, `{"function_call": {...}}`, `{"id", "type", "function": {...}}` |
+| | Cohere | `[{"tool_call_id": "0", "tool_name": "f", "parameters": {}}]` |
+| envelopes | OpenAI, xlam | `{"tool_calls": [...]}`, `{"function_call": {}}`, `{"function": {}}` |
 | name, then JSON | Llama | `<function=f>{"a": 1}</function>` |
 | | Mistral | `[TOOL_CALLS]f{"a": 1}`, `[TOOL_CALLS]f[CALL_ID]x[ARGS]{"a": 1}` |
-| | gpt-oss | `to=functions.f<\|channel\|>commentary json<\|message\|>{"a": 1}<\|call\|>`, or the channel first |
+| | gpt-oss | `to=functions.f<\|channel\|>commentary json<\|message\|>{"a": 1}` |
 | | DeepSeek | `<｜tool▁call▁begin｜>function<｜tool▁sep｜>f`, a line, the JSON in a fence |
-| | Kimi | `<\|tool_call_begin\|>functions.f:0<\|tool_call_argument_begin\|>{"a": 1}<\|tool_call_end\|>` |
+| | Kimi | `<\|tool_call_begin\|>functions.f:0<\|tool_call_argument_begin\|>{"a": 1}` |
 | | Gemma 4 | `<\|tool_call>call:f{a:1,b:<\|"\|>x<\|"\|>}<tool_call\|>` |
-| XML | Qwen3-Coder, Qwen3.5, Nemotron 3 | `<function=f><parameter=a>1</parameter></function>` |
-| | Muse, MiniMax | `<invoke name="f"><parameter name="a">1</parameter></invoke>`, also with a prefix |
+| XML | Qwen3-Coder, Nemotron 3 | `<function=f><parameter=a>1</parameter></function>` |
+| | Muse, MiniMax | `<invoke name="f"><parameter name="a">1</parameter></invoke>` |
 | | GLM | `<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>` |
 | Python | LFM2, Llama 3.2, Gemma 3 | `[f(a=1), g()]`, `f(a=1)` |
 
@@ -24,10 +24,10 @@ Which of them count:
 
 | in the text | rule |
 |---|---|
-| a mark before a call: `<tool_call>`, `<\|python_tag\|>` ..., else ` ```json ` ... | what is before it is not read |
+| a mark before a call, `<tool_call>` or else ` ```json ` ... | what is before it is not read |
 | several calls | all count, so the same call twice is two calls |
 | Python without a mark beside calls in another syntax | a mention, not read |
-| Python without a mark, alone | `[f(...)]`, a call that begins a line, or a declared tool's call with arguments |
+| Python without a mark, alone | `[f(...)]`, or a line, or a declared tool with arguments |
 | `{"name": "f"}` and no more | a call without arguments if `f` is a declared tool |
 | arguments `""` or `null`, or absent inside an envelope | no arguments, as `{}` |
 | arguments in a string | read as JSON, also if they were encoded twice |
@@ -161,7 +161,7 @@ def _mark_of(start: re.Match) -> str:
 
 
 def _stands_alone(start: re.Match) -> bool:
-    """Whether Python's syntax begins a line, a list, or follows a mark; else it is in a sentence."""
+    """Whether Python's syntax begins a line or list or follows a mark, not in a sentence."""
     return any(start[group] is not None for group in ("tag", "fence", "list", "line"))
 
 
@@ -185,7 +185,7 @@ class _Reader:
         return mark.start() if mark else None
 
     def read(self, start: re.Match) -> tuple[list[dict] | None, int | None]:
-        """Return the calls of a block, None if it is something else, and its end, None the text's."""
+        """Return the calls of a block (None: other data) and its end (None: that of the text)."""
         if start.lastgroup == "json":
             return self._json(start.start("json"), start["tag"] is not None)
         if start.lastgroup == "python":

@@ -10,8 +10,8 @@ calls with gold; the order of calls is free, and 1, "1" and true are three value
 | strings | exact | without case, spaces and `,./-_*^` | the same |
 | lists | exact | their items as above | the same |
 | objects | unordered | unordered, their values as above | the same, keys may be optional |
-| left out by the call only | missing_argument | ok if gold's value is the default | ok if "" is listed |
-| left out by gold only | unexpected_argument | ok if it is the default | unexpected_argument |
+| left out by the call | missing_argument | ok if gold's value is the default | ok if "" is listed |
+| left out by gold | unexpected_argument | ok if it is the default | unexpected_argument |
 
 The lenient rule is BFCL's AST checker, but for this: it pairs calls optimally instead of greedily,
 looks into nested values, takes integers in lists of floats, and lets "" stand for a required
@@ -29,8 +29,6 @@ from .json_calls import Unread, calls_in
 from .schemas import Argument, Type, declared_arguments
 from .tagged_calls import Untyped
 from .verdict import Verdict
-
-__all__ = ["REASONS", "RULES", "Unread", "calls", "gold", "verify"]
 
 # Of several reasons the first is given; from "missing_argument" on they are of paired calls.
 REASONS = ("ok", "no_call", "invalid_json", "wrong_function", "wrong_call_count")
@@ -116,23 +114,19 @@ def _loaded(value: list | str, what: str) -> list[dict]:
 
 
 def _answers(answers: list | str) -> Iterator[tuple[str, dict, bool]]:
-    """Yield of each answer the name, the arguments, and whether they are plain values or lists of
-    accepted ones."""
+    """Yield name and arguments of each answer, and if these are values, not accepted ones."""
     for answer in _loaded(answers, "answers"):
         try:
             plain = calls_in(answer) or []
         except Unread as error:
             raise R3Error(f"an answer cannot be read as a call: {answer}") from error
-        yield from ((call["name"], call["arguments"], True) for call in plain)
-        if not plain:
-            yield _possible_answer(answer)
-
-
-def _possible_answer(answer: dict) -> tuple[str, dict, bool]:
-    name, accepted = next(iter(answer.items()), ("", None))
-    if len(answer) != 1 or not isinstance(accepted, dict):
-        raise R3Error(f"an answer is neither a call nor BFCL's possible answers: {answer}")
-    return name, accepted, False
+        for call in plain:
+            yield call["name"], call["arguments"], True
+        if plain:
+            continue
+        if [*map(type, answer.values())] != [dict]:
+            raise R3Error(f"an answer is neither a call nor BFCL's possible answers: {answer}")
+        yield *next(iter(answer.items())), False
 
 
 def _first(value):
@@ -184,7 +178,7 @@ def _with_defaults(plain: dict, declared: dict[str, Argument]) -> tuple[dict, se
 
 
 def _widened(declared: Type, values: list) -> Type:
-    """Return `declared` with the types of gold's `values`, which not every tool declares rightly."""
+    """Return `declared` with the types of gold's `values`, which tools may declare wrongly."""
     lists, items = [value for value in values if isinstance(value, list)], declared.items
     if lists and (items or list not in declared.kinds):
         items = _widened(items or Type(), [item for value in lists for item in value])

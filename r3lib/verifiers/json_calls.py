@@ -25,7 +25,7 @@ class Unread(ValueError):
 
 
 def end_of(text: str, start: int, tokens: re.Pattern = _TOKEN) -> int | None:
-    """Return where the first bracket from `start` on is closed, which `tokens` finds beside strings.
+    """Return where the first bracket from `start` on is closed; `tokens` are brackets and strings.
 
     None without one, unclosed, or with more than `MAX_DEPTH` in one another.
     """

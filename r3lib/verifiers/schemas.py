@@ -2,7 +2,7 @@ r"""The arguments that a tool declares: their types, defaults, and which may be 
 
 | form | example of `parameters` |
 |---|---|
-| xlam | `{"days": {"type": "int, optional", "default": 1}}`, also with the bare type `{"days": "int"}` |
+| xlam | `{"days": {"type": "int, optional", "default": 1}}`, or a bare type, `{"days": "int"}` |
 | JSON Schema | `{"type": "object", "properties": {"days": {"type": "integer"}}, "required": []}` |
 
 `parameters` is a JSON Schema if its type is or includes "object" or "dict", or if it has
@@ -14,7 +14,7 @@ One reading of types holds for prompts, verifiers and records:
 |---|---|---|
 | `int`, `integer`, `long` (any case, also `typing.X`, `np.X`) | integer | no |
 | `List[int]`, `list of int`, `{"type": "array", "items": ...}` | a list of integers | no |
-| `int or str`, `int \| str`, `Union[int, str]`, `["integer", "string"]`, `anyOf`, `oneOf` | either | no |
+| `int or str`, `Union[int, str]`, `["integer", "string"]`, `anyOf`, `oneOf` | either | no |
 | `Optional[int]`, `int \| None`, `int or null`, `Union[int, None]` | integer or null | yes |
 | `int, optional`, a default, not among `required` | integer | yes |
 | no type, `Any`, `Callable[...]`, `true`, an unknown `$ref` | anything | no |
