@@ -3,7 +3,7 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from .store import write_atomic
+from .files import write_atomic
 
 SETTINGS = (
     "max_steps", "failures_per_step", "num_generations", "learning_rate", "lr_scheduler_type",

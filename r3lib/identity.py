@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import R3Error
-from .store import write_atomic
+from .files import write_atomic
 
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
 UNLIKE = {"_name_or_path", "transformers_version", "base_model_name_or_path"}  # no part of the model

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .trainer import R3Trainer
 
 HERE = Path(__file__).resolve().parent
+LENGTHS = ("max_attempt_length", "max_completion_length", "max_retry_length")
 Part = tuple[int, int] | None  # (i, n): the shards of process i of n
 WITHOUT_EFFECT = set(  # modules that decide neither an episode nor an adapter; a new module is not one of them
     """__init__ __main__ card cli colab config doctor errors evaluate failures figures pipeline preflight
@@ -98,11 +99,7 @@ class Study:
 
             model, batch = self.model(adapter), settings["sample_batch"]
             engine = TransformersEngine(model, self.tokenizer, batch, progress, self.chat.end_ids)
-        limits = Limits(
-            settings["max_attempt_length"],
-            settings["max_completion_length"],
-            settings["max_retry_length"],
-        )
+        limits = Limits(**{name: settings[name] for name in LENGTHS})
         temperature, turn = settings["temperature"], settings["retry_turn"]
         return RolloutSampler(engine, self.chat, self.task, limits, temperature, turn)
 

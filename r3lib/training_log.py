@@ -10,7 +10,7 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from .provenance import peak_memory_gib
-from .store import write_atomic
+from .files import write_atomic
 
 METRICS = {  # ours: TRL's
     "reward": "reward",

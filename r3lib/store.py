@@ -1,3 +1,0 @@
-"""Moved: see files and artifacts."""
-
-from .files import *  # noqa: F403
