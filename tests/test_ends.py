@@ -6,6 +6,7 @@ from random import Random
 import pytest
 from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, tiny_model
 from fake_vllm import EOS, FakeServer
+from r3lib.store import register
 from test_chat import PLAIN, with_marks, with_template
 from transformers import GenerationConfig
 
@@ -16,7 +17,6 @@ from r3lib.engines.vllm import VLLMEngine
 from r3lib.errors import R3Error
 from r3lib.rollout import completions_under
 from r3lib.sampler import Reflection, Retry, RolloutSampler
-from r3lib.store import register
 from r3lib.trainer import R3Trainer
 from r3lib.verifiers.verdict import Verdict
 
