@@ -9,6 +9,9 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 R3 := $(VENV)/bin/r3
+TCMALLOC := $(firstword $(wildcard /usr/lib*/*/libtcmalloc_minimal.so.?))
+TWO_WORKERS := -n 2 --dist loadfile --no-loadscope-reorder # a file's fixtures are made once
+PYTEST := OMP_NUM_THREADS=1 LD_PRELOAD=$(TCMALLOC) $(VENV)/bin/python -m pytest
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
@@ -40,10 +43,10 @@ doctor: $(STAMP) ## Check this machine for a profile, with a suggested fix for e
 	@$(R3) doctor --profile '$(PROFILE)' --task '$(TASK)' $(addprefix --set ,$(SET))
 
 test: $(STAMP) ## Every test, the slow ones too
-	@$(VENV)/bin/python -m pytest
+	@$(PYTEST) $(TWO_WORKERS)
 
 test-fast: $(STAMP) ## The tests that take a few seconds at most
-	@$(VENV)/bin/python -m pytest -m "not slow"
+	@$(PYTEST) $(TWO_WORKERS) -m "not slow"
 
 test-vllm: $(STAMP) $(VLLM)/.installed ## The vLLM engine against a real server, on the CPU
 	@R3_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m vllm tests/test_engine_vllm_real.py
@@ -63,5 +66,5 @@ lint: $(STAMP) ## Check the style of the code
 base-model: $(STAMP) ## Train the embedded model again, from its seed
 	@$(VENV)/bin/python data/base_model/pretrain.py
 
-clean: ## Remove .venv, .venv-vllm and caches; results stay
-	rm -rf $(VENV) $(VLLM) *.egg-info .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove .venv, .venv-vllm, screenshots and caches; results stay
+	rm -rf $(VENV) $(VLLM) *.egg-info .lab .pytest_cache .ruff_cache .hypothesis

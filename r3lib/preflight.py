@@ -91,20 +91,20 @@ def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
     """
     p, s = profile, sizes(config)
     number = 2 if gpu else 4
-    length = PROMPT + p.attempt_tokens + p.reflection_tokens + p.retry_tokens
-    learned = length - p.retry_tokens if p.mask == "reflection" else length
+    length = PROMPT + sum(p.sampling[f"max_{turn}_length"] for turn in ("attempt", "completion", "retry"))
+    learned = length - p.sampling["max_retry_length"] if p.training["mask"] == "reflection" else length
     layer = 4 * (s["hidden"] + s["query"] + s["inner"])
     kept = s["layers"] * s["hidden"] + layer / 4 if gpu else s["layers"] * layer
-    tokens = p.micro_batch * learned
+    tokens = p.training["per_device_train_batch_size"] * learned
     found = {
         "weights": weight_bytes(s, number, p.quantization == "nf4"),
-        "adapters": p.lora_rank * s["lora_dims"] * ADAPTER,
+        "adapters": p.lora["r"] * s["lora_dims"] * ADAPTER,
         "activations": tokens * kept * number,
         "logits": min(tokens, TILE[0]) * min(s["vocabulary"], TILE[1]) * 4,
     }
-    rows = min(p.sample_batch, p.train_problems * p.mine_samples)
+    rows = min(p.sampling["sample_batch"], p.train_problems * p.mine_samples)
     if p.own_server:  # which needs a group's cache to run at all, and takes what else is there
-        rows = p.group_size
+        rows = p.training["num_generations"]
         packed = p.vllm_option("--quantization", "-q") is not None
         found["vLLM's weights"] = weight_bytes(s, number, packed)
     if p.own_server or p.engine == "transformers":

@@ -1,13 +1,13 @@
 """`R3Config`: TRL's `GRPOConfig` with the paper's settings, and what R3 adds to them."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
 from .config import accumulation_steps
 from .errors import R3Error
-from .settings import refuse_ignored
+from .settings import FREE, refuse_ignored
 from .tasks.base import RETRY_TURNS
 from .weights import training_options
 
@@ -134,3 +134,15 @@ class R3Config(GRPOConfig):
                 "a step of R3 is one rollout: leave steps_per_generation and "
                 "generation_batch_size unset"
             )
+
+
+def differing(args: R3Config, block: dict) -> str:
+    """Name each setting in which `args` differs from `R3Config(**block)`; "" if none.
+
+    Seed, place, and what decides no weight (see `settings.FREE`) may differ. R3Error: `block` is
+    none that R3Config takes.
+    """
+    other = R3Config(**{"output_dir": args.output_dir, **block})
+    names = [f.name for f in fields(args) if f.name not in FREE | {"seed"}]
+    pairs = {name: (getattr(args, name), getattr(other, name)) for name in names}
+    return "; ".join(f"{name} is {a!r}, not {b!r}" for name, (a, b) in pairs.items() if a != b)

@@ -12,7 +12,7 @@ from .config import ROOT
 from .episodes import UNTRAINED
 from .errors import R3Error
 from .evaluate import paper_view
-from .store import write_atomic
+from .files import write_atomic
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 PAGES = Environment(loader=TEMPLATES, autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -1,9 +1,12 @@
 """Shared by the tests: the embedded model, tiny random ones, a task with coin-toss verdicts, a scripted engine."""
 
+import os
 import time
 import zlib
 from pathlib import Path
 from random import Random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub is refused at once, not after retries
 
 import psutil
 import pytest
@@ -30,6 +33,7 @@ from r3lib.tasks import CountdownTask
 from r3lib.trainer import R3Config
 from r3lib.verifiers.verdict import Verdict
 
+LONGEST = ("test_reproduce.py", "test_smol.py", "test_lab.py", "test_workflows.py")
 settings.register_profile("no_clock", deadline=None)  # a busy machine is slow, not wrong
 settings.load_profile("no_clock")
 BASE_MODEL = Path(__file__).resolve().parents[1] / "data" / "base_model"
@@ -39,6 +43,11 @@ TINY = {
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that of two workers none waits long for the other."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -592,31 +592,6 @@ def test_a_template_that_takes_the_date_may_be_given_another(tokenizer):
     assert "Today Date: 30 May 2025" in chat.tokenizer.decode(chat_of(tokenizer, "llama3_2").prompt(TASK))
 
 
-@pytest.mark.parametrize("chance", ["{{ ['x', 'y'] | random }}", "{{ range(9) | random }}", "{{ lipsum(n=1) }}"])
-def test_a_template_that_throws_dice_is_refused(tokenizer, chance):
-    with pytest.raises(R3Error, match="renders a conversation in several ways .* and .*: use one without"):
-        Chat(with_template(tokenizer, chance + PLAIN))
-
-
-def test_a_tokenizer_that_renders_with_a_clock_of_its_own_is_refused(tokenizer):
-    class Counting(type(tokenizer)):
-        ticks = 0
-
-        def apply_chat_template(self, *args, **options):
-            Counting.ticks += 1
-            return f"{Counting.ticks} {super().apply_chat_template(*args, **options)}"
-
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.__class__ = Counting
-    with pytest.raises(R3Error, match="renders a conversation in several ways"):
-        Chat(tokenizer)
-
-
-def test_dice_that_only_tools_bring_leave_the_plain_form(tokenizer):
-    template = "{% if tools %}{{ tools[0].function.name }}{{ range(9) | random }}{% endif %}" + PLAIN
-    assert not Chat(with_template(tokenizer, template)).takes_tools
-
-
 # arguments of the template
 
 

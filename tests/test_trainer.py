@@ -47,8 +47,10 @@ from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
 from r3lib.trainer import (
     RUN_NOTE,
+    R3Config,
     R3Metrics,
     R3Trainer,
+    differing,
     last_checkpoint,
     metrics_file,
     rollout,
@@ -89,6 +91,12 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def repeatable(folder):
+    """The metrics without what depends on the machine."""
+    rows = metrics(folder)
+    return [{k: v for k, v in r.items() if "seconds" not in k and "memory" not in k} for r in rows]
+
+
 def roll_once(trainer):
     """One real rollout of the first step's failures: (its output, the engine's two calls)."""
     size = trainer.args.num_generations
@@ -117,7 +125,7 @@ def test_training_covers_the_failures_in_that_order(tiny, tokenizer, tmp_path):
     trainer = make(tiny(), tokenizer, tmp_path, failures=5, engine=engine, max_steps=5)
     trainer.train()
     asked = [tuple(prompt) for prompts, *_ in engine.calls[::2] for prompt in prompts]
-    index = {tuple(trainer.runner().reflection_prompt(f)): i for i, f in enumerate(trainer.failures)}
+    index = {tuple(trainer.sampler().reflection_prompt(f)): i for i, f in enumerate(trainer.failures)}
     assert [index[prompt] for prompt in asked] == training_order(5, 10, trainer.args.seed)
 
 
@@ -329,8 +337,7 @@ def test_one_seed_gives_one_trajectory(model, tokenizer, tmp_path):
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         trainer = make(model, tokenizer, tmp_path / name, lora=small_lora(), seed=seed)
         trainer.train()
-        rows = metrics(tmp_path / name)
-        runs.append([{k: v for k, v in row.items() if "seconds" not in k} for row in rows])
+        runs.append(repeatable(tmp_path / name))
         model = trainer.model.unload()
     assert runs[0] == runs[1]
     assert [row["entropy"] for row in runs[0]] != [row["entropy"] for row in runs[2]]
@@ -350,13 +357,24 @@ def test_metrics_hold_one_complete_line_a_step(model, tokenizer, tmp_path):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[1]["kl"] >= 0
 
 
+def test_the_metrics_of_r3_reach_every_logger(tiny, tokenizer, tmp_path):
+    """They are in the trainer's own log, from which TensorBoard and others take what they show."""
+    trainer = make(tiny(), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "frac_reward_zero_std" in entry]
+    names = ("retry_success", "truncated_share", "reflection_tokens", "seconds_learning")
+    for row, entry in zip(metrics(tmp_path), logged, strict=True):
+        assert all(row[name] == entry[name] for name in names)
+
+
 def test_a_resumed_run_drops_the_lines_of_steps_it_takes_again(tmp_path):
     args = SimpleNamespace(output_dir=str(tmp_path / "run"), seed=0)
-    callback = R3Metrics(trainer=None)
-    callback.on_train_begin(args, TrainerState(global_step=0), None)
+    history = [{"step": step, "frac_reward_zero_std": 0.0} for step in (1, 2)]
+    metrics_file(args).parent.mkdir()
     metrics_file(args).write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "rew')
-    callback.on_train_begin(args, TrainerState(global_step=2), None)
-    assert metrics_file(args).read_text() == '{"step": 1}\n{"step": 2}\n'
+    callback = R3Metrics(SimpleNamespace(task=CoinTask()))
+    callback.on_train_begin(args, TrainerState(global_step=2, log_history=history), None)
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -453,6 +471,7 @@ REFUSED = [
     ({"ignore_data_skip": True}, ["ignore_data_skip=True"]),
     ({"save_only_model": True}, ["save_only_model=True", "save_model()"]),
     ({"pad_to_multiple_of": 8}, ["pad_to_multiple_of=8"]),
+    ({"logging_steps": 2}, ["logging_steps=2", "a line for every step"]),
 ]
 
 
@@ -463,6 +482,15 @@ def test_what_r3_cannot_honour_it_refuses_by_name(tmp_path, changes, words):
     with pytest.raises(R3Error) as error:
         small_config(tmp_path, **changes)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_what_differs_from_a_profile_is_named(tmp_path):
+    """Seed, place and what decides no weight may differ."""
+    block = dict(max_steps=3, learning_rate=1e-4, lr_scheduler_type="constant", use_cpu=True)
+    args = R3Config(str(tmp_path), seed=4, **block, save_steps=7, sample_batch=3)
+    assert differing(args, block) == ""
+    args = R3Config(str(tmp_path), **block | {"max_steps": 2, "beta": 0.5})
+    assert differing(args, block) == "max_steps is 2, not 3; beta is 0.5, not 0.001"
 
 
 def test_a_default_that_is_given_is_no_reason_to_refuse(tmp_path):
@@ -788,7 +816,7 @@ def test_checkpoints_of_another_training_are_not_resumed(tiny, tokenizer, tmp_pa
 def test_how_it_logs_and_saves_may_change_at_a_resume(tiny, tokenizer, tmp_path):
     options = started(tiny, tokenizer, tmp_path)
     changed = options | dict(
-        logging_steps=2, save_steps=2, save_total_limit=1, run_name="b", sample_batch=3
+        log_level="error", save_steps=2, save_total_limit=1, run_name="b", sample_batch=3
     )
     engine = ScriptedEngine(tokenizer)
     make(tiny(), tokenizer, tmp_path, engine=engine, lora=small_lora(), **changed).resume_or_train()
@@ -810,8 +838,7 @@ def test_a_run_is_prolonged_where_the_schedule_does_not_look_at_its_length(
         return
     prolonged.resume_or_train()
     started(tiny, tokenizer, tmp_path / "whole", steps=4, **shape)
-    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in metrics(tmp_path / name)]
-            for name in ("short", "whole")]  # fmt: skip
+    rows = [repeatable(tmp_path / name) for name in ("short", "whole")]
     assert rows[0] == rows[1] and len(rows[0]) == 4
 
 

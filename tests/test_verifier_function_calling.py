@@ -18,17 +18,9 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from r3lib.errors import R3Error
-from r3lib.verifiers.function_calling import (
-    MAX_BLOCKS,
-    MAX_DEPTH,
-    MAX_LENGTH,
-    REASONS,
-    RULES,
-    Unread,
-    calls,
-    gold,
-    verify,
-)
+from r3lib.verifiers.calls_reader import MAX_BLOCKS, MAX_LENGTH, calls
+from r3lib.verifiers.function_calling import REASONS, RULES, gold, verify
+from r3lib.verifiers.json_calls import MAX_DEPTH, Unread
 
 MEGA = 1_000_000
 TOOLS = [  # xlam's form

@@ -1,0 +1,42 @@
+"""The layers of r3lib: the contracts in pyproject.toml hold, and a wrong import breaks one."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINT = "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True, no_logo=True))"
+
+
+def lint(folder):
+    """Check the contracts on the package in `folder`; return the exit status and the report."""
+    command = [sys.executable, "-c", LINT]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_no_import_points_upwards_or_in_a_circle_and_verifiers_are_pure():
+    status, report = lint(ROOT)
+    assert status == 0, report
+
+
+@pytest.mark.parametrize(
+    "module, line, contract",
+    [
+        ("tasks/base.py", "from ..study import Study", "An import never points upwards"),
+        ("errors.py", "from .chat import Chat", "in a circle"),
+        ("verifiers/verdict.py", "import torch", "are pure"),
+        ("stats.py", "import time", "are pure"),
+    ],
+)
+def test_a_wrong_import_breaks_a_contract(module, line, contract, tmp_path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "r3lib", tmp_path / "r3lib")
+    with (tmp_path / "r3lib" / module).open("a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    status, report = lint(tmp_path)
+    assert status == 1
+    assert any(contract in words and "BROKEN" in words for words in report.splitlines()), report

@@ -1,0 +1,161 @@
+"""JupyterLab in headless Chromium: a user opens a notebook, runs all cells and sees its figures and tables.
+
+Screenshots of the whole notebooks, also of one that fails, are kept in `.lab/`.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+SCREENSHOTS = ROOT / ".lab"
+SHOWN = {"00_tour": (0, 1), "03_train_r3": (1, 1)}  # at least so many figures and tables
+SHOWN |= {path.stem: (1, 1) for path in NOTEBOOKS.glob("06_*.ipynb")}
+CHANGED = {"profile": "smoke", "task": "countdown"}
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = [
+    "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]  # fmt: skip
+QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
+MINUTE = 60_000  # milliseconds
+TALLEST = 16_000  # pixels that Chromium draws on one screenshot
+
+CELLS = """cells => cells.map(cell => ({
+  code: cell.querySelector('.cm-content').innerText.trim(),
+  prompt: cell.querySelector('.jp-InputPrompt').innerText.trim(),
+  error: cell.querySelector('[data-mime-type="application/vnd.jupyter.error"]')?.innerText ?? '',
+}))"""
+ENDED = """() => {
+  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')];
+  const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.error"]');
+  return failed || /\\d/.test(prompts.at(-1).innerText);
+}"""
+SCROLL_UP = "() => document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)"
+BOTTOM = "cells => cells.at(-1).getBoundingClientRect().bottom"
+WIDTHS = "images => images.map(image => image.complete ? image.naturalWidth : 0)"
+WORDS = "tables => tables.map(table => table.innerText.trim().length)"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium: on Debian, apt-get install chromium"),
+]
+
+
+def with_parameters(source, values):
+    """The parameters cell as a user leaves it who changed these values."""
+    for name, value in values.items():
+        source, found = re.subn(
+            rf'^{name} = ".*?"', f'{name} = "{value}"', source, flags=re.MULTILINE
+        )
+        assert found == 1, f"the parameters cell sets no {name}"
+    return source
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """A folder of the notebooks, set to the profile `smoke` and to results in a folder beside."""
+    folder = tmp_path_factory.mktemp("lab")
+    values = CHANGED | {"results": folder / "results"}
+    for name in SHOWN:
+        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        [cell] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+        cell.source = with_parameters(cell.source, values)
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(copies, tmp_path_factory):
+    """A JupyterLab on the copies, with nobody's own settings; yields its address and token."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "overrides.json").write_text(json.dumps(QUIET))
+    places = {
+        f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")
+    }
+    settings = [f"--LabApp.{name}_dir={home}" for name in ("user_settings", "workspaces")]
+    command = [
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
+        "--ServerApp.port=0", f"--ServerApp.root_dir={copies}", f"--LabApp.app_settings_dir={home}",
+        *settings,
+    ]  # fmt: skip
+    env = os.environ | places | {"PYTHONPATH": str(ROOT)}
+    with (home / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    try:
+        yield started(server, home / "runtime", home / "server.log")
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def started(server, runtime, log):
+    """Wait for what a server writes of itself once it listens."""
+    deadline = time.monotonic() + 120
+    while not (notes := list(runtime.glob("jpserver-*.json"))):
+        assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.1)
+    return json.loads(notes[0].read_text())
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("chromium"), executable_path=CHROMIUM, args=FLAGS,
+            chromium_sandbox=False, viewport={"width": 1280, "height": 900},
+        )  # fmt: skip
+        yield context
+        context.close()
+
+
+def run_all_cells(page, address):
+    """Open a notebook and click Run > Run All Cells, then wait for the last cell, or one that fails."""
+    page.goto(address, timeout=MINUTE)
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=MINUTE)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.wait_for_function(ENDED, timeout=5 * MINUTE)
+
+
+def screenshot(page, name):
+    """Make the window as tall as the notebook, and keep a picture of all of it."""
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.set_viewport_size({"width": 1280, "height": TALLEST})
+    page.evaluate(SCROLL_UP)
+    page.wait_for_timeout(1000)  # cells that were out of sight are drawn now
+    height = int(page.locator(".jp-Notebook .jp-Cell").evaluate_all(BOTTOM)) + 50
+    page.set_viewport_size({"width": 1280, "height": min(height, TALLEST)})
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", timeout=MINUTE)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_user_opens_a_notebook_runs_all_cells_and_sees_its_figures_and_tables(
+    name, copies, lab, browser
+):
+    page = browser.new_page()
+    try:
+        run_all_cells(page, f"{lab['url']}lab/tree/{name}.ipynb?reset&token={lab['token']}")
+    finally:
+        screenshot(page, name)
+    cells = page.locator(".jp-CodeCell").evaluate_all(CELLS)
+    assert not [cell["error"] for cell in cells if cell["error"]]
+    assert [cell["prompt"] for cell in cells] == [f"[{i}]:" for i in range(1, len(cells) + 1)]
+    output = page.locator(".jp-OutputArea-output")
+    images, tables = output.locator("img"), output.locator("table")
+    assert all(images.evaluate_all(WIDTHS)) and all(tables.evaluate_all(WORDS))
+    figures_at_least, tables_at_least = SHOWN[name]
+    assert images.count() >= figures_at_least and tables.count() >= tables_at_least
