@@ -63,6 +63,12 @@ def each_seed_and_all(rows: pd.DataFrame) -> list[tuple[int | str, pd.DataFrame]
     return [*((int(seed), part) for seed, part in rows.groupby("seed")), ("all", rows)]
 
 
+def pooled(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """The rows over all seeds of an accuracy table, with their number of `seeds`."""
+    table = accuracy.assign(seeds=accuracy.groupby(ACCURACY[:5]).seed.transform("size") - 1)
+    return table[table.seed.astype(str) == "all"]
+
+
 def comparisons_table(episodes: pd.DataFrame) -> pd.DataFrame:
     """The study's questions, each a difference of rates a - b with a 95% interval.
 
@@ -98,15 +104,15 @@ def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
     rather than narrow).
     """
     rows = []
-    for key, cell in accuracy.groupby(["task", "policy", "train_task", "split"], sort=False):
-        seeds = int((cell.condition == FIRST).sum()) - 1
-        pooled = cell[cell.seed.astype(str) == "all"].set_index("condition")
-        if not {FIRST, REFLECT} <= set(pooled.index):
+    keys = ["task", "policy", "train_task", "split"]
+    for key, cell in pooled(accuracy).groupby(keys, sort=False):
+        cell = cell.set_index("condition")
+        if not {FIRST, REFLECT} <= set(cell.index):
             continue
         policy = key[1]
-        first, second = pooled.loc[FIRST], pooled.loc[REFLECT]
+        first, second = cell.loc[FIRST], cell.loc[REFLECT]
         _complete(policy, first.n - first.k, second.n)
-        rate = (first.k + second.k) / first.n
+        rate, seeds = (first.k + second.k) / first.n, first.seeds
         problems = first.n // seeds
         interval = wilson(round(rate * problems), problems)
         who = "vanilla" if policy == UNTRAINED else "trained"

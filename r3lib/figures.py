@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY
 from .episodes import UNTRAINED
+from .evaluate import pooled
 
 COLORS = {c.name: c.color for c in CONDITIONS}
 GREY, BLUE, PINK, DARK = "#777777", "#0072B2", "#CC79A7", "#444444"
@@ -35,7 +36,6 @@ METRICS = {
     "entropy": "entropy (nats a token)",
     "grad_norm": "gradient norm",
 }
-CELL = ["task", "policy", "train_task", "condition", "split"]
 RATE = ("rate", "lo", "hi")
 SHARE = ("share", "lo", "hi")
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "fontsize": 8.5}
@@ -59,7 +59,7 @@ def transfer_figure(accuracy: pd.DataFrame) -> Figure:
 
 def _conditions(accuracy, label) -> Figure:
     """A panel a task, one below the other; a row a condition, a dot a policy."""
-    table = _pooled(accuracy)
+    table = pooled(accuracy)
     order = [name for name in COLORS if name in set(table.condition)]
     order += [name for name in table.condition.unique() if name not in order]
     tasks = list(table.task.unique())
@@ -76,16 +76,10 @@ def _conditions(accuracy, label) -> Figure:
 
 def parts_figure(accuracy: pd.DataFrame) -> Figure:
     """Second tries after a reflection in each part of the test problems; from `by_part`'s table."""
-    table = _pooled(accuracy[accuracy.condition == REFLECT_RETRY.name])
+    table = pooled(accuracy[accuracy.condition == REFLECT_RETRY.name])
     sizes = table.assign(n=table.groupby("policy").n.transform("sum"))
     label = "second tries after a reflection that succeed, of failures"
     return _one_panel(table, "split", RATE, label, sizes, "failures", count=True)
-
-
-def _pooled(accuracy) -> pd.DataFrame:
-    """The rows over all seeds of an accuracy table, with their number of seeds."""
-    table = accuracy.assign(seeds=accuracy.groupby(CELL).seed.transform("size") - 1)
-    return table[table.seed.astype(str) == "all"]
 
 
 def paper_figure(view: pd.DataFrame, paper: pd.DataFrame) -> Figure:
