@@ -53,7 +53,6 @@ class Profile:
     engine: str
     servers: str  # addresses of vLLM servers, separated by commas
     vllm_options: str  # further arguments of a server of our own
-    threads: int
     sampling: dict
     training: dict
     lora: dict

@@ -120,7 +120,7 @@ def execute(notebook: Path, copy: Path, given: dict, kernel: type, news: "News")
         with disk_full_as_error(copy):
             copy.parent.mkdir(parents=True, exist_ok=True)
             papermill.execute_notebook(
-                notebook, copy, given, kernel_name="python3", language="python", progress_bar={"leave": False},
+                notebook, copy, given, kernel_name="python3", language="python", progress_bar={"leave": False, "disable": None},
                 cwd=NOTEBOOKS.parent, stdout_file=news, stderr_file=news, kernel_manager_class=kernel,
             )  # fmt: skip
     except PapermillExecutionError as error:

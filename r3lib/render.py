@@ -9,7 +9,7 @@ from nbformat import read
 from .files import write_atomic
 
 STYLE = re.compile(r"<style.*?</style>\s*", re.DOTALL)  # which code hosts show as text
-FORM = ("parameters", "injected-parameters", "colab")  # tags of cells that a reader of the page does not need
+FORM = ("parameters", "parameters-note", "injected-parameters", "colab")  # tags of cells that a reader of the page does not need
 
 
 def render(notebook: Path, folder: Path) -> Path:

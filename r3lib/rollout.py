@@ -21,7 +21,7 @@ def rollout(prompts: list, trainer) -> dict:
     size = args.num_generations
     places = [prompt[0]["place"] for prompt in prompts[::size]]
     failures = failures_for(places, trainer)
-    seeds = [Random(f"{args.seed}/{place}").getrandbits(32) for place in places]
+    seeds = [group_seed(args.seed, place) for place in places]
     reflections = sampler.reflect(failures, seeds, size)
     retry_seeds = [Random(f"{s}/{k}").getrandbits(32) for s in seeds for k in range(size)]
     retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
@@ -31,6 +31,11 @@ def rollout(prompts: list, trainer) -> dict:
     if args.log_completions:
         output |= columns_to_log(reflections, retries, trainer.processing_class)
     return output | completions_under(args.mask, reflections, retries)
+
+
+def group_seed(seed: int, place: int) -> int:
+    """The sampling seed of the group at `place` of the order of a training with `seed`."""
+    return Random(f"{seed}/{place}").getrandbits(32)
 
 
 def training_order(size: int, wanted: int, seed: int) -> list[int]:

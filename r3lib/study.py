@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import yaml
 
+from .artifacts import key_of, stage, up_to_date, work_folder
 from .chat import DATE, Chat
 from .conditions import CONDITIONS
 from .config import ROOT, Profile, load_profile, nearest
@@ -22,9 +24,9 @@ from .episodes import UNTRAINED, Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
 from .files import SCRIPTS, folder_hash
 from .identity import task_facts
-from .sampler import FAILURE, Limits, MinedFailures, RolloutSampler, mine_failures
+from .mining import MinedFailures, failures_table
+from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
-from .artifacts import key_of, stage, up_to_date, work_folder
 from .tasks import TASKS, Task, load_task
 from .weights import commit, compute_dtype, load, locate, reading
 
@@ -82,10 +84,6 @@ class Study:
 
     def model(self, adapter: Path | None = None, trainable: bool = False):
         """The model, with the adapter in the folder `adapter` if one is named."""
-        import torch
-
-        if self.profile.threads:
-            torch.set_num_threads(self.profile.threads)
         return load(self.model_path, self.profile.quantization, adapter, trainable)
 
     def sampler(self, adapter: Path | None = None, progress: bool = True) -> RolloutSampler:
@@ -138,9 +136,8 @@ class Study:
             sampler = self.sampler()
 
             def mined(problems: list) -> pd.DataFrame:
-                failures = mine_failures(sampler, problems, p.mine_samples, p.mine_temperature)
-                rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in failures]
-                return pd.DataFrame(rows, columns=FAILURE)
+                samples = p.mine_samples, p.mine_temperature
+                return failures_table(mine_failures(sampler, problems, *samples))
 
             in_shards(out, self.problems("train", p.train_problems), mined, p.shard_size, part)
 
@@ -374,6 +371,15 @@ def code_of(task: Task) -> str:
     return folder_hash(*files)
 
 
-def open_studies(profile: str, task: str = "all", results: Path | str = "results", **overrides) -> list[Study]:
-    """A study for `task`, or for every task that ships with the package. `results`: relative to the repository."""
-    return [Study(profile, name, results, **overrides) for name in (TASKS if task == "all" else [task])]
+def open_studies(
+    profile: str, task: str = "all", results: Path | str = "results", overrides: dict | str = "{}"
+) -> list[Study]:
+    """A study for `task`, or for every task that ships with the package.
+
+    `overrides`: settings of the profile, as a mapping or as its text: '{"seeds": 3}'. R3Error: it is none.
+    """
+    try:
+        settings = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
+        return [Study(profile, name, results, **settings) for name in (TASKS if task == "all" else [task])]
+    except (yaml.YAMLError, TypeError) as error:
+        raise R3Error(f"overrides={overrides!r} is no mapping: write '{{\"seeds\": 3}}'") from error

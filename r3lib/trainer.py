@@ -92,11 +92,7 @@ class R3Trainer(GRPOTrainer):
             model, processing_class = loaded(model, processing_class, args)
             task = DatasetTask(train_dataset, verifier)
             failures = mine_for_training(model, processing_class, task, args, engine)
-        check_task(task)
-        if not failures:
-            raise R3Error("no failures to train on: mine more problems, or a harder task")
-        if not isinstance(model, str):
-            check_model(model, peft_config)
+        check_given(model, task, failures, peft_config)
         self.task = task
         self.failures = failures
         self.r3_metrics: dict[str, float] = {}
@@ -288,6 +284,15 @@ def check_args(args) -> None:
         raise R3Error(
             f"args is a {type(args).__name__}: give an R3Config, with the same settings"
         )
+
+
+def check_given(model, task, failures, peft_config) -> None:
+    """R3Error for a task, failures or a model that cannot be trained, before anything is built."""
+    check_task(task)
+    if not failures:
+        raise R3Error("no failures to train on: mine more problems, or a harder task")
+    if not isinstance(model, str):
+        check_model(model, peft_config)
 
 
 def check_own_data(task, failures, verifier, train_dataset) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
-from .provenance import peak_memory_gib
 from .files import write_atomic
+from .provenance import peak_memory_gib
 
 METRICS = {  # ours: TRL's
     "reward": "reward",

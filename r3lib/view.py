@@ -6,7 +6,8 @@ import pandas as pd
 
 from .conditions import FIRST_TRY, Condition, condition
 from .errors import R3Error
-from .sampler import Failure, Reflection, Retry, RolloutSampler, seeds_for
+from .rollout import group_seed
+from .sampler import Failure, Reflection, Retry, RolloutSampler
 
 Turns = list[tuple[str, list[int]]]  # (role, token ids)
 
@@ -54,12 +55,15 @@ def sample_group(
     failure: Failure,
     n: int,
     seed: int = 0,
+    place: int = 0,
     temperature: float = 1.0,
     retry_temperature: float = 0.0,
 ) -> Group:
-    """`n` reflections on `failure`, sampled together, and a retry after each."""
-    [own_seed] = seeds_for([failure.problem], seed, "group")
-    reflections = sampler.reflect([failure], [own_seed], n, temperature)
+    """`n` reflections on `failure`, sampled together, and a retry after each.
+
+    They are those that a training with `seed` samples for the failure at `place` of its order.
+    """
+    reflections = sampler.reflect([failure], [group_seed(seed, place)], n, temperature)
     retries = sampler.retry(reflections, list(range(n)), retry_temperature)
     text = sampler.chat.text
     return Group(

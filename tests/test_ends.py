@@ -6,6 +6,7 @@ from random import Random
 import pytest
 from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, tiny_model
 from fake_vllm import EOS, FakeServer
+from r3lib.store import register
 from test_chat import PLAIN, with_marks, with_template
 from transformers import GenerationConfig
 
@@ -16,7 +17,6 @@ from r3lib.engines.vllm import VLLMEngine
 from r3lib.errors import R3Error
 from r3lib.rollout import completions_under
 from r3lib.sampler import Reflection, Retry, RolloutSampler
-from r3lib.store import register
 from r3lib.trainer import R3Trainer
 from r3lib.verifiers.verdict import Verdict
 
@@ -71,14 +71,14 @@ def test_what_is_trained_is_what_was_sampled_though_another_end_is_joined(llama)
     """Every trained position holds a sampled token with its log-probability, under every mask."""
     chat = Chat(llama)
     eom, random = llama.convert_tokens_to_ids("<|eom_id|>"), Random(0)
-    runner = RolloutSampler(None, chat, CoinTask())
+    sampler = RolloutSampler(None, chat, CoinTask())
     [failure] = coin_failures(llama, 1)
-    asked = runner.reflection_prompt(failure)
+    asked = sampler.reflection_prompt(failure)
     for end in ([], [eom], [chat.end_id]):
         ids = [random.randrange(20, 200) for _ in range(5)] + end
         reflection = Completion(ids, [-random.random() for _ in ids], bool(end))
         retry = Completion([30, chat.end_id], [-0.5, -0.25], True)
-        prompt = runner.retry_prompt(failure, ids)
+        prompt = sampler.retry_prompt(failure, ids)
         reflections = [Reflection(failure, asked, reflection)]
         retries = [Retry(prompt, retry, Verdict(True, "ok"))]
         kept = len(ids) - (end == [eom])

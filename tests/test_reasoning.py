@@ -16,7 +16,6 @@ from r3lib.verifiers.reasoning import (
     MAX_LENGTH,
     MAX_TAGS,
     answer_text,
-    without_reasoning,
 )
 
 PAIRS = {
@@ -115,7 +114,6 @@ def test_what_follows_the_end_of_the_turn_is_not_the_answer(end):
     assert answer_text(f"a{end}b") == "a"
     assert answer_text(f"a{end}b</think>c<think>d") == "a"
     assert answer_text(f"<think>not {end} yet</think>a{end}b") == "a"
-    assert without_reasoning(f"<think>x</think>a{end}b</think>") == f"a{end}b</think>"
 
 
 def test_a_message_of_the_assistant_may_follow_the_end_of_another():
@@ -151,8 +149,9 @@ def test_only_what_stands_outside_the_tags_is_left(blocks, last, after):
 @given(
     st.text(), st.sampled_from([tag for pair in PAIRS.values() for tag in pair] + ENDS), st.text()
 )
-def test_any_text_is_split(before, tag, after):
-    assert without_reasoning(before + tag + after).startswith(answer_text(before + tag + after))
+def test_an_answer_is_made_of_the_text(before, tag, after):
+    kept = iter(before + tag + after)
+    assert all(char in kept for char in answer_text(before + tag + after))
 
 
 PIECES = st.sampled_from([tag for pair in PAIRS.values() for tag in pair] + ENDS + list('a <"\\\n'))
@@ -184,7 +183,10 @@ def test_a_tag_inside_a_string_of_a_call_is_text(arguments, indent, reasoning, e
     [
         ('{"a": "b</s>c"}</s>d', '{"a": "b</s>c"}'),
         ('[{"a": ["b [INST] c"]}][INST] d', '[{"a": ["b [INST] c"]}]'),
-        ('<think>{"a": "</think>{"b": "c <s> d"}', '{"b": "c <s> d"}'),  # no string: nothing ends it
+        (
+            '<think>{"a": "</think>{"b": "c <s> d"}',
+            '{"b": "c <s> d"}',
+        ),  # no string: nothing ends it
         ('{"a": "b <think> c\n"}', '{"a": "b '),  # no string of JSON: it is broken across lines
         ('He said "b <think> c", d', 'He said "b '),  # no object
     ],

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import warnings
 from dataclasses import replace
 from functools import cached_property
@@ -388,21 +387,6 @@ def test_an_unfinished_checkpoint_is_passed_over_and_nothing_is_deleted(tmp_path
     assert (tmp_path / "checkpoint-10").exists()
 
 
-def test_a_checkpoint_that_is_being_removed_is_passed_over(tmp_path, monkeypatch):
-    for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}" if step == 2 else "{")
-    read = Path.read_text
-
-    def late(path):
-        if "checkpoint-10" in str(path):
-            shutil.rmtree(path.parent)
-        return read(path)
-
-    monkeypatch.setattr(Path, "read_text", late)
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
-
-
 def test_without_any_checkpoint_there_is_nothing_to_resume(tmp_path):
     assert last_checkpoint(str(tmp_path)) is None
     assert last_checkpoint(str(tmp_path / "absent")) is None
@@ -428,21 +412,6 @@ def test_resume_or_train_goes_on_from_the_last_checkpoint(tiny, tokenizer, tmp_p
 # what it refuses
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"mask": "answer"}, ["'answer'", "reflection+retry"]),
-        ({"num_generations": 1}, ["group size 1", "at least 2"]),
-        ({"failures_per_step": 3, "per_device_train_batch_size": 8}, ["12 rows", "failures_per_step"]),
-        ({"use_vllm": True}, ["use_vllm"]),
-    ],
-)
-def test_an_impossible_configuration_is_one_helpful_line(tmp_path, changes, words):
-    with pytest.raises(R3Error) as error:
-        small_config(tmp_path, **changes)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-
-
 def test_no_failures_is_one_helpful_line(tiny, tokenizer, tmp_path):
     with pytest.raises(R3Error, match="no failures to train on: mine more"):
         R3Trainer(
@@ -455,22 +424,12 @@ def test_accumulation_follows_from_the_failures_of_a_step(tmp_path):
     assert config.gradient_accumulation_steps == 3 and config.generation_batch_size == 24
 
 
-REFUSED = [
+REFUSED = [  # settings of TRL that R3 cannot honour: see test_trl_contract.py
+    ({"mask": "answer"}, ["'answer'", "reflection+retry"]),
+    ({"num_generations": 1}, ["group size 1", "at least 2"]),
+    ({"failures_per_step": 3}, ["12 rows", "failures_per_step"]),
     ({"temperature": 0.0}, ["temperature=0.0", "different reflections"]),
-    (
-        {"gradient_accumulation_steps": 4},
-        ["gradient_accumulation_steps=4", "is 1 here", "leave it unset"],
-    ),
-    ({"num_train_epochs": 1}, ["num_train_epochs=1", "max_steps"]),
-    ({"num_iterations": 2}, ["num_iterations=2", "one step a rollout"]),
-    ({"use_transformers_continuous_batching": True}, ["continuous_batching=True", "engine"]),
-    ({"cache_implementation": "static"}, ["cache_implementation='static'", "engine"]),
-    ({"eval_strategy": "steps"}, ["eval_strategy='steps'", "run_episodes"]),
-    ({"reward_weights": [1.0]}, ["reward_weights=[1.0]", "one reward"]),
-    ({"top_p": 0.9}, ["top_p=0.9", "whole distribution"]),
-    ({"ignore_data_skip": True}, ["ignore_data_skip=True"]),
-    ({"save_only_model": True}, ["save_only_model=True", "save_model()"]),
-    ({"pad_to_multiple_of": 8}, ["pad_to_multiple_of=8"]),
+    ({"gradient_accumulation_steps": 4}, ["steps=4", "is 1 here", "leave it unset"]),
     ({"logging_steps": 2}, ["logging_steps=2", "a line for every step"]),
 ]
 
@@ -478,7 +437,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("changes", "words"), REFUSED, ids=[next(iter(changes)) for changes, _ in REFUSED]
 )
-def test_what_r3_cannot_honour_it_refuses_by_name(tmp_path, changes, words):
+def test_an_impossible_configuration_is_one_helpful_line(tmp_path, changes, words):
     with pytest.raises(R3Error) as error:
         small_config(tmp_path, **changes)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
@@ -603,17 +562,13 @@ def again(tiny, tokenizer, folder, options):
 
 OTHER_TRAININGS = {
     "learning_rate": {"learning_rate": 1e-3},
-    "beta": {"beta": 0.1},
     "mask": {"mask": "retry"},
-    "seed": {"seed": 1},
-    "truncation_penalty": {"truncation_penalty": 0.5},
-    "failures_per_step": {"failures_per_step": 4},
-    "max_completion_length": {"max_completion_length": 11},
     "failures": {"failures": 5},
     "task.largest": {"task": CoinTask(count=3, largest=19)},
     "task's class": {"task": ConstantTask(True)},
     "model's adapters": {"lora": small_lora(r=8)},
     "model's weights": {"model": "other"},
+    "there is no r3_run.json": {},
 }
 
 
@@ -803,13 +758,15 @@ def test_checkpoints_of_another_training_are_not_resumed(tiny, tokenizer, tmp_pa
     model, given = tiny(), {"lora": small_lora(), **options, **OTHER_TRAININGS[name]}
     if given.pop("model", None):
         model.lm_head.weight.data[3, 3] += 0.1
+    if not OTHER_TRAININGS[name]:
+        (tmp_path / RUN_NOTE).unlink()
     other = make(model, tokenizer, tmp_path, engine=ScriptedEngine(tokenizer), **given)
     for start in (other.resume_or_train, other.train):
         with pytest.raises(
             R3Error, match="checkpoints of another training.*give another output_dir"
         ) as error:
             start()
-        assert f"{name} was " in str(error.value)
+        assert name in str(error.value)
     assert other._engine.calls == []
 
 
@@ -846,13 +803,6 @@ def test_a_run_cannot_be_made_shorter_than_its_checkpoint(tiny, tokenizer, tmp_p
     options = started(tiny, tokenizer, tmp_path) | {"max_steps": 1}
     with pytest.raises(R3Error, match="checkpoint-2 is beyond max_steps=1"):
         again(tiny, tokenizer, tmp_path, options).train()
-
-
-def test_checkpoints_without_a_note_are_not_resumed(tiny, tokenizer, tmp_path):
-    options = started(tiny, tokenizer, tmp_path)
-    (tmp_path / RUN_NOTE).unlink()
-    with pytest.raises(R3Error, match="another training"):
-        again(tiny, tokenizer, tmp_path, options).resume_or_train()
 
 
 def test_learned_positions_are_refused_since_padding_would_move_them(tokenizer, tmp_path):

@@ -62,7 +62,8 @@ class CountdownTask(Task):
     def __init__(self, source="generator", count=(3, 4), largest=99, largest_target=100):
         self.source = source
         self.count = (count,) if isinstance(count, int) else tuple(count)
-        self.largest, self.largest_target = largest, largest_target
+        self.largest = largest
+        self.largest_target = largest_target
         counts = bool(self.count) and min(self.count) >= 2 and max(self.count) <= 4
         if not counts or largest < 2 or largest_target < 1:
             raise R3Error(

@@ -35,7 +35,8 @@ class DatasetTask(Task):
     name = "dataset"
 
     def __init__(self, dataset: Sequence, verifier: Callable, reflection_prompt=REFLECTION_PROMPT):
-        self._rows, self.verifier = dataset, verifier
+        self._rows = dataset
+        self.verifier = verifier
         self.reflection_prompt = reflection_prompt
         if not callable(verifier):
             raise R3Error(f"verifier={verifier!r} is no function: give verifier(text, row)")

@@ -44,8 +44,10 @@ class FunctionCallingTask(Task):
             raise R3Error(f"unknown rule {rule!r}: use {' or '.join(verifier.RULES)}")
         if not (isinstance(hard, (int, float)) and 0 <= hard <= 1):
             raise R3Error(f"function_calling option hard={hard!r}: it is a chance, from 0 to 1")
-        self.source, self.rule = str(source), rule
-        self.parts, self.hard = _checked_shares(dict(parts)), hard
+        self.source = str(source)
+        self.rule = rule
+        self.parts = _checked_shares(dict(parts))
+        self.hard = hard
 
     def messages(self, problem: FunctionCallingProblem) -> list[dict]:
         """The plain form, for models whose chat template has no place for tools."""

@@ -87,19 +87,18 @@ def check(problem: FunctionCallingProblem) -> str | None:
         return "no query, no tools or no answers"
     if len({tool["name"] for tool in problem.tools}) < len(problem.tools):
         return "two tools of one name"
-    faults = (*map(_tool_fault, problem.tools), *_answer_faults(problem))
-    return next(filter(None, faults), None)
+    faults = [fault for tool in problem.tools for fault in _tool_faults(tool)]
+    return next(iter([*faults, *_answer_faults(problem)]), None)
 
 
-def _tool_fault(tool: dict) -> str | None:
+def _tool_faults(tool: dict) -> Iterable[str]:
     declared_arguments(tool)
     absent = set(tool.get("required") or ()) - set(tool["parameters"])
     if absent:
-        return f"{tool['name']} requires undeclared {sorted(absent)}"
+        yield f"{tool['name']} requires undeclared {sorted(absent)}"
     for spec in tool["parameters"].values():
         if unknown_word(spec.get("type", "any")):
-            return f"{tool['name']} has an argument of unknown type {spec['type']!r}"
-    return None
+            yield f"{tool['name']} has an argument of unknown type {spec['type']!r}"
 
 
 def _answer_faults(problem: FunctionCallingProblem) -> Iterable[str]:
@@ -142,9 +141,10 @@ def read_xlam(source: str = "hub") -> Records:
 
 
 def _xlam(id: str, row: dict) -> FunctionCallingProblem:
-    written = (row["tools"], row["answers"])
-    tools, answers = (json.loads(x) if isinstance(x, str) else x for x in written)
-    tools, answers = tuple(map(_tool, tools)), tuple(gold(answers))
+    written = row["tools"]
+    tools = json.loads(written) if isinstance(written, str) else written
+    tools = tuple(map(_tool, tools))
+    answers = tuple(gold(row["answers"]))
     return FunctionCallingProblem(id, row["query"], tools, answers, kind="xlam")
 
 
@@ -229,7 +229,8 @@ def _present(arguments: dict, required) -> dict:
 
 def _collect(source: str, rows: Iterable[tuple[str, dict]], make: Callable) -> Records:
     """Make the records; log one line about those that are skipped."""
-    problems, skipped, known = [], [], set()
+    problems, skipped = [], []
+    known = set()
     for id, row in rows:
         try:
             problem = make(id, row)

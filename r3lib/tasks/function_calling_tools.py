@@ -121,11 +121,14 @@ def _candidates(random: Random, part: str) -> list[Tool]:
     size = random.random() < SIZED
     known = NEW if part == "tools" else SEEN
     first = random.choice([tool for tool in known if tool.sized == size])
-    tools, count = [first], random.choices((1, 2, 3, 4), (3, 3, 2, 2))[0]
-    while (taken := len(tools) + sum(tool.sized for tool in tools)) < count:
+    tools = [first]
+    taken = 1 + first.sized
+    [count] = random.choices((1, 2, 3, 4), (3, 3, 2, 2))
+    while taken < count:
         others = [t for t in SEEN if t not in tools and taken + 1 + t.sized <= 4]
         near = [t for t in others if t.verb == first.verb or t.noun == first.noun]
         tools.append(random.choice(near if near and random.random() < LOOK_ALIKE else others))
+        taken += 1 + tools[-1].sized
     return tools
 
 
@@ -133,7 +136,8 @@ def _case(random: Random, tools: list[Tool], part: str, hard: float, invented: f
     two = len(tools) > 1 and random.random() < TWO_CALLS
     calls = tuple(_call(random, tool, hard) for tool in tools[: 2 if two else 1])
     records = []
-    for tool, call in zip(tools, [*calls, *(_call(random, t, hard) for t in tools[len(calls) :])]):
+    uncalled = [_call(random, tool, hard) for tool in tools[len(calls) :]]
+    for tool, call in zip(tools, [*calls, *uncalled]):
         if tool.sized:
             records += [
                 tool.record("small", f"at most {call.limit}"),

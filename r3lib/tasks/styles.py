@@ -20,9 +20,7 @@ HINTS = {
     "function_calling": re.compile(r"\AThe right tool is"),
 }
 DIAGNOSES = {
-    "countdown": re.compile(
-        r"My equation (gives|was)|I used [0-9]|It is [0-9]+ too (big|small)"
-    ),
+    "countdown": re.compile(r"My equation (gives|was)|I used [0-9]|It is [0-9]+ too (big|small)"),
     "function_calling": re.compile(
         r"\A(My call was not|I did not make|The tool |I left out|The value of|I do not see)"
     ),

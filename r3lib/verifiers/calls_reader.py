@@ -130,7 +130,7 @@ def _counted(parts: list[_Part]) -> list[_Part]:
 def _parts(text: str, declared: Collection[str]) -> Iterator[_Part]:
     """Yield what `text` holds, from its start to its end."""
     reader = _Reader(text, declared)
-    position, blocks, broken = 0, 0, 0
+    position = blocks = broken = 0
     while position is not None and broken < MAX_BROKEN:
         start = reader.next(position)
         unopened = _UNOPENED.search(text, position, start.start() if start else len(text))
@@ -169,7 +169,8 @@ class _Reader:
     """Reads the blocks of one text, each at most once."""
 
     def __init__(self, text: str, declared: Collection[str]):
-        self.text, self.declared = text, declared
+        self.text = text
+        self.declared = declared
         self.python_left = python_calls.MAX_LENGTH  # characters
         self.unclosed_left = MAX_UNCLOSED
 

@@ -105,7 +105,8 @@ def answer(text: str | None) -> str | None:
     if not isinstance(text, str):
         raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
     text = answer_text(text)
-    contents, plain, start = [], [], None
+    contents, plain = [], []
+    start = None
     for tag in _TAG.finditer(text):
         if not tag[1]:
             start = tag

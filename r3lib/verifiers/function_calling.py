@@ -179,7 +179,8 @@ def _with_defaults(plain: dict, declared: dict[str, Argument]) -> tuple[dict, se
 
 def _widened(declared: Type, values: list) -> Type:
     """Return `declared` with the types of gold's `values`, which tools may declare wrongly."""
-    lists, items = [value for value in values if isinstance(value, list)], declared.items
+    lists = [value for value in values if isinstance(value, list)]
+    items = declared.items
     if lists and (items or list not in declared.kinds):
         items = _widened(items or Type(), [item for value in lists for item in value])
     return Type(declared.kinds | set(map(type, values)), items)

@@ -79,25 +79,15 @@ _OBJECT = re.compile(
 
 def answer_text(text: str) -> str:
     """Return `text` without its reasoning, up to the end of the model's turn."""
-    return _split(text)[0]
-
-
-def without_reasoning(text: str) -> str:
-    """Return `text` without its reasoning; what follows the end of the turn is left as it is."""
-    return "".join(_split(text))
-
-
-def _split(text: str) -> tuple[str, str]:
-    """Split `text` into the answer, without reasoning, and the rest from the end of turn on."""
     if len(text) > MAX_LENGTH or text.count("<") + text.count("[") > MAX_TAGS:
-        return "", ""
+        return ""
     searched = text[:-MAX_JSON] + _OBJECT.sub(_without_tags, text[-MAX_JSON:])
     kept: list[str] = []
     outermost = nested = position = 0
     while tag := _find(_ANY, searched, position):
-        if tag.lastgroup == "end":
-            return "".join(kept) + text[position : tag.start()], text[tag.start() :]
         kept.append(text[position : tag.start()])
+        if tag.lastgroup == "end":
+            return "".join(kept)
         if tag.lastgroup == "closing":
             del kept[outermost if nested else 0 :]
             nested = max(nested - 1, 0)
@@ -107,10 +97,10 @@ def _split(text: str) -> tuple[str, str]:
             outermost = len(kept)
         closing = _find(_CLOSING[tag.lastgroup], searched, tag.end())
         if closing is None:
-            return "".join(kept), ""
+            return "".join(kept)
         nested += len(_OPENING[tag.lastgroup].findall(searched, tag.end(), closing.start()))
         position = closing.start() if tag.lastgroup in _MESSAGES else closing.end()
-    return "".join(kept) + text[position:], ""
+    return "".join(kept) + text[position:]
 
 
 def _without_tags(json_object: re.Match) -> str:

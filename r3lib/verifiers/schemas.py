@@ -74,15 +74,17 @@ def declared_arguments(tool: dict) -> dict[str, Argument]:
 
     Raises R3Error where `parameters` is no object or `required` no list.
     """
-    parameters, name = parameters_of(tool), tool.get("name")
-    specs, required = parameters, tool.get("required")
+    parameters = specs = parameters_of(tool)
+    required = tool.get("required")
     if is_schema(tool):
-        specs, required = parameters.get("properties") or {}, parameters.get("required")
+        specs = parameters.get("properties") or {}
+        required = parameters.get("required")
         required = () if required is None else required
     if not isinstance(specs, dict):
-        raise R3Error(f"the properties of tool {name!r} must be an object")
+        raise R3Error(f"the properties of tool {tool.get('name')!r} must be an object")
     if not isinstance(required, list | tuple | None):
-        raise R3Error(f"`required` of tool {name!r} must be a list of names, not {required!r}")
+        what = f"`required` of tool {tool.get('name')!r}"
+        raise R3Error(f"{what} must be a list of names, not {required!r}")
     root = {**tool, **parameters}
     made = {}
     for argument, spec in specs.items():
