@@ -86,6 +86,12 @@ def load_profile(name: str, /, **overrides) -> Profile:
         raise R3Error(f"name={given!r} cannot name a folder of results: use letters, digits, - and _")
     profile = Profile(**values)
     check_settings({**values, **profile.sampling, **profile.training})
+    training = profile.training
+    accumulation_steps(
+        training["failures_per_step"],
+        training["num_generations"],
+        training["per_device_train_batch_size"],
+    )
     _check_server(profile)
     return profile
 
@@ -116,11 +122,6 @@ def check_settings(settings: Mapping) -> None:
             f"mask={settings['mask']!r} trains the retry, which must then be sampled as the "
             f"reflection is: set retry_temperature={temperature} (now {retry_temperature})"
         )
-    accumulation_steps(
-        settings["failures_per_step"],
-        settings["num_generations"],
-        settings["per_device_train_batch_size"],
-    )
 
 
 def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1) -> int:

@@ -23,6 +23,7 @@ from .provenance import TCMALLOC, reaches_hub
 from .render import render
 
 NOTEBOOKS = ROOT / "notebooks"
+STUDY = "05"  # its last notebook; a later one runs alone
 NEWS = re.compile(r"(cached|running|step) .+|.*no group has variance.+")  # lines of a notebook shown at once
 
 
@@ -37,7 +38,7 @@ def reproduce(
     log=print,
     verbose: bool = False,
 ) -> Path:
-    """Run the notebooks (from `start`, or `only` one) under a profile; return the path of the report.
+    """Run notebooks 00 to 05 (from `start`, or `only` one) under a profile; return the path of the report.
 
     Before notebook 04 has ever run there is no report, and the path is that of the results.
     `results`, if relative, lies beside the notebooks, as does the kernels' working directory. Executed copies go
@@ -82,9 +83,9 @@ def choose(start: str | None, only: str | None) -> list[Path]:
     wanted = (only or start or "00").zfill(2)
     if (only or start) and wanted not in found:
         raise R3Error(f"no notebook {wanted!r}: known: {', '.join(found)}")
-    if only:
+    if only or wanted > STUDY:
         return [found[wanted]]
-    return [path for number, path in found.items() if number >= wanted]
+    return [path for number, path in found.items() if wanted <= number <= STUDY]
 
 
 def check_parameters(notebook: Path, given: dict) -> None:

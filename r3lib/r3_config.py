@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
-from .config import accumulation_steps
+from .config import CHOICES, accumulation_steps, check_settings
 from .errors import R3Error
 from .settings import FREE, default_of, refuse_ignored
-from .tasks.base import RETRY_TURNS
 from .weights import training_options
 
-MASKS = ("reflection", "reflection+retry", "retry")
+MASKS = CHOICES["mask"]
 
 
 def setting(default, help: str):
@@ -57,34 +56,14 @@ class R3Config(GRPOConfig):
     def __post_init__(self):
         defaults = {f.name: default_of(f) for f in fields(self)}
         self.given = [name for name, value in defaults.items() if getattr(self, name) != value]
-        self._check_rollout()
         refuse_ignored(self)
+        check_settings(vars(self))
         self._fit_device()
         self._fit_accumulation()
         generation = self.steps_per_generation, self.generation_batch_size
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees
         self._check_steps(generation)
-
-    def _check_rollout(self) -> None:
-        if self.mask not in MASKS:
-            raise R3Error(f"mask={self.mask!r} is unknown: use one of {', '.join(MASKS)}")
-        if self.retry_turn not in RETRY_TURNS:
-            known = ", ".join(RETRY_TURNS)
-            raise R3Error(f"retry_turn={self.retry_turn!r} is unknown: use one of {known}")
-        if self.truncation_penalty < 0:
-            raise R3Error(
-                f"truncation_penalty={self.truncation_penalty} would reward being cut off: use 0 "
-                "or more"
-            )
-        if self.num_generations < 2:
-            raise R3Error(
-                f"group size {self.num_generations} has no variance to learn from: use at least 2"
-            )
-        if not self.temperature > 0:
-            raise R3Error(
-                f"temperature={self.temperature}: a group needs different reflections: use above 0"
-            )
 
     def _fit_device(self) -> None:
         """Precision, checkpointing and device, where they are not given."""
@@ -115,16 +94,6 @@ class R3Config(GRPOConfig):
 
     def _check_steps(self, generation: tuple) -> None:
         """Check what TRL's defaults decide; `generation` holds its two settings as given."""
-        if self.max_steps < 1:
-            raise R3Error(
-                f"max_steps={self.max_steps}: R3 counts steps, not epochs: ask for at least 1"
-            )
-        if self.mask != "reflection" and self.retry_temperature != self.temperature:
-            raise R3Error(
-                f"mask={self.mask!r} trains the retry, which must then be sampled as the "
-                f"reflection is: set retry_temperature={self.temperature} "
-                f"(now {self.retry_temperature})"
-            )
         if self.mask != "reflection" and self.mask_truncated_completions:
             raise R3Error(
                 "mask_truncated_completions looks at the last token, which under "

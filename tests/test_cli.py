@@ -73,8 +73,8 @@ def test_doctor_gives_its_exit_code(monkeypatch):
 def test_doctor_estimates_with_overrides_and_for_another_gpu(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(doctor, "report", lambda *given, **named: asked.append((given, named)) or 0)
-    cli.main(["doctor", "--profile", "colab", "--task", "countdown", "--set", "micro_batch=8", "--gpu-memory", "15"])
-    assert asked == [(("colab",), {"gpu_memory": 15.0, "overrides": {"micro_batch": "8"}, "task": "countdown"})]
+    cli.main(["doctor", "--profile", "colab", "--task", "countdown", "--set", "seeds=2", "--gpu-memory", "15"])
+    assert asked == [(("colab",), {"gpu_memory": 15.0, "overrides": {"seeds": "2"}, "task": "countdown"})]
     for size in ("0", "much"):
         with pytest.raises(SystemExit):
             cli.main(["doctor", "--gpu-memory", size])
@@ -109,21 +109,22 @@ def study(monkeypatch, tmp_path):
             self.made, self.results = (profile, task, overrides), tmp_path / "results"
 
         def __getattr__(self, stage):
-            return lambda *arguments: calls.append((*self.made, stage, arguments)) or "path"
+            return lambda *given, part: calls.append((*self.made, stage, given, part)) or "path"
 
     monkeypatch.setattr("r3lib.study.Study", Spy)
     return calls
 
 
-def test_sample_asks_for_a_share_and_merge_for_the_whole(study, capsys):
-    assert cli.main("sample baseline --task countdown --shard 1/4 --profile smoke --set steps=3".split()) == 0
+def test_sample_asks_for_a_share_or_for_the_whole(study, capsys):
+    assert cli.main("sample baseline --task countdown --shard 1/4 --profile smoke --set seeds=3".split()) == 0
     assert cli.main("sample evaluate --task countdown --shard 0/2 --seed 5".split()) == 0
-    assert cli.main("merge mine --task countdown".split()) == 0
+    assert cli.main("sample mine --task countdown".split()) == 0
     assert study == [
-        ("smoke", "countdown", {"steps": "3"}, "baseline", ((1, 4),)),
-        ("nano", "countdown", {}, "evaluate", (5, (0, 2))),
-        ("nano", "countdown", {}, "mine", ()),
+        ("smoke", "countdown", {"seeds": "3"}, "baseline", (), (1, 4)),
+        ("nano", "countdown", {}, "evaluate", (5,), (0, 2)),
+        ("nano", "countdown", {}, "mine", (), None),
     ]
+    assert cli.main(["sample", "mine"]) == 2 and "add --task" in capsys.readouterr().err
 
 
 def test_shares_run_side_by_side_but_not_beside_a_whole_run(study, tmp_path, capsys):

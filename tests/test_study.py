@@ -36,7 +36,7 @@ def loaded(*modules):
     [
         (["r3lib.study", "r3lib.artifacts"], MODELS | {"matplotlib"}),
         (["r3lib.study", "r3lib.evaluate", "r3lib.failures", "r3lib.figures"], MODELS),
-        (["r3lib.pipeline", "r3lib.report"], MODELS | {"matplotlib"}),
+        (["r3lib.pipeline", "r3lib.report"], MODELS),
     ],
 )
 def test_what_reads_a_cached_study_loads_no_model_library(modules, absent):
