@@ -38,7 +38,7 @@ def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, l
         log(f"cached  {target.name}")
         return target
     work = work_folder(target, config, inputs)
-    unfinished = work.exists() and not run
+    unfinished = work.exists() and any(work.iterdir()) and not run
     log(f"running {target.name}: {'goes on where it stopped' if unfinished else why}")
     started = time.time()
     main = os.environ.get("RANK", "0") == "0"  # of several processes one keeps the books
@@ -194,4 +194,6 @@ def _change(key: str, before, now) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         inner = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
         return ", ".join(_change(name, before.get(name), now.get(name)) for name in inner)
+    if key == "code":
+        return "the code of task, sampler or trainer"
     return f"{key} {before} -> {now}"

@@ -176,7 +176,9 @@ def _merge(values: dict, given: Mapping, where: str) -> None:
 
 def _place(key: str) -> str:
     """Where an override called `key` goes: "seeds", or "training.max_steps"."""
-    block, _, _ = key.rpartition(".")
+    block, _, inner = key.rpartition(".")
+    if block in ("sampling", "lora") and inner not in DEFAULTS[block]:
+        raise R3Error(f"{key}: no such setting: {nearest(inner, DEFAULTS[block])}")
     if block in BLOCKS or key in {field.name for field in fields(Profile)}:
         return key
     homes = {inner: block for block in BLOCKS for inner in DEFAULTS[block]}

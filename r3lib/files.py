@@ -37,7 +37,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Write aside, then rename: `path` holds the old or the new content, never a part. R3Error: disk full."""
     with disk_full_as_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.tmp")
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
         aside.replace(path)
 

@@ -120,7 +120,8 @@ def execute(notebook: Path, copy: Path, given: dict, kernel: type, news: "News")
         with disk_full_as_error(copy):
             copy.parent.mkdir(parents=True, exist_ok=True)
             papermill.execute_notebook(
-                notebook, copy, given, kernel_name="python3", language="python", progress_bar={"leave": False, "disable": None},
+                notebook, copy, given, kernel_name="python3", language="python",
+                progress_bar={"leave": False, "disable": None},  # none where there is no terminal
                 cwd=NOTEBOOKS.parent, stdout_file=news, stderr_file=news, kernel_manager_class=kernel,
             )  # fmt: skip
     except PapermillExecutionError as error:

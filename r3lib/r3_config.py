@@ -7,7 +7,7 @@ from trl import GRPOConfig
 
 from .config import accumulation_steps
 from .errors import R3Error
-from .settings import FREE, refuse_ignored
+from .settings import FREE, default_of, refuse_ignored
 from .tasks.base import RETRY_TURNS
 from .weights import training_options
 
@@ -55,6 +55,8 @@ class R3Config(GRPOConfig):
     sample_batch: int = setting(256, "Rows sampled at once.")
 
     def __post_init__(self):
+        defaults = {f.name: default_of(f) for f in fields(self)}
+        self.given = [name for name, value in defaults.items() if getattr(self, name) != value]
         self._check_rollout()
         refuse_ignored(self)
         self._fit_device()
@@ -139,10 +141,9 @@ class R3Config(GRPOConfig):
 def differing(args: R3Config, block: dict) -> str:
     """Name each setting in which `args` differs from `R3Config(**block)`; "" if none.
 
-    Seed, place, and what decides no weight (see `settings.FREE`) may differ. R3Error: `block` is
-    none that R3Config takes.
+    Seed, place, and what decides no weight (see `settings.FREE`) may differ.
     """
-    other = R3Config(**{"output_dir": args.output_dir, **block})
-    names = [f.name for f in fields(args) if f.name not in FREE | {"seed"}]
-    pairs = {name: (getattr(args, name), getattr(other, name)) for name in names}
+    defaults = {f.name: default_of(f) for f in fields(R3Config)}
+    names = sorted({*args.given, *block} - FREE - {"seed"})
+    pairs = {name: (getattr(args, name), block.get(name, defaults[name])) for name in names}
     return "; ".join(f"{name} is {a!r}, not {b!r}" for name, (a, b) in pairs.items() if a != b)

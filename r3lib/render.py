@@ -9,13 +9,13 @@ from nbformat import read
 from .files import write_atomic
 
 STYLE = re.compile(r"<style.*?</style>\s*", re.DOTALL)  # which code hosts show as text
-FORM = ("parameters", "parameters-note", "injected-parameters", "colab")  # tags of cells that a reader of the page does not need
+LEFT_OUT = {"parameters", "parameters-note", "injected-parameters", "colab"}  # cells, by their tags
 
 
 def render(notebook: Path, folder: Path) -> Path:
     """Write the executed `notebook` as a page of `folder`, its images beside it; return the page."""
     cells = read(notebook, 4)
-    cells.cells = [cell for cell in cells.cells if not set(FORM) & set(cell.metadata.get("tags", ()))]
+    cells.cells = [cell for cell in cells.cells if not LEFT_OUT & set(cell.metadata.get("tags", ()))]
     text, resources = MarkdownExporter().from_notebook_node(cells)
     text = STYLE.sub("", text)
     for name, image in resources["outputs"].items():

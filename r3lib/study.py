@@ -40,8 +40,8 @@ HERE = Path(__file__).resolve().parent
 LENGTHS = ("max_attempt_length", "max_completion_length", "max_retry_length")
 Part = tuple[int, int] | None  # (i, n): the shards of process i of n
 WITHOUT_EFFECT = set(  # modules that decide neither an episode nor an adapter; a new module is not one of them
-    """__init__ __main__ card cli colab config doctor errors evaluate failures figures pipeline preflight
-    provenance render report stats store study tour train training_log""".split()
+    """__init__ __main__ artifacts card cli colab config doctor errors evaluate failures figures files
+    pipeline preflight provenance render report stats study train training_log view""".split()
 )
 
 
@@ -365,10 +365,11 @@ def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path, en
 
 def code_of(task: Task) -> str:
     """Hash of the sources that decide what an episode or an adapter of `task` is: a change makes them anew."""
-    files = [path for path in sorted(HERE.glob("*.py")) if path.stem not in WITHOUT_EFFECT]
-    files += sorted([*HERE.glob("engines/*.py"), *HERE.glob("verifiers/*.py")])
-    files += sorted([HERE / "tasks" / "base.py", *HERE.glob(f"tasks/{task.name}*")])
-    return folder_hash(*files)
+    files = [path for path in HERE.glob("*.py") if path.stem not in WITHOUT_EFFECT]
+    files += [*HERE.glob("engines/*.py"), *HERE.glob("verifiers/*.py")]
+    others = tuple(name for name in TASKS if name != task.name)
+    files += [path for path in HERE.glob("tasks/*.*") if not path.name.startswith(others)]
+    return folder_hash(*sorted(files))
 
 
 def open_studies(
