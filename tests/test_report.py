@@ -13,7 +13,7 @@ from r3lib import report
 from r3lib.errors import R3Error
 from r3lib.evaluate import ACCURACY, COMPARISONS, TRAINING
 
-HOSTILE = "</script><b onload=alert(1)>\"quoted\" & 'single' \u2028 <!-- \\u003c http://a.org \x00 é"
+HOSTILE = "</script><b onload=alert(1)>\"quoted\" & 'single' \u2028 <!-- \\u003c a.org \x00 é"
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
     "1f15c4890000000a49444154789c63000100000500010d0a2db40000000049454e44ae426082"
