@@ -34,6 +34,10 @@ CAPTIONS = {  # by the end of a figure's name, in the order of the notebooks
     "reflections": "Styles of reflections: how often each is written, how often it helps.",
     "arithmetic": "Arithmetic inside reflections: a fall is the first sign of too much training.",
 }
+EFFECT = ["question", "untrained", "trained (R3)", "difference, points [95%]"]
+EFFECT += ["n", "seeds", "p (Holm)"]
+COMPARED = ["question", "task", "a", "b", "difference", "n", "seeds", "p", "p (Holm)"]
+MACHINE = ["hardware", "packages"]
 FEW = 100  # test problems, fewer of which show no effect
 PER_CELL = 300  # episodes shown of each task, policy and condition
 VIEWER_BYTES = 5_000_000  # of embedded episodes: longer texts mean fewer of them
@@ -52,20 +56,18 @@ def write_report(results: Path) -> Path:
     comparisons = read(results, tables / "comparisons.csv", [*COMPARISONS, "p_holm"])
     view = paper_view(accuracy[accuracy.policy.isin(POLICIES) & (accuracy.split == "test")])
     artefacts = read_artefacts(results)
-    by_time = sorted(artefacts.values(), key=lambda made: (made["notebook"], made["seconds"]))
     html = PAGES.get_template("report.html").render(
         profile=results.name,
         problems=int(accuracy[accuracy.seed != "all"].n.max()),
         few=FEW,
         summary=summary(accuracy, view, comparisons),
-        columns=[label for _, _, label in COLUMNS.values()],
         studies=headline(view, read(results, PAPER), results.name),
         figures=figures(results, artefacts),
         conditions=conditions(accuracy),
-        comparisons=[compared(row) for row in comparisons.itertuples()],
+        comparisons=compared(comparisons),
         tables=[listed(path.stem, read(results, path)) for path in sorted(tables.glob("*.csv"))],
         viewer=sample(episodes(results, accuracy)),
-        provenance={made["notebook"]: made for made in by_time},
+        provenance=provenance(artefacts),
     )
     write_atomic(results / "report.html", html)
     return results / "report.html"
@@ -105,33 +107,34 @@ def percent(rate, lo, hi) -> str:
 def summary(accuracy: pd.DataFrame, view: pd.DataFrame, comparisons: pd.DataFrame) -> list[dict]:
     """For each task what training changed, and how many controls an own reflection beats."""
     cells = pooled(accuracy[accuracy.split == "test"])
-    names = cells.policy + "/" + cells.condition
-    rates = dict(zip(zip(cells.task, names), cells.rate))
-    both = view[view.column.str.endswith("second")]
-    rates |= dict(zip(zip(both.task, both.policy + "/both_tries"), both.rate))
+    both = view[view.column.str.endswith("second")].assign(condition="both_tries")
+    cells = pd.concat([cells, both])
+    rates = dict(zip(zip(cells.task, cells.policy + "/" + cells.condition), cells.rate))
     tasks = []
     for task, rows in comparisons[comparisons.a.str.startswith("r3/")].groupby("task", sort=False):
-        effects = []
+        lines = []
         for row in rows[rows.question.isin(TRAINING.values())].itertuples():
-            before, after = rates[task, row.b], rates[task, row.a]
-            effects.append({**compared(row), "before": f"{before:.1%}", "after": f"{after:.1%}"})
+            sides = [f"{rates[task, side]:.1%}" for side in (row.b, row.a)]
+            lines.append([row.question, *sides, points(row), row.n, row.seeds, f"{row.p_holm:.2g}"])
         controls = rows[rows.question.isin(CONTROLS.values())]
         beaten = controls[(controls["diff"] > 0) & (controls.p_holm < 0.05)]
         counts = {"controls": len(controls), "beaten": len(beaten)}
-        tasks.append({"task": task, "effects": effects, **counts})
+        tasks.append({"caption": task, "columns": EFFECT, "rows": lines, "strong": 0, **counts})
     return tasks
 
 
 def headline(view: pd.DataFrame, paper: pd.DataFrame, profile: str) -> list[dict]:
     """For each task the paper's Table 1 or 2 (percent of all test problems) with this run below."""
     paper = paper[paper.confidence.isin(["A", "B"])]
+    columns = ["model", *(label for _, _, label in COLUMNS.values())]
     studies = []
     for task, own in view.groupby("task", sort=False):
         rows = []
         for model, cells in paper[paper.task == task].groupby("model", sort=False):
-            rows.append({"name": model, "cells": across(cells, paper_number)})
-        ours = {"name": f"this run ({profile})", "cells": across(own, our_number), "ours": True}
-        studies.append({"task": task, "rows": [*rows, ours]})
+            rows.append([model, *across(cells, paper_number)])
+        rows.append([f"this run ({profile})", *across(own, our_number)])
+        strong = len(rows) - 1
+        studies.append({"caption": task, "columns": columns, "rows": rows, "strong": strong})
     return studies
 
 
@@ -159,20 +162,41 @@ def conditions(accuracy: pd.DataFrame) -> list[dict]:
         lines = []
         for condition in rows.condition.unique():
             lines.append([condition, *(found.get((condition, p), "") for p in policies)])
-        names = [style(policy)[2] for policy in policies]
-        tables.append({"task": task, "split": split, "policies": names, "rows": lines})
+        columns = ["condition", *(style(policy)[2] for policy in policies)]
+        tables.append({"caption": f"{task}, {split}", "columns": columns, "rows": lines})
     return tables
 
 
-def compared(row) -> dict:
-    """A row of comparisons.csv as text, its difference in percentage points."""
-    sides = {}
-    for side in ("a", "b"):
-        policy, _, condition = getattr(row, side).partition("/")
-        sides[side] = f"{style(policy)[2]}: {condition}"
-    points = f"{100 * row.diff:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
-    p = {"p": f"{row.p:.2g}", "p_holm": f"{row.p_holm:.2g}"}
-    return {**row._asdict(), **sides, "points": points, **p}
+def compared(comparisons: pd.DataFrame) -> dict:
+    """comparisons.csv as text, differences in percentage points."""
+    lines = []
+    for row in comparisons.itertuples():
+        sides = [side_of(row.a), side_of(row.b)]
+        line = [row.question, row.task, *sides, points(row), row.n, row.seeds]
+        lines.append([*line, f"{row.p:.2g}", f"{row.p_holm:.2g}"])
+    return {"columns": COMPARED, "rows": lines}
+
+
+def side_of(cell: str) -> str:
+    policy, _, condition = cell.partition("/")
+    return f"{style(policy)[2]}: {condition}"
+
+
+def points(row) -> str:
+    return f"{100 * row.diff:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
+
+
+def provenance(artefacts: dict) -> dict:
+    """A row a notebook: its time until its last file, commit, hardware and versions."""
+    made = sorted(artefacts.values(), key=lambda made: (made["notebook"], made["seconds"]))
+    rows = {}
+    for last in made:
+        commit = last["commit"] or "no repository"
+        dirty = ", with uncommitted changes" if last["dirty"] else ""
+        machine = [", ".join(f"{k} {v}" for k, v in last[of].items() if v) for of in MACHINE]
+        rows[last["notebook"]] = [last["notebook"], last["seconds"], commit + dirty, *machine]
+    columns = ["notebook", "seconds", "commit", *MACHINE]
+    return {"columns": columns, "rows": list(rows.values())}
 
 
 def figures(results: Path, artefacts: dict) -> list[dict]:

@@ -38,7 +38,7 @@ def test_its_files_are_those_of_its_manifest():
 
 def test_no_step_of_it_was_clipped_as_its_profile_says():
     metrics = pd.read_json(REFERENCE / "metrics.jsonl", lines=True)
-    assert metrics.grad_norm.max() < load_profile("nano").max_grad_norm
+    assert metrics.grad_norm.max() < load_profile("nano").training["max_grad_norm"]
 
 
 def test_its_tables_follow_from_its_episodes(episodes, accuracy):
