@@ -7,9 +7,8 @@ needs none of them.
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +26,9 @@ from .identity import task_facts
 from .mining import MinedFailures, failures_table
 from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
+from .sources import sources_hash
 from .tasks import TASKS, Task, load_task
-from .weights import commit, compute_dtype, load, locate, reading
+from .weights import commit, generation_config, load, locate, reading
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -36,14 +36,8 @@ if TYPE_CHECKING:
     from .r3_config import R3Config
     from .trainer import R3Trainer
 
-HERE = Path(__file__).resolve().parent
 LENGTHS = ("max_attempt_length", "max_completion_length", "max_retry_length")
 Part = tuple[int, int] | None  # (i, n): the shards of process i of n
-WITHOUT_EFFECT = set(  # modules that decide neither an episode nor an adapter; a new module is not one of them
-    """__init__ __main__ artifacts card cli colab config doctor errors evaluate failures figures files
-    pipeline preflight provenance render report stats study train training_log view""".split()
-)
-
 
 class Study:
     """One task under one profile; each step returns the path of its result, which is made once.
@@ -107,6 +101,8 @@ class Study:
         if p.engine == "transformers":
             return None
         log, ends = self.results / "vllm.log", self.chat.end_ids
+        from .engines.vllm_server import vllm_engine
+
         return vllm_engine(self.model_path, p.servers, self.server_options, p.lora["r"], log, ends)
 
     @cached_property
@@ -257,7 +253,8 @@ class Study:
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its input files: task, model, sampling, and the profile's `keys`."""
         profile = asdict(self.profile)
-        same = {"task": self.task.name, "task_facts": task_facts(self.task), "code": code_of(self.task)}
+        same = {"task": self.task.name, "task_facts": task_facts(self.task)}
+        same["code"] = sources_hash(self.task.name, self.profile.engine)
         same["data"] = folder_hash(*self.task.files())
         same |= {"model": self.model_hash, "prompt_date": DATE}
         same |= {key: profile[key] for key in ("quantization", "engine", "sampling", *keys)}
@@ -334,42 +331,6 @@ class Study:
         logs = sorted((self.results / "adapters").glob("*-r3-*/metrics.jsonl"))
         ours = [log for log in logs if int(log.parent.name.rpartition("-")[2]) < self.profile.seeds]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in ours))
-
-
-def generation_config(model: str):
-    """The generation config that transformers gives `model`, without loading the weights."""
-    from transformers import AutoConfig, GenerationConfig
-
-    with suppress(OSError):
-        return GenerationConfig.from_pretrained(model)
-    with reading(model):
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
-
-
-@cache
-def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path, end_ids: frozenset):
-    """An engine over `servers`, or over one of our own for `model`, which ends with this process.
-
-    Ours computes in the precision in which the trainer computes: vLLM's own choice for weights in fp32 would be lower.
-    It holds the weights in it too, where `options` name no quantization: see `config.VLLM_NF4`.
-    """
-    from .engines.vllm import VLLMEngine
-    from .engines.vllm_server import Server, interpreter
-
-    if not servers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise R3Error("several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS")
-    ours = ["--dtype", str(compute_dtype()).removeprefix("torch.")]
-    own = [] if servers else [Server(model, interpreter(), rank, log, [*ours, *options.split()])]
-    return VLLMEngine(servers.replace(",", " ").split() or own, None, end_ids=end_ids)
-
-
-def code_of(task: Task) -> str:
-    """Hash of the sources that decide what an episode or an adapter of `task` is: a change makes them anew."""
-    files = [path for path in HERE.glob("*.py") if path.stem not in WITHOUT_EFFECT]
-    files += [*HERE.glob("engines/*.py"), *HERE.glob("verifiers/*.py")]
-    others = tuple(name for name in TASKS if name != task.name)
-    files += [path for path in HERE.glob("tasks/*.*") if not path.name.startswith(others)]
-    return folder_hash(*sorted(files))
 
 
 def open_studies(

@@ -1,7 +1,7 @@
 """Where a profile's model is (embedded, a pip package, a folder, the hub), and how it is loaded."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -168,3 +168,13 @@ def compute_dtype():
         return torch.float32
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float16
+
+
+def generation_config(model: str):
+    """The generation config that transformers gives `model`, without loading the weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    with suppress(OSError):
+        return GenerationConfig.from_pretrained(model)
+    with reading(model):
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))

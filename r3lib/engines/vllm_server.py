@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from math import floor
 from pathlib import Path
@@ -19,8 +20,8 @@ from ..config import ROOT, Profile
 from ..errors import R3Error
 from ..preflight import OVERHEAD, parts, read_config
 from ..provenance import GIB
-from ..weights import device
-from .vllm import Lost, Refused, ask
+from ..weights import compute_dtype, device
+from .vllm import Lost, Refused, VLLMEngine, ask
 from .watch import GRACE
 
 INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # for GPUs
@@ -195,3 +196,17 @@ def environment() -> dict[str, str]:
     if device() == "cpu":
         ours |= ON_CPU
     return ours | os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+
+
+@cache
+def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path, end_ids: frozenset):
+    """An engine over `servers`, or over one of our own for `model`, which ends with this process.
+
+    Ours computes in the precision in which the trainer computes: vLLM's own choice for weights in fp32 would be lower.
+    It holds the weights in it too, where `options` name no quantization: see `config.VLLM_NF4`.
+    """
+    if not servers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise R3Error("several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS")
+    ours = ["--dtype", str(compute_dtype()).removeprefix("torch.")]
+    own = [] if servers else [Server(model, interpreter(), rank, log, [*ours, *options.split()])]
+    return VLLMEngine(servers.replace(",", " ").split() or own, None, end_ids=end_ids)

@@ -1,0 +1,23 @@
+"""Which sources of the package decide an episode or an adapter: when one changes, results are made again."""
+
+from pathlib import Path
+
+from .files import folder_hash
+from .tasks import TASKS
+
+HERE = Path(__file__).resolve().parent
+WITHOUT_EFFECT = set(  # modules that decide neither an episode nor an adapter; a new module is not one of them
+    """__init__ __main__ artifacts card cli colab config doctor errors evaluate failures figures files
+    pipeline preflight provenance render report sources stats study train training_log view""".split()
+)
+
+
+def sources_hash(task: str, engine: str) -> str:
+    """Hash of the sources that decide a result of the task called `task`, sampled by `engine`."""
+    files = [path for path in HERE.glob("*.py") if path.stem not in WITHOUT_EFFECT]
+    files += HERE.glob("verifiers/*.py")
+    others = tuple(name for name in TASKS if name != task)
+    files += [path for path in HERE.glob("tasks/*.*") if not path.name.startswith(others)]
+    unused = () if engine == "vllm" else ("vllm", "watch")
+    files += [path for path in HERE.glob("engines/*.py") if not path.name.startswith(unused)]
+    return folder_hash(*sorted(files))
