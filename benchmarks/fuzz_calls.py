@@ -10,6 +10,7 @@ disagreements; the exit status is 1 if there are any, or a verdict takes more th
 
 import argparse
 import copy
+import json
 import random
 import sys
 import time
@@ -21,7 +22,7 @@ from r3lib.verifiers.function_calling import RULES, verify
 
 LIMIT = 0.010  # seconds of CPU time a verdict may take
 
-# ---------------------------------------------------------------- problems and what is changed in them
+# ---------------------------------------------------------------- problems and changes
 
 TEXT = "abzé 09,.'\"{}[]()<=>:;\\/\n_-#`"
 NAMES = ("get_weather", "search.flights", "f", "send_email", "now", "name", "calc2")
@@ -30,9 +31,8 @@ KEYS = ("city", "days", "a", "b", "name", "type", "from_date", "arguments", "uni
 
 def value_of(kind: str, rng: random.Random):
     if kind == "string":
-        return rng.choice(
-            ("Paris", "new york", "2024-01-05", "3", "true", "null", "")
-        ) or some_text(rng)
+        known = rng.choice(("Paris", "new york", "2024-01-05", "3", "true", "null", ""))
+        return known or some_text(rng)
     if kind == "integer":
         return rng.choice((0, 1, 3, -7, 10**12))
     if kind == "float":
@@ -52,10 +52,9 @@ def problem(rng: random.Random) -> tuple[list[dict], list[dict]]:
     """Return tools in xlam's form and one call of each of some of them."""
     tools = []
     for name in rng.sample(NAMES, rng.randrange(1, 5)):
-        kinds = {key: rng.choice(tuple(WRONG)) for key in rng.sample(KEYS, rng.randrange(4))}
-        tools.append(
-            {"name": name, "parameters": {key: {"type": kind} for key, kind in kinds.items()}}
-        )
+        keys = rng.sample(KEYS, rng.randrange(4))
+        parameters = {key: {"type": rng.choice(tuple(WRONG))} for key in keys}
+        tools.append({"name": name, "parameters": parameters})
     called = rng.sample(tools, rng.randrange(1, min(3, len(tools)) + 1))
     calls = []
     for tool in called:
@@ -64,14 +63,8 @@ def problem(rng: random.Random) -> tuple[list[dict], list[dict]]:
     return tools, calls
 
 
-WRONG = {
-    "string": 7,
-    "integer": "x7",
-    "float": "x7",
-    "boolean": "x7",
-    "array": "x7",
-    "object": "x7",
-}
+# a value of another type
+WRONG = {"string": 7} | dict.fromkeys(("integer", "float", "boolean", "array", "object"), "x7")
 
 
 def another(value):
@@ -91,10 +84,8 @@ def change(
     """Return the calls with one change, gold, and the right reason under each rule, or None."""
     made, gold = copy.deepcopy(calls), copy.deepcopy(calls)
     index = rng.randrange(len(made))
-    call, declared = (
-        made[index],
-        next(t for t in tools if t["name"] == calls[index]["name"])["parameters"],
-    )
+    call = made[index]
+    declared = next(t for t in tools if t["name"] == call["name"])["parameters"]
     key = rng.choice(list(declared)) if declared else None
     if kind == "wrong_function":
         call["name"] += "_2"
@@ -118,15 +109,9 @@ def change(
     return made, gold, right
 
 
-KINDS = (
-    "ok",
-    "wrong_function",
-    "wrong_call_count",
-    "missing_argument",
-    "unexpected_argument",
-    "wrong_type",
-)
-KINDS += ("wrong_value", "default left out", "default given", "invalid_json", "no_call")
+KINDS = ("ok", "wrong_function", "wrong_call_count", "missing_argument", "unexpected_argument")
+KINDS += ("wrong_type", "wrong_value", "default left out", "default given")
+KINDS += ("invalid_json", "no_call")
 
 # ---------------------------------------------------------------- what stands around the calls
 
@@ -158,24 +143,18 @@ def case(rng: random.Random) -> tuple[str, str, list, list, dict] | None:
         return name, before + after, tools, calls, dict.fromkeys(RULES, kind)
     if kind == "invalid_json":
         text = syntax.render(calls)
-        return (
-            name,
-            before + text[: text.rindex(syntax.closing)],
-            tools,
-            calls,
-            dict.fromkeys(RULES, kind),
-        )
-    changed = (
-        None if kind == "wrong_call_count" and not syntax.many else change(kind, tools, calls, rng)
-    )
+        text = before + text[: text.rindex(syntax.closing)]
+        return name, text, tools, calls, dict.fromkeys(RULES, kind)
+    if kind == "wrong_call_count" and not syntax.many:
+        return None
+    changed = change(kind, tools, calls, rng)
     if changed is None:
         return None
     made, gold, right = changed
     if kind == "wrong_type" and not syntax.typed and made != gold:
-        is_text = any(7 in call["arguments"].values() for call in made)  # 7 is a text like another
-        right = (
-            dict.fromkeys(RULES, "wrong_value") if is_text and 7 not in gold_values(gold) else right
-        )
+        is_text = any(7 in call["arguments"].values() for call in made)  # a text like another
+        if is_text and 7 not in gold_values(gold):
+            right = dict.fromkeys(RULES, "wrong_value")
     return name, before + syntax.render(made) + after, tools, gold, right
 
 
@@ -189,10 +168,11 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    verify(
-        '{"name": "f", "arguments": {}}', [], [{"name": "f", "arguments": {}}]
-    )  # the first one imports a library
-    rng, right, wrong, slowest, slow = random.Random(options.seed), Counter(), [], 0.0, 0
+    first = {"name": "f", "arguments": {}}
+    verify(json.dumps(first), [], [first])  # which imports a library
+    rng = random.Random(options.seed)
+    right, wrong = Counter(), []
+    slowest, slow = 0.0, 0
     while right.total() + len(wrong) < options.n:
         made = case(rng)
         if made is None:
@@ -200,16 +180,14 @@ def main() -> int:
         name, text, tools, gold, expected = made
         rule = rng.choice(RULES)
         reason, seconds = judged(text, tools, gold, rule)
-        slowest, slow = max(slowest, seconds), slow + (seconds > LIMIT)
+        slowest = max(slowest, seconds)
+        slow += seconds > LIMIT
         right[reason] += reason == expected[rule]
         if reason != expected[rule]:
             wrong.append((name, rule, expected[rule], reason, text, tools, gold))
-    print(
-        f"{options.n} texts, seed {options.seed}, {len(SYNTAXES)} syntaxes; right: {dict(right.most_common())}"
-    )
-    print(
-        f"slowest verdict {1000 * slowest:.2f} ms; over {1000 * LIMIT:.0f} ms: {slow}; disagreements: {len(wrong)}"
-    )
+    print(f"{options.n} texts, seed {options.seed}, {len(SYNTAXES)} syntaxes")
+    print(f"right: {dict(right.most_common())}; disagreements: {len(wrong)}")
+    print(f"slowest verdict {1000 * slowest:.2f} ms; over {1000 * LIMIT:.0f} ms: {slow}")
     for one in wrong[:10]:
         print(*map(repr, one), sep="\n  ")
     return int(bool(wrong or slow))

@@ -451,10 +451,8 @@ def main() -> None:
     for index in range(options.n):
         case = draw_case(Random(f"{options.seed}/{index}"))
         reason, took = judge(case)
-        if took > LIMIT / 2:
-            took = min(
-                took, *(judge(case)[1] for _ in range(3))
-            )  # the first run of a process warms caches
+        if took > LIMIT / 2:  # the first run of a process warms caches
+            took = min(took, *(judge(case)[1] for _ in range(3)))
         slowest = max(slowest, took)
         counts[reason] += 1
         kinds[case.kind] += 1

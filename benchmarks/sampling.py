@@ -1,58 +1,83 @@
-"""Tokens a second: our engine beside `model.generate`, in one run, on the embedded model.
+"""Tokens a second: our engine, or vLLM's too, beside `model.generate`, in one run.
 
-    python benchmarks/sampling.py [--prompts 32] [--group 8] [--tokens 160] [--repeats 5]
+    python benchmarks/sampling.py [--model base_model] [--prompts 32] [--group 8] [--tokens 160]
+    R3_VLLM_PYTHON=.venv-vllm/bin/python python benchmarks/sampling.py --model smollm2 --vllm
 
-Both sample a group of reflections for each of the same failed attempts, with the same limit and temperature, in
-one batch, as a training step of the nano profile does. The two take turns, so that a noisy machine slows both; the
-ratio is the result.
+Each samples a group of reflections for each of the same failed attempts, with the same weights,
+precision, limit and temperature, in one batch, as a training step does. They take turns, so that a
+noisy machine slows all; the ratios are the result. A sample counts up to its end token, with it.
 """
 
 import argparse
+import os
 import statistics
+import tempfile
 import time
+from contextlib import nullcontext
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from r3lib.chat import Chat
 from r3lib.engines import SamplingParams
-from r3lib.sampler import failures_of
-from r3lib.study import Study
+from r3lib.engines.transformers import TransformersEngine
+from r3lib.engines.vllm import VLLMEngine
+from r3lib.engines.vllm_server import Server
+from r3lib.sampler import Limits, RolloutSampler, failures_of
+from r3lib.tasks import load_task
+from r3lib.weights import locate
 
 
 def main() -> None:
-    """Measure and print one line a repeat, then the median ratio."""
+    """Measure, print one line a repeat, then the median ratios."""
+    options = arguments()
+    logging.set_verbosity_error()
+    path = locate(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    dtype = getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    own = TransformersEngine(model, tokenizer, options.prompts * options.group)
+    prompts = failed_prompts(own, tokenizer, options.prompts)
+    with vllm_server(path, options) as server:
+        sample = {
+            "transformers": lambda seed: by_engine(own, prompts, options, seed),
+            "generate": lambda seed: by_generate(model, tokenizer, prompts, options, seed),
+        }
+        if server is not None:
+            vllm = VLLMEngine([server], tokenizer)
+            by_engine(vllm, prompts, options, 0)  # a server's first batch is slower
+            sample["vllm"] = lambda seed: by_engine(vllm, prompts, options, seed)
+        report([turn(sample, repeat) for repeat in range(options.repeats)], options)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="base_model", help="as in a profile")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+    parser.add_argument("--vllm", action="store_true", help="also a vLLM server of our own")
     for name, default in (("prompts", 32), ("group", 8), ("tokens", 160), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
-    logging.set_verbosity_error()
-    study = Study("nano", "countdown")
-    runner = study.runner(progress=False)
-    model, prompts = runner.engine.model, failed_prompts(study, runner, options.prompts)
-    runner.engine.batch_size = options.prompts * options.group
-    ratios = []
-    for repeat in range(options.repeats):
-        ours = timed(by_engine, runner.engine, prompts, options, repeat)
-        theirs = timed(by_generate, model, study.tokenizer, prompts, options, repeat)
-        ratios.append(ours / theirs)
-        print(f"engine {ours:,.0f}  generate {theirs:,.0f} tokens/s  ratio {ratios[-1]:.1f}")
-    rows, threads = options.prompts * options.group, torch.get_num_threads()
-    print(f"median ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}), {rows} rows of "
-          f"up to {options.tokens} tokens, {threads} threads")  # fmt: skip
+    return parser.parse_args()
 
 
-def failed_prompts(study, runner, count: int) -> list[list[int]]:
+def vllm_server(path: str, options):
+    """A server of the same weights in the same precision, if asked for."""
+    if not options.vllm:
+        return nullcontext()
+    log = os.path.join(tempfile.mkdtemp(), "log")
+    further = ["--dtype", options.dtype]
+    return Server(path, os.environ["R3_VLLM_PYTHON"], log=log, options=further)
+
+
+def failed_prompts(engine, tokenizer, count: int) -> list[list[int]]:
     """Prompts that ask for a reflection on a failed first try."""
-    problems = study.problems("validation", 8 * count)
-    failures = failures_of(problems, runner.first_tries(problems), runner)[:count]
-    return [runner.reflection_prompt(failure) for failure in failures]
-
-
-def timed(sample, *arguments) -> float:
-    """Tokens a second of `sample`, which returns how many it made."""
-    started = time.perf_counter()
-    tokens = sample(*arguments)
-    return tokens / (time.perf_counter() - started)
+    task = load_task("countdown")
+    chat = Chat(tokenizer, engine.model.generation_config)
+    sampler = RolloutSampler(engine, chat, task, Limits(max_attempt_length=64))
+    problems = task.problems("validation", 8 * count, seed=0)
+    failures = failures_of(problems, sampler.first_tries(problems), sampler)[:count]
+    return [sampler.reflection_prompt(failure) for failure in failures]
 
 
 def by_engine(engine, prompts, options, seed) -> int:
@@ -70,6 +95,27 @@ def by_generate(model, tokenizer, prompts, options, seed) -> int:
     )  # fmt: skip
     ended = sampled[:, batch["input_ids"].shape[1] :] == tokenizer.eos_token_id
     return int((ended.cumsum(1) - ended.int() == 0).sum())  # no end token before
+
+
+def turn(sample: dict, seed: int) -> dict[str, float]:
+    """Tokens a second of each of `sample`, functions of a seed that return how many they made."""
+    rates = {}
+    for name, function in sample.items():
+        started = time.perf_counter()
+        tokens = function(seed)
+        rates[name] = tokens / (time.perf_counter() - started)
+    print("  ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in rates.items()), flush=True)
+    return rates
+
+
+def report(turns: list[dict], options) -> None:
+    for name in sorted(set(turns[0]) - {"generate"}):
+        ratios = [rates[name] / rates["generate"] for rates in turns]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{name}: {statistics.median(ratios):.2f} times generate ({spread})")
+    rows = options.prompts * options.group
+    limit, threads = options.tokens, torch.get_num_threads()
+    print(f"{options.model}, {options.dtype}, {rows} rows of up to {limit} tokens, {threads} threads")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ PUBLIC = {  # name: the module that it is in
     "Failure": "sampler",
     "Limits": "sampler",
     "Policy": "episodes",
-    "R3Config": "trainer",
+    "R3Config": "r3_config",
     "R3Error": "errors",
     "R3Trainer": "trainer",
+    "Recorder": "artifacts",
     "RolloutSampler": "sampler",
     "Study": "study",
     "Task": "tasks",
@@ -27,6 +28,7 @@ PUBLIC = {  # name: the module that it is in
     "load_profile": "config",
     "load_task": "tasks",
     "mine_failures": "sampler",
+    "open_studies": "study",
     "run_episodes": "episodes",
 }
 __all__ = sorted(PUBLIC)

@@ -1,10 +1,9 @@
-"""The conversation of an episode as token ids: every join adds tokens, none is decoded and encoded again."""
+"""The conversation of an episode as token ids: joins add tokens, nothing is encoded again."""
 
 import json
 import re
 from contextlib import suppress
 from datetime import datetime
-from os.path import commonprefix
 
 from jinja2 import TemplateError
 
@@ -16,9 +15,11 @@ ENDS = {  # tokens that end a reply in any tokenizer that has them
     "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|im_end|>", "<end_of_turn>", "<turn|>",
     "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|call|>",
 }  # fmt: skip
-TOOL = {"name": "r3_probe", "description": "", "parameters": {"type": "object", "properties": {}, "required": []}}
+NOTHING = {"type": "object", "properties": {}, "required": []}
+TOOL = {"name": "r3_probe", "description": "", "parameters": NOTHING}
 PROBE = [{"role": "user", "content": "a"}]
-ANSWER, REASONED = ["b"], ["<think>", "c", "</think>", "b"]  # the parts of a reply to it
+ANSWER = ["b"]  # the parts of a reply to it
+REASONED = ["<think>", "c", "</think>", "b"]  # and of one with reasoning
 OPEN = re.compile(r"<think>\s*$")  # a prompt that ends so has begun the reply's reasoning
 EMPTY = re.compile(r"<think>\s*</think>\s*$")  # and one that ends so has skipped it
 KEEP_REASONING = (  # arguments under which templates neither drop nor add reasoning
@@ -26,7 +27,6 @@ KEEP_REASONING = (  # arguments under which templates neither drop nor add reaso
     {"preserve_thinking": True},
     {"truncate_history_thinking": False},
 )
-RENDERINGS = 16  # a random choice between two goes unnoticed once in 32,768 times
 
 
 class Rewrites(R3Error):
@@ -50,9 +50,9 @@ class Chat:
     out of earlier turns.
 
     Raises R3Error when the tokenizer has no chat template, no end-of-turn token, or a template that
-    rewrites earlier turns (drops their reasoning, moves a system message) or renders a conversation
-    now this way, now that, since then a reflection could not be joined to the very tokens that were
-    sampled; also for an argument that the template does not have.
+    rewrites earlier turns (drops their reasoning, moves a system message), since then a reflection
+    could not be joined to the very tokens that were sampled; also for an argument that the template
+    does not have.
     """
 
     def __init__(self, tokenizer, generation_config=None, chat_template_kwargs: dict | None = None):
@@ -62,7 +62,10 @@ class Chat:
         template = self.chat_template_kwargs.get("chat_template")
         template = template or getattr(tokenizer, "chat_template", None)
         if not template:
-            raise R3Error(f"the tokenizer of {self.name!r} has no chat template: use an instruction-tuned model")
+            raise R3Error(
+                f"the tokenizer of {self.name!r} has no chat template: use an instruction-tuned "
+                "model"
+            )
         self._refuse_unknown_arguments(str(template))
         self.end_ids = self._named_ends(generation_config)
         try:
@@ -72,13 +75,14 @@ class Chat:
         self.takes_tools = self._takes_tools()
 
     def start(self, task, problem) -> list[int]:
-        """Ids of the first prompt: tools through the template if `takes_tools`, else the task's plain form."""
-        if (tools := task.tools(problem)) and self.takes_tools:
+        """Ids of the first prompt; tools go through the template if it takes them."""
+        tools = task.tools(problem)
+        if tools and self.takes_tools:
             return self._ids(self._text(task.bare_messages(problem), tools))
         return self.prompt(task.messages(problem))
 
     def shown(self, task, problem) -> str:
-        """What `start` asks, as text: the last message, or all that the template makes of tools and query."""
+        """What `start` asks, as text: the last message, or the whole prompt if it holds tools."""
         if task.tools(problem) and self.takes_tools:
             return self.tokenizer.decode(self.start(task, problem))
         return task.messages(problem)[-1]["content"]
@@ -148,14 +152,14 @@ class Chat:
     def _named_ends(self, generation_config) -> frozenset[int]:
         """The ends that are known without the template."""
         named = getattr(generation_config, "eos_token_id", None)
-        named = named if isinstance(named, list | tuple) else [named]
+        if not isinstance(named, list | tuple):
+            named = [named]
         added = {str(token): id for id, token in self.tokenizer.added_tokens_decoder.items()}
         known = [added[end] for end in ENDS & set(added)]
         return frozenset({self.tokenizer.eos_token_id, *named, *known} - {None})
 
     def _probe(self) -> None:
         """Find the template's own end and check that it only appends. R3Error: see the class."""
-        self._refuse_chance()
         prompt = self._text(PROBE)
         before, self._after = self._split(PROBE, "a")
         self._said = self._ids(before)
@@ -222,23 +226,10 @@ class Chat:
             raise R3Error(f"{self._rewrites(when)}, or put all into one user message") from None
         self._roles_checked.add(roles)
 
-    def _refuse_chance(self, tools=None) -> None:
-        """Raise R3Error when the template does not always make the same of the probe."""
-        texts = {self._text([*PROBE, *answered(ANSWER, "a")], tools) for _ in range(RENDERINGS)}
-        if len(texts) == 1:
-            return
-        at = len(commonprefix(list(texts)))
-        seen = " and ".join(repr(text[at : at + 20]) for text in sorted(texts)[:2])
-        raise R3Error(
-            f"the chat template of {self.name!r} renders a conversation in several ways ({seen}): "
-            "use one without a clock or random choice of its own, or fix it by chat_template_kwargs"
-        )
-
     def _takes_tools(self) -> bool:
-        """Whether the template presents tools and, with them, still closes and opens turns as without."""
+        """Whether the template presents tools and joins turns with them as without."""
         tools = [{"type": "function", "function": TOOL}]
         try:
-            self._refuse_chance(tools)
             self._refuse_rewriting(PROBE, tools)
             return TOOL["name"] in self._text(PROBE, tools)
         except R3Error:

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 from .errors import R3Error
-from .identity import differences, read_note, write_note
+from .identity import check_claim, write_note
 
 RUN_NOTE = "r3_run.json"  # beside the checkpoints: what decides the training
 STATE = "trainer_state.json"  # the last file of a checkpoint to be written
+FIX = "give another output_dir, or delete its checkpoints"
 
 
 def last_checkpoint(folder: str) -> str | None:
@@ -22,7 +23,7 @@ def last_checkpoint(folder: str) -> str | None:
     return None
 
 
-def claim(folder: Path, resumed, facts: dict, max_steps: int) -> None:
+def claim_checkpoints(folder: Path, resumed, facts: dict, max_steps: int) -> None:
     """Note in `folder` that its checkpoints are of the training with these `facts`.
 
     R3Error if it holds checkpoints of another training, or the parent of the checkpoint `resumed`
@@ -35,12 +36,7 @@ def claim(folder: Path, resumed, facts: dict, max_steps: int) -> None:
         checkpoint = last_checkpoint(str(other))
         if checkpoint is None:
             continue
-        differing = differences(read_note(other / RUN_NOTE), facts)
         if json.loads((Path(checkpoint) / STATE).read_text())["global_step"] > max_steps:
-            differing = f"{Path(checkpoint).name} is beyond max_steps={max_steps}"
-        if differing:
-            raise R3Error(
-                f"{other} holds checkpoints of another training: {differing}: give another "
-                "output_dir, or delete its checkpoints"
-            )
+            raise R3Error(f"{checkpoint} is beyond max_steps={max_steps}: {FIX}")
+        check_claim(other / RUN_NOTE, facts, "checkpoints of another training", FIX)
     write_note(folder / RUN_NOTE, facts)

@@ -1,8 +1,9 @@
-"""The command `r3`: reproduce, sample, merge, doctor, report, base-model."""
+"""The command `r3`: reproduce, sample, doctor, report, base-model."""
 
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import R3Error
@@ -28,48 +29,42 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="r3", description="Reflect, Retry, Reward, reproduced.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run, about: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, about: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=about, description=about)
         one.set_defaults(run=run)
+        if name != "base-model":
+            add_study(one)
         return one
 
-    one = command("reproduce", reproduce, "Run the notebooks and write every table, every figure and the report.")
-    one.add_argument("--profile", default="nano", help="nano (default), smoke, or a .yaml file of your own")
-    one.add_argument("--task", default="all", help="all (default) or one task, for example countdown")
+    one = command("reproduce", reproduce, "Run the notebooks; write every table, every figure and the report.")
     one.add_argument("--from", dest="start", metavar="NN", help="first notebook to run, for example 03")
     one.add_argument("--only", metavar="NN", help="the one notebook to run")
     one.add_argument("--fresh", action="store_true", help="compute everything again")
-    add_set(one)
-    one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
     one.add_argument("--verbose", action="store_true", help="show what the notebooks print")
 
-    one = command("sample", sample, "Sample a share of a study's episodes or failures; `r3 merge` joins the shares.")
+    one = command("sample", sample, "Sample one step of a task: all of it, or the share of one of several processes.")
     one.add_argument("stage", choices=STAGES, help="what to sample")
-    one.add_argument("--shard", type=_shard, required=True, metavar="I/N", help="share I (from 0) of N processes")
+    one.add_argument("--shard", type=_shard, metavar="I/N", help="share I (from 0) of N; without, what is left")
     one.add_argument("--seed", type=int, default=0, help="of the training that `evaluate` evaluates")
-    add_study(one)
-
-    one = command("merge", merge, "Join what `r3 sample` left in a folder that the processes share.")
-    one.add_argument("stage", choices=STAGES)
-    one.add_argument("--seed", type=int, default=0)
-    add_study(one)
 
     one = command("doctor", doctor, "Check this machine for a profile, with a suggested fix for each problem.")
-    one.add_argument("--profile", default="nano")
-    one.add_argument("--task", default="all", help="all (default) or one task, whose data alone are then asked for")
-    add_set(one)
     one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="estimate for a GPU of so many GiB")
 
-    one = command("report", report, "Write report.html again from the results that are there.")
-    one.add_argument("--profile", default="nano")
-    add_set(one)
-    one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
+    command("report", report, "Write report.html again from the results that are there.")
 
     one = command("base-model", base_model, "Pretrain the embedded model from a seed (hours; resumes after a kill).")
     one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
     return top
+
+
+def add_study(one: argparse.ArgumentParser) -> None:
+    """Add the options that name a study: --profile, --task, --set, --results."""
+    one.add_argument("--profile", default="nano", help="nano (default), smoke, or a .yaml file of your own")
+    one.add_argument("--task", default="all", help="all (default), one task, or your own as file.py:Class")
+    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a setting")
+    one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
 
 
 def reproduce(options) -> int:
@@ -83,12 +78,12 @@ def reproduce(options) -> int:
 
 
 def sample(options) -> int:
-    print(_stage(options, options.shard))
-    return 0
+    from .files import claimed
 
-
-def merge(options) -> int:
-    print(_stage(options))
+    study = study_of(options)
+    seed = [options.seed] if options.stage == "evaluate" else []
+    with claimed(study.results, shared=True):
+        print(getattr(study, options.stage)(*seed, part=options.shard))
     return 0
 
 
@@ -118,32 +113,13 @@ def base_model(options) -> int:
     return subprocess.run(command).returncode
 
 
-def add_set(one: argparse.ArgumentParser) -> None:
-    """Add --set, which overrides keys of the profile."""
-    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override the profile")
-
-
-def add_study(one: argparse.ArgumentParser) -> None:
-    """Add the options that name a study of one task: --profile, --task, --set, --results."""
-    one.add_argument("--profile", default="nano")
-    one.add_argument("--task", required=True)
-    add_set(one)
-    one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
-
-
 def study_of(options):
-    """The study that the options of `add_study` name."""
+    """The study that the options name."""
     from .study import Study
 
+    if options.task == "all":
+        raise R3Error("this takes one task: add --task, for example --task countdown")
     return Study(options.profile, options.task, options.results, **_overrides(options.set))
-
-
-def _stage(options, *part):
-    from .store import claimed
-
-    of_seed, study = [options.seed] if options.stage == "evaluate" else [], study_of(options)
-    with claimed(study.results, shared=True):
-        return getattr(study, options.stage)(*of_seed, *part)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -8,14 +8,17 @@ from .errors import R3Error
 
 @dataclass(frozen=True)
 class Condition:
-    """How a try is made; the same names stand in code, tables, legends and prose."""
+    """How a try is made; the same names stand in code, tables, legends and prose.
+
+    `told`: it goes on in the conversation after the failed try, else it is asked afresh.
+    `reflection`: whose comes before it; "fixed" is the task's one sentence. `temperature` is that
+    of the try, reflections have the sampler's own.
+    """
 
     name: str
-    told: bool = (
-        True  # it goes on in the conversation after the failed try; else it is asked afresh
-    )
-    reflection: Literal["none", "fixed", "other", "own"] = "none"  # fixed: the task's one sentence
-    temperature: float = 0.0  # of the try; reflections have the sampler's own
+    told: bool = True
+    reflection: Literal["none", "fixed", "other", "own"] = "none"
+    temperature: float = 0.0
     control: str = ""  # the question that reflect_retry minus this one answers
     training: str = ""  # the question that trained minus untrained answers
     color: str = "#444444"
@@ -33,7 +36,9 @@ RESAMPLE = Condition(
     color="#56B4E9",
 )
 RETRY = Condition(
-    "retry", control="Does reflecting beat a retry without reflection?", color="#E69F00"
+    "retry",
+    control="Does reflecting beat a retry without reflection?",
+    color="#E69F00",
 )
 RETRY_SAMPLED = Condition(
     "retry_sampled",
@@ -59,19 +64,14 @@ REFLECT_RETRY = Condition(
     training="Does training raise second-try success on failures?",
     color="#D55E00",
 )
-
-SECOND_TRIES = (
-    RESAMPLE,
-    RETRY,
-    RETRY_SAMPLED,
-    GENERIC_REFLECTION,
-    SHUFFLED_REFLECTION,
+CONDITIONS = (
+    FIRST_TRY, RESAMPLE, RETRY, RETRY_SAMPLED, GENERIC_REFLECTION, SHUFFLED_REFLECTION,
     REFLECT_RETRY,
-)
-CONDITIONS = (FIRST_TRY, *SECOND_TRIES)
+)  # fmt: skip
+SECOND_TRIES = CONDITIONS[1:]
 
 
-def condition(name: "str | Condition") -> Condition:
+def condition(name: str | Condition) -> Condition:
     """The condition of that name; one of your own is taken as it is. R3Error: no such name."""
     if isinstance(name, Condition):
         return name

@@ -1,7 +1,7 @@
-"""Profiles: every setting of a run, read from YAML, overridden by name, and checked."""
+"""Profiles: the settings of a run. A profile names what differs from profiles/defaults.yaml."""
 
 import difflib
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from math import gcd
 from pathlib import Path
@@ -9,54 +9,53 @@ from pathlib import Path
 import yaml
 
 from .errors import R3Error
-from .tasks import TASKS
 from .tasks.base import RETRY_TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "r3lib" / "profiles"
+DEFAULTS = yaml.safe_load((FOLDER / "defaults.yaml").read_text(encoding="utf-8"))
+BLOCKS = ("sampling", "training", "lora")  # an override may leave out the name of the block
+# vLLM has its NF4, which is double quantised as ours, from that package since version 0.28
+VLLM_NF4 = 'vllm_options="--quantization bitsandbytes" with vllm-bnb-plugin installed beside vLLM'
+CHOICES = {
+    "mask": ("reflection", "reflection+retry", "retry"),
+    "retry_turn": RETRY_TURNS,
+    "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
+    "quantization": ("none", "nf4"),
+    "engine": ("transformers", "vllm"),
+}
+LEAST = {  # and why
+    "num_generations": (2, "a group of 1 has no variance, so nothing is learned: use 2 or more"),
+    "truncation_penalty": (0, "it would reward being cut off: use 0 or more"),
+    **dict.fromkeys(["seeds", "shard_size", "max_steps", "mine_samples"], (1, "use 1 or more")),
+    **dict.fromkeys(["test_problems", "train_problems"], (1, "use 1 or more")),
+}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """All settings of a run; profiles/nano.yaml explains each. `dataclasses.asdict` of it is plain JSON."""
+    """All settings of a run; profiles/defaults.yaml explains each.
+
+    `R3Config(output_dir, seed=seed, **profile.sampling, **profile.training)` and
+    `LoraConfig(**profile.lora)` are what is trained.
+    """
 
     name: str
     model: str  # "base_model" is the embedded one; else a local folder or a hub id
+    quantization: str
     task_options: dict
-    chat_template_kwargs: dict  # arguments for the model's chat template
     seeds: int
     test_problems: int
     train_problems: int
     mine_samples: int
     mine_temperature: float
-    attempt_tokens: int
-    reflection_tokens: int
-    retry_tokens: int
-    steps: int
-    failures_per_step: int
-    group_size: int
-    learning_rate: float
-    warmup_steps: int | float  # a number of steps, or a share of them below 1
-    scheduler: str
-    quantization: str
-    lora_rank: int
-    lora_alpha: int
-    beta: float
-    loss_type: str
-    mask: str
-    reflection_temperature: float
-    retry_temperature: float
-    retry_turn: str
-    truncation_penalty: float
-    max_grad_norm: float
-    micro_batch: int
-    save_steps: int
-    sample_batch: int
     shard_size: int  # problems
     engine: str
     servers: str  # addresses of vLLM servers, separated by commas
     vllm_options: str  # further arguments of a server of our own
-    threads: int
+    sampling: dict
+    training: dict
+    lora: dict
 
     @property
     def own_server(self) -> bool:
@@ -66,58 +65,62 @@ class Profile:
     def vllm_option(self, *names: str) -> str | None:
         """What `vllm_options` gives for an option, under any of its `names`; None where it does not name it."""
         words = self.vllm_options.replace("=", " ").split()
-        words = [word.replace("_", "-") if word.startswith("--") else word for word in words]  # vLLM takes both
+        words = [word.replace("_", "-") if word.startswith("--") else word for word in words]
         given = dict(zip(words, [*words[1:], ""]))
         return next((given[name] for name in names if name in given), None)
-
-
-# vLLM has its NF4, which is double quantised as ours, from that package since version 0.28
-VLLM_NF4 = 'vllm_options="--quantization bitsandbytes" with vllm-bnb-plugin installed beside vLLM'
-KINDS = {field.name: field.type for field in fields(Profile)}
-READERS = {kind: kind for kind in (int, float, str)} | {dict: yaml.safe_load}
-READERS[int | float] = lambda text: int(text) if text.isdigit() else float(text)
-CHOICES = {
-    "scheduler": ("constant_with_warmup", "constant", "linear", "cosine"),
-    "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
-    "mask": ("reflection", "reflection+retry", "retry"),
-    "retry_turn": RETRY_TURNS,
-    "quantization": ("none", "nf4"),
-    "engine": ("transformers", "vllm"),
-}
-FROM_ZERO = {"mine_temperature", "retry_temperature", "warmup_steps", "beta", "threads"}
-FROM_ZERO |= {"truncation_penalty"}
-ABOVE_ZERO = {"learning_rate", "max_grad_norm", "reflection_temperature"}  # others: from 1
-WHY = {
-    "group_size": "a group of 1 has no variance, so nothing is learned: use 2 or more, for example 8",
-    "reflection_temperature": "greedy reflections of a group are all alike, so nothing is learned: use 1.0",
-    "learning_rate": "use a value between 0 and 1, for example 0.002",
-    "warmup_steps": "use whole steps, or a share of the steps below 1",
-}
 
 
 def load_profile(name: str, /, **overrides) -> Profile:
     """Read the profile called `name`, or your own .yaml file, with `overrides` (values, or text as typed).
 
-    Raises R3Error for an unknown profile or key (naming the nearest) and for a value of wrong type or range.
+    An override is a key of the profile, of one of its blocks (`max_steps`), or both with a dot
+    (`training.optim`). R3Error: an unknown profile or key (naming the nearest), a value of wrong
+    type or out of range, settings that exclude each other.
     """
-    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        raise R3Error(f"unknown profile {name!r}: {nearest(name, (p.stem for p in FOLDER.glob('*.yaml')))}")
-    try:
-        values = {**yaml.safe_load(path.read_text(encoding="utf-8")), **overrides}
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise R3Error(f"{path} is not a profile ({' '.join(str(error).split())}): mend that line") from error
-    if unknown := [key for key in values if key not in KINDS]:
-        raise R3Error(f"unknown profile key {unknown[0]!r}: {nearest(unknown[0], KINDS)}")
-    if absent := [key for key in KINDS if key not in values]:
-        raise R3Error(f"{path} lacks {', '.join(absent)}: copy the missing lines from profiles/nano.yaml")
-    return _agreeing(Profile(**{key: _checked(key, _typed(key, values[key])) for key in KINDS}))
+    values = _read(name)
+    for key, value in overrides.items():
+        block, _, inner = _place(key).rpartition(".")
+        _merge(values, {block: {inner: value}} if block else {inner: value}, name)
+    if not isinstance(values.get("name"), str) or not _names_a_folder(values["name"]):
+        given = values.get("name")
+        raise R3Error(f"name={given!r} cannot name a folder of results: use letters, digits, - and _")
+    profile = Profile(**values)
+    check_settings({**values, **profile.sampling, **profile.training})
+    _check_server(profile)
+    return profile
 
 
-def nearest(word: str, known) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown `word`: the known one that looks most like it, or all of them."""
-    near = difflib.get_close_matches(str(word), known := sorted(known), 1)
+    known = sorted(known)
+    near = difflib.get_close_matches(str(word), known, 1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def check_settings(settings: Mapping) -> None:
+    """R3Error for a setting out of range, or two that exclude each other; `settings` by name."""
+    for key, known in CHOICES.items():
+        if key in settings and settings[key] not in known:
+            raise R3Error(f"{key}={settings[key]!r} is unknown: {nearest(settings[key], known)}")
+    for key, (least, why) in LEAST.items():
+        if key in settings and settings[key] < least:
+            raise R3Error(f"{key}={settings[key]} is out of range: {why}")
+    temperature, retry_temperature = settings["temperature"], settings["retry_temperature"]
+    if not temperature > 0:
+        raise R3Error(
+            f"temperature={temperature}: greedy reflections of a group are all alike, so nothing "
+            "is learned: use 1.0"
+        )
+    if settings["mask"] != "reflection" and retry_temperature != temperature:
+        raise R3Error(
+            f"mask={settings['mask']!r} trains the retry, which must then be sampled as the "
+            f"reflection is: set retry_temperature={temperature} (now {retry_temperature})"
+        )
+    accumulation_steps(
+        settings["failures_per_step"],
+        settings["num_generations"],
+        settings["per_device_train_batch_size"],
+    )
 
 
 def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1) -> int:
@@ -129,49 +132,96 @@ def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1
     if rows % local or (rows // processes) % group:
         fits = gcd(rows // processes, batch)
         raise R3Error(
-            f"failures_per_step x group_size (num_generations) = {failures} x {group} = {rows} rows do not divide "
-            f"into learning batches of {local}: change one of them, or micro_batch (per_device_train_batch_size), "
-            f"for example to {fits}"
+            f"failures_per_step x num_generations = {failures} x {group} = {rows} rows do not "
+            f"divide into learning batches of {local}: change one of them, or "
+            f"per_device_train_batch_size, for example to {fits}"
         )
     return rows // local
 
 
-def _agreeing(profile: Profile) -> Profile:
-    """`profile`, unless two of its settings exclude each other, which training would say only after mining."""
-    p = profile
-    accumulation_steps(p.failures_per_step, p.group_size, p.micro_batch)
-    if p.mask != "reflection" and p.retry_temperature != p.reflection_temperature:
-        why = f"mask={p.mask!r} trains the retry, which must then be sampled as the reflection is"
-        raise R3Error(f"{why}: set retry_temperature={p.reflection_temperature} (now {p.retry_temperature})")
-    if profile.own_server and profile.quantization == "nf4" and profile.vllm_option("--quantization", "-q") is None:
-        why = "engine=vllm would sample from unquantised weights while quantization=nf4 trains on 4 bits"
-        raise R3Error(f"{why}: set quantization=none, or {VLLM_NF4}")
-    return profile
+def _read(name: str) -> dict:
+    """The values of a profile, over those of its `base` and the defaults."""
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.is_file() or name == "defaults":
+        known = [p.stem for p in FOLDER.glob("*.yaml") if p.stem != "defaults"]
+        raise R3Error(f"unknown profile {name!r}: {nearest(name, known)}")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        why = " ".join(str(error).split())
+        raise R3Error(f"{path} is not a profile ({why}): fix that line") from error
+    if not isinstance(given, dict) or "name" not in given:
+        raise R3Error(f"{path} is not a profile: its first line must be name: ...")
+    base = given.pop("base", None)
+    values = _read(base) if base else yaml.safe_load(yaml.safe_dump(DEFAULTS))
+    _merge(values, given, str(path))
+    return values
 
 
-def _checked(key: str, value):
-    if key == "name" and (Path(value).name != value or not value[:1].isalnum()):
-        raise R3Error(f"name={value!r} cannot name a folder of results: use letters, digits, - and _")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise R3Error(f"{key}={value!r} is unknown: {nearest(value, CHOICES[key])}")
-    if key == "task_options" and (odd := [k for k, v in value.items() if k not in TASKS or not isinstance(v, dict)]):
-        raise R3Error(f"task_options of {odd[0]!r}: write {{option: value}} of a task; {nearest(odd[0], TASKS)}")
-    if KINDS[key] in (str, dict):
-        return value
-    least = 0 if key in FROM_ZERO | ABOVE_ZERO else 2 if key == "group_size" else 1
-    bound = "a value above 0" if key in ABOVE_ZERO else f"{least} or more"
-    odd = {"learning_rate": value >= 1, "warmup_steps": value > 1 and value % 1}.get(key, False)
-    if odd or not least <= value < float("inf") or (key in ABOVE_ZERO and value == 0):
-        raise R3Error(f"{key}={value} is out of range: {WHY.get(key, f'use {bound}')}")
+def _merge(values: dict, given: Mapping, where: str) -> None:
+    """Put `given` into `values`, whose types it must have; blocks and task options key by key."""
+    known = {field.name for field in fields(Profile)}
+    for key, value in given.items():
+        if key not in known:
+            raise R3Error(f"unknown setting {key!r} in {where}: {nearest(key, known)}")
+        value = _typed(key, value, DEFAULTS.get(key, ""))
+        if key in BLOCKS:
+            typed = {k: _typed(k, v, DEFAULTS[key].get(k)) for k, v in value.items()}
+            values[key] = values[key] | typed
+        elif key == "task_options":
+            values[key] = values[key] | value
+        else:
+            values[key] = value
+
+
+def _place(key: str) -> str:
+    """Where an override called `key` goes: "seeds", or "training.max_steps"."""
+    block, _, inner = key.rpartition(".")
+    if block in ("sampling", "lora") and inner not in DEFAULTS[block]:
+        raise R3Error(f"{key}: no such setting: {nearest(inner, DEFAULTS[block])}")
+    if block in BLOCKS or key in {field.name for field in fields(Profile)}:
+        return key
+    homes = {inner: block for block in BLOCKS for inner in DEFAULTS[block]}
+    if key in homes:
+        return f"{homes[key]}.{key}"
+    known = [*homes, *(field.name for field in fields(Profile))]
+    raise R3Error(
+        f"unknown setting {key!r}: {nearest(key, known)} (any other of R3Config: training.{key}=...)"
+    )
+
+
+def _typed(key: str, value, default):
+    """`value`, which may be text as typed, in the type of `default` (None: any)."""
+    wanted = {int: "a whole number", float: "a number", dict: "a mapping", str: "text"}
+    kind = type(default)
+    if isinstance(value, str) and kind is not str:
+        value = _parsed(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if default is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+        raise R3Error(f"{key}={value!r} is not {wanted[kind]}: write {wanted[kind]}")
     return value
 
 
-def _typed(key: str, value):
-    kind = KINDS[key]
-    with suppress(ValueError, yaml.YAMLError):
-        value = READERS[kind](value) if isinstance(value, str) else value
-    value = float(value) if kind is float and type(value) is int else value
-    if isinstance(value, bool) or not isinstance(value, kind):
-        wanted = {int: "a whole number", dict: "a mapping", str: "text"}.get(kind, "a number")
-        raise R3Error(f"{key}={value!r} is not {wanted}: write {wanted}, as profiles/nano.yaml does")
-    return value
+def _parsed(text: str):
+    """What YAML makes of `text`; 1e-5 too is a number."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _names_a_folder(name: str) -> bool:
+    return Path(name).name == name and name[:1].isalnum() and " " not in name
+
+
+def _check_server(profile: Profile) -> None:
+    """R3Error where a vLLM server of our own would sample from other weights than are trained."""
+    packed = profile.vllm_option("--quantization", "-q") is not None
+    if profile.own_server and profile.quantization == "nf4" and not packed:
+        raise R3Error(
+            "engine=vllm would sample from unquantised weights while quantization=nf4 trains on "
+            f"4 bits: set quantization=none, or {VLLM_NF4}"
+        )

@@ -1,8 +1,8 @@
-"""Episodes: a first try, and second tries on its failure under each condition, as rows in shards."""
+"""Episodes: a first try, and second tries on its failure under each condition, as table rows."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,24 +10,18 @@ import pandas as pd
 from .conditions import CONDITIONS, FIRST_TRY, Condition, condition
 from .engines.base import identity
 from .errors import R3Error
-from .identity import (
-    check_problems,
-    check_task,
-    content,
-    differences,
-    digest,
-    read_note,
-    task_facts,
-    write_note,
-)
+from .identity import check_problems, check_task, claim, content, digest, task_facts
 from .sampler import RolloutSampler, failures_of, judge
 
-SCHEMA_VERSION, SHARD = 1, 1024  # problems in a shard
+SCHEMA_VERSION = 1
+SHARD = 1024  # problems
+COUNTS = ("seed", "sample", "attempt_tokens", "reflection_tokens", "retry_tokens", "schema_version")
+UNTRAINED = "vanilla"  # the policy that R3 starts from
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One row of every results file. `*_tokens` count tokens; second-try fields are None in `first_try` rows."""
+    """One row of every results file; what belongs to a second try is None in `first_try` rows."""
 
     task: str
     split: str
@@ -50,9 +44,6 @@ class Episode:
     schema_version: int = SCHEMA_VERSION
 
 
-UNTRAINED = "vanilla"  # the policy that R3 starts from
-
-
 @dataclass(frozen=True)
 class Policy:
     """Who answers: the names that go into the results, and the seed of its training."""
@@ -72,30 +63,40 @@ def run_episodes(
     conditions: Sequence[Condition | str] = CONDITIONS,
     seed: int = 0,
     shard: int = SHARD,
-    say=lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
     part: tuple[int, int] = (0, 1),
 ) -> pd.DataFrame:
-    """Run `problems` through the first try and each second-try condition; write shards to `out`; return all rows.
+    """Run `problems` through the first try and each second-try condition; return all rows.
 
-    Shards that are already in `out` are kept, so that a killed run loses at most one; R3Error,
-    naming what differs, when they are of another run (see `decisive`). `part` (i, n): every n-th
-    shard from the i-th on, for n processes that fill one folder together. `seed` seeds the
-    sampling; `policy.seed` is the training seed written into the rows.
+    They are written to `out` in shards. Shards that are there already are kept, so that a killed
+    run loses at most one; R3Error, naming what differs, when they are of another run (see
+    `decisive`). `part` (i, n): every n-th shard from the i-th on, for n processes that fill one
+    folder together. `seed` seeds the sampling; `policy.seed` is the training seed written into the
+    rows. `say` is called with a line after each shard.
     """
+    out = Path(out)
     conditions = [condition(name) for name in conditions]
     check_task(sampler.task)
     check_problems(problems)
-    _claim(out, decisive(sampler, problems, policy, split, conditions, seed, shard))
-    run = f"{policy.name} seed {policy.seed}"
-    in_shards(out, problems, lambda some: frame(_episodes(sampler, some, policy, split, conditions, seed, say)),
-              shard, part, lambda done: say(f"{run}: {done} problems"))  # fmt: skip
+    facts = decisive(sampler, problems, policy, split, conditions, seed, shard)
+    note = out / "run.json"
+    used = note.exists() or any(out.glob("shard-*.parquet"))
+    claim(note, facts, used, "episodes of another run", "give an empty folder, or the same run")
+
+    def made(some: Sequence) -> pd.DataFrame:
+        return frame(_episodes(sampler, some, policy, split, conditions, seed, say))
+
+    def done(progress: str) -> None:
+        say(f"{policy.name} seed {policy.seed}: {progress} problems")
+
+    in_shards(out, problems, made, shard, part, done)
     return read_episodes(out) if any(out.glob("*.parquet")) else frame([])
 
 
 def in_shards(
     out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say=lambda line: None
 ) -> None:
-    """Write `make(problems of a shard)` (a DataFrame) as a file of `out`, for each shard of `part` that is missing."""
+    """Write `make(problems of a shard)`, a DataFrame, for each shard of `part` that is missing."""
     if not problems:
         raise R3Error("no problems to run: ask for at least 1")
     check_problems(problems)
@@ -114,42 +115,21 @@ def decisive(
 ) -> dict:
     """All that decides the rows of a run, by name; a hash of what is long (prompts, weights)."""
     task, chat = sampler.task, sampler.chat
-    facts = {
-        "split": split,
-        "conditions": [asdict(c) for c in conditions],
-        "seed": seed,
-        "shard": shard,
-    }
-    facts |= {f"policy.{name}": value for name, value in asdict(policy).items()} | task_facts(task)
+    facts = {"split": split, "seed": seed, "shard": shard}
+    facts["conditions"] = [asdict(c) for c in conditions]
+    facts |= {f"policy.{name}": value for name, value in asdict(policy).items()}
     facts |= {f"limits.{name}": value for name, value in asdict(sampler.limits).items()}
-    facts |= {
-        "reflection_temperature": sampler.reflection_temperature,
-        "retry_turn": sampler.retry_turn,
-    }
-    told = (task.retry_prompt, task.blind_retry_prompt)
-    again = ([task.second_turn(words, p, sampler.retry_turn) for words in told] for p in problems)
+    facts["reflection_temperature"] = sampler.reflection_temperature
+    facts["retry_turn"] = sampler.retry_turn
+    facts |= task_facts(task)
     facts["problem ids"] = digest(p.id for p in problems)
     facts["problems' values"] = digest(content(p) for p in problems)
     facts["prompts (problems, tokenizer, template)"] = digest(chat.start(task, p) for p in problems)
-    facts["second turns"] = digest(
-        [*again, chat.follow([], [], task.reflection_prompt), sorted(chat.end_ids)]
-    )
+    told = (task.retry_prompt, task.blind_retry_prompt)
+    again = [[task.second_turn(words, p, sampler.retry_turn) for words in told] for p in problems]
+    request = chat.follow([], [], task.reflection_prompt)
+    facts["second turns"] = digest([*again, request, sorted(chat.end_ids)])
     return facts | identity(sampler.engine)
-
-
-def _claim(out: Path, facts: dict) -> None:
-    """Note in `out` whose shards it holds; R3Error if they are of another run."""
-    note = out / "run.json"
-    if not note.exists() and any(out.glob("shard-*.parquet")):
-        raise R3Error(
-            f"{out} holds episodes but no run.json that says of what: give an empty folder"
-        )
-    differing = differences(read_note(note), facts) if note.exists() else ""
-    if differing:
-        raise R3Error(
-            f"{out} holds episodes of another run: {differing}: give an empty folder, or the same"
-        )
-    write_note(note, facts)
 
 
 def read_episodes(folder: Path) -> pd.DataFrame:
@@ -173,26 +153,18 @@ def read_episodes(folder: Path) -> pd.DataFrame:
 def frame(rows: list[Episode]) -> pd.DataFrame:
     """Episodes as a DataFrame with the columns of the schema and nullable counts."""
     table = pd.DataFrame([asdict(r) for r in rows], columns=[f.name for f in fields(Episode)])
-    counts = [
-        "seed",
-        "sample",
-        "attempt_tokens",
-        "reflection_tokens",
-        "retry_tokens",
-        "schema_version",
-    ]
-    return table.astype({name: "Int64" for name in counts})
+    return table.astype(dict.fromkeys(COUNTS, "Int64"))
 
 
 def _episodes(sampler, problems, policy, split, conditions, seed, say) -> list[Episode]:
     tries = sampler.first_tries(problems, seed=seed)
     rows = [_first_row(sampler, p, c[0], policy, split) for p, c in zip(problems, tries)]
-    failures = failures_of(problems, tries, sampler)
     first = {row.problem_id: row for row in rows}
+    failures = failures_of(problems, tries, sampler)
     wanted = _second_tries(conditions, failures, say)
     reflections = None
     if any(c.reflection in ("own", "other") for c in wanted):
-        reflections = sampler.reflections(failures, seed)
+        reflections = sampler.own_reflections(failures, seed)
     for each in wanted:
         tried = sampler.second_tries(each, failures, seed, reflections)
         for failure, (reflection, retry) in zip(failures, tried):
@@ -203,41 +175,56 @@ def _episodes(sampler, problems, policy, split, conditions, seed, say) -> list[E
 
 
 def _second_tries(conditions, failures, say) -> list[Condition]:
-    """The second tries of a shard: all but the first try, and what a single failure does not allow."""
+    """The second tries of a shard, without those that a single failure does not allow."""
     if not failures:
         return []
     wanted = sorted((c for c in conditions if c != FIRST_TRY), key=_place)
-    alone = [c for c in wanted if c.reflection == "other" and len(failures) == 1]
-    for one in alone:
-        name = failures[0].problem.id
-        say(f"{name}: {one} left out, the shard has no other failure to swap with")
-    return [c for c in wanted if c not in alone]
+    if len(failures) > 1:
+        return wanted
+    name = failures[0].problem.id
+    for one in wanted:
+        if one.reflection == "other":
+            say(f"{name}: {one} left out, the shard has no other failure to swap with")
+    return [c for c in wanted if c.reflection != "other"]
 
 
 def _place(one: Condition) -> int:
-    """Its place among the study's conditions, so that the order asked for does not matter; own ones last."""
+    """Its place in the study, so that the order asked for does not matter; own ones come last."""
     return CONDITIONS.index(one) if one in CONDITIONS else len(CONDITIONS)
 
 
 def _first_row(sampler, problem, completion, policy, split) -> Episode:
     text = sampler.chat.text(completion.ids)
     return Episode(
-        sampler.task.name, split, problem.id, policy.name, policy.seed, FIRST_TRY.name, 0,
-        sampler.chat.shown(sampler.task, problem), text, judge(sampler.task, text, problem).reason,
-        None, None, None, len(completion.ids), None, None, policy.model, policy.adapter,
-    )  # fmt: skip
+        task=sampler.task.name,
+        split=split,
+        problem_id=problem.id,
+        policy=policy.name,
+        seed=policy.seed,
+        condition=FIRST_TRY.name,
+        sample=0,
+        prompt=sampler.chat.shown(sampler.task, problem),
+        attempt=text,
+        attempt_reason=judge(sampler.task, text, problem).reason,
+        reflection=None,
+        retry=None,
+        retry_reason=None,
+        attempt_tokens=len(completion.ids),
+        reflection_tokens=None,
+        retry_tokens=None,
+        model=policy.model,
+        adapter=policy.adapter,
+    )
 
 
 def _second_row(sampler, first: Episode, failure, under: Condition, reflection, retry) -> Episode:
     text = sampler.chat.text(retry.ids)
-    return Episode(
-        **{
-            **asdict(first),
-            "condition": under.name,
-            "reflection": None if reflection is None else sampler.chat.text(reflection),
-            "retry": text,
-            "retry_reason": judge(sampler.task, text, failure.problem).reason,
-            "reflection_tokens": None if reflection is None else len(reflection),
-            "retry_tokens": len(retry.ids),
-        }
+    return replace(
+        first,
+        condition=under.name,
+        reflection=None if reflection is None else sampler.chat.text(reflection),
+        retry=text,
+        retry_reason=judge(sampler.task, text, failure.problem).reason,
+        reflection_tokens=None if reflection is None else len(reflection),
+        retry_tokens=len(retry.ids),
     )

@@ -1,4 +1,4 @@
-"""From episodes to the tidy tables of the study: accuracy, comparisons, and the paper's four columns."""
+"""From episodes to the study's tables: accuracy, comparisons, the paper's four columns."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,9 @@ FIRST, REFLECT, BOTH = FIRST_TRY.name, REFLECT_RETRY.name, "both_tries"
 CONTROLS = {c.name: c.control for c in CONDITIONS if c.control}
 TRAINING = {c.name: c.training for c in (REFLECT_RETRY, FIRST_TRY)}
 TRAINING[BOTH] = "Does training raise accuracy after both tries (the paper's 2nd column)?"
-ACCURACY = ["task", "policy", "train_task", "condition", "split", "seed", "n", "k", "rate", "lo", "hi"]
-COMPARISONS = ["question", "task", "a", "b", "n", "seeds", "diff", "lo", "hi", "p"]
-VIEW = ["task", "policy", "train_task", "split", "column", "n", "seeds", "rate", "lo", "hi"]
+ACCURACY = "task policy train_task condition split seed n k rate lo hi".split()
+COMPARISONS = "question task a b n seeds diff lo hi p".split()
+VIEW = "task policy train_task split column n seeds rate lo hi".split()
 DRAWS = 10_000
 
 
@@ -31,12 +31,12 @@ def judged(episodes: pd.DataFrame) -> pd.DataFrame:
 
 
 def trained_on(policy: str, task: str) -> str:
-    """The task that a policy was trained on: X for `r3_from_X`, "" for none, else the tested `task`."""
+    """The task that a policy was trained on: X for `r3_from_X`, "" if untrained, else `task`."""
     return "" if policy == UNTRAINED else policy.partition("_from_")[2] or task
 
 
 def by_part(episodes: pd.DataFrame, part: Callable[[str], str]) -> pd.DataFrame:
-    """The episodes whose problems are in a part of their split (`Task.part`), each part as the split "split/part"."""
+    """The episodes of each part of their split (`Task.part`), as the split "split/part"."""
     parts = episodes.problem_id.map(part)
     return episodes.assign(split=episodes.split + "/" + parts)[parts != ""]
 
@@ -44,59 +44,80 @@ def by_part(episodes: pd.DataFrame, part: Callable[[str], str]) -> pd.DataFrame:
 def accuracy_table(episodes: pd.DataFrame) -> pd.DataFrame:
     """One row a (task, policy, condition, split, seed) and one over its seeds, `seed` = "all".
 
-    `train_task` is `trained_on`. Second tries count failures of the same policy's first try. Intervals (95%)
-    are Wilson's for one seed; over seeds, problems are resampled with all their rows, which covers the choice
-    of problems, not of seeds.
+    `train_task` is `trained_on`. Second tries count failures of the same policy's first try.
+    Intervals (95%) are Wilson's for one seed; over seeds, problems are resampled with all their
+    rows, which covers the choice of problems, not of seeds.
     """
     rows = []
-    for key, cell in judged(episodes).groupby(["task", "policy", "condition", "split"], sort=False):
-        task, policy, *rest = key
-        for seed, part in [*((int(s), p) for s, p in cell.groupby("seed")), ("all", cell)]:
+    cells = judged(episodes).groupby(["task", "policy", "condition", "split"], sort=False)
+    for (task, policy, condition, split), cell in cells:
+        for seed, part in each_seed_and_all(cell):
+            row = [task, policy, trained_on(policy, task), condition, split, seed]
             k, n = int(part.ok.sum()), len(part)
-            interval = rate_interval(part.ok, part.problem_id)
-            rows.append([task, policy, trained_on(policy, task), *rest, seed, n, k, k / n, *interval])
+            rows.append([*row, n, k, k / n, *rate_interval(part.ok, part.problem_id)])
     return pd.DataFrame(rows, columns=ACCURACY)
+
+
+def each_seed_and_all(rows: pd.DataFrame) -> list[tuple[int | str, pd.DataFrame]]:
+    """(seed, its rows) for every seed, then ("all", rows)."""
+    return [*((int(seed), part) for seed, part in rows.groupby("seed")), ("all", rows)]
+
+
+def pooled(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """The rows over all seeds of an accuracy table, with their number of `seeds`."""
+    table = accuracy.assign(seeds=accuracy.groupby(ACCURACY[:5]).seed.transform("size") - 1)
+    return table[table.seed.astype(str) == "all"]
 
 
 def comparisons_table(episodes: pd.DataFrame) -> pd.DataFrame:
     """The study's questions, each a difference of rates a - b with a 95% interval.
 
-    `a`, `b` are "policy/condition"; "both_tries": right at once or rescued by reflect_retry (oracle-gated, as
-    in the paper). `n` counts distinct problems, `seeds` those of a. Both sides have the same cases, but
-    second tries trained against untrained start from each policy's own failures. Intervals resample
-    problems. p is McNemar's (exact) where the sides pair one to one, with one seed, else the bootstrap's.
+    `a`, `b` are "policy/condition"; "both_tries": right at once or rescued by reflect_retry
+    (oracle-gated, as in the paper). `n` counts distinct problems, `seeds` those of a. Both sides
+    have the same cases, but second tries trained against untrained start from each policy's own
+    failures. Intervals resample problems. p is McNemar's (exact) where the sides pair one to one,
+    with one seed, else the bootstrap's.
     """
-    if len(splits := sorted(set(episodes.split))) > 1:
+    splits = sorted(set(episodes.split))
+    if len(splits) > 1:
         raise R3Error(f"comparisons mix the splits {splits}: pass the episodes of one")
     rows = []
     for task, frame in judged(episodes).groupby("task", sort=False):
         cells = dict(list(frame.groupby(["policy", "condition"], sort=False)))
-        for policy in (policies := frame.policy.unique()):
+        policies = frame.policy.unique()
+        for policy in policies:
             if {(policy, FIRST), (policy, REFLECT)} <= set(cells):
-                cells[policy, BOTH] = _both_tries(policy, cells[policy, FIRST], cells[policy, REFLECT])
+                tries = cells[policy, FIRST], cells[policy, REFLECT]
+                cells[policy, BOTH] = _both_tries(policy, *tries)
         for text, a, b in _questions(policies):
             if a in cells and b in cells:
                 rows.append([text, task, "/".join(a), "/".join(b), *_compare(cells, a, b)])
-    return pd.DataFrame(rows, columns=COMPARISONS).assign(p_holm=lambda table: holm(table.p))
+    table = pd.DataFrame(rows, columns=COMPARISONS)
+    return table.assign(p_holm=holm(table.p))
 
 
 def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
-    """The paper's four columns (Tables 1, 2) for each policy, from the pooled rows of an accuracy table.
+    """The paper's four columns (Tables 1, 2) for each policy, from an accuracy table.
 
-    `column` is vanilla_first, vanilla_second, trained_first or trained_second. Second: right at once or
-    rescued by reflect_retry; its interval is Wilson's on the problems of one seed (wide rather than narrow).
+    `column` is vanilla_first, vanilla_second, trained_first or trained_second. Second: right at
+    once or rescued by reflect_retry; its interval is Wilson's on the problems of one seed (wide
+    rather than narrow).
     """
     rows = []
-    for key, cell in accuracy.groupby(["task", "policy", "train_task", "split"], sort=False):
-        seeds = int((cell.condition == FIRST).sum()) - 1
-        pooled = cell[cell.seed.astype(str) == "all"].set_index("condition")
-        if {FIRST, REFLECT} <= set(pooled.index):
-            first, second = pooled.loc[FIRST], pooled.loc[REFLECT]
-            _complete(key[1], first.n - first.k, second.n)
-            rate, n = (first.k + second.k) / first.n, first.n // seeds
-            who = "vanilla" if key[1] == UNTRAINED else "trained"
-            rows.append([*key, f"{who}_first", first.n, seeds, first.rate, first.lo, first.hi])
-            rows.append([*key, f"{who}_second", first.n, seeds, rate, *wilson(round(rate * n), n)])
+    keys = ["task", "policy", "train_task", "split"]
+    for key, cell in pooled(accuracy).groupby(keys, sort=False):
+        cell = cell.set_index("condition")
+        if not {FIRST, REFLECT} <= set(cell.index):
+            continue
+        policy = key[1]
+        first, second = cell.loc[FIRST], cell.loc[REFLECT]
+        _complete(policy, first.n - first.k, second.n)
+        rate, seeds = (first.k + second.k) / first.n, first.seeds
+        problems = first.n // seeds
+        interval = wilson(round(rate * problems), problems)
+        who = "vanilla" if policy == UNTRAINED else "trained"
+        rows.append([*key, f"{who}_first", first.n, seeds, first.rate, first.lo, first.hi])
+        rows.append([*key, f"{who}_second", first.n, seeds, rate, *interval])
     return pd.DataFrame(rows, columns=VIEW)
 
 
@@ -109,23 +130,28 @@ def _questions(policies):
 
 
 def _both_tries(policy, first, second) -> pd.DataFrame:
+    """First tries, judged right also where the second try after a reflection was."""
     _complete(policy, (~first.ok).sum(), len(second))
     keys = ["seed", "problem_id", "sample"]
-    rescued = first[keys].merge(second.loc[second.ok, keys], how="left", indicator=True)._merge == "both"
-    return first.assign(ok=first.ok | rescued.to_numpy())
+    rescued = first[keys].merge(second.loc[second.ok, keys], how="left", indicator=True)
+    return first.assign(ok=first.ok | (rescued._merge == "both").to_numpy())
 
 
 def _complete(policy, failures, second):
     if failures != second:
-        raise R3Error(f"{policy}: {second} of {failures} failures had a second try: finish the evaluation")
+        what = f"{policy}: {second} of {failures} failures had a second try"
+        raise R3Error(f"{what}: finish the evaluation")
 
 
 def _compare(cells, one, two) -> list:
     """[n, seeds, diff, lo, hi, p] of (policy, condition) `one` minus `two`."""
     a, b = cells[one], cells[two]
-    if paired := one[0] == two[0] or one[1] != REFLECT:
-        keys = ["seed", "problem_id"] if one[0] == two[0] else ["problem_id"]
-        a, b = a.merge(b[keys].drop_duplicates()), b.merge(a[keys].drop_duplicates())
+    same_policy = one[0] == two[0]
+    paired = same_policy or one[1] != REFLECT
+    if paired:
+        keys = ["seed", "problem_id"] if same_policy else ["problem_id"]
+        common = a[keys].merge(b[keys]).drop_duplicates()
+        a, b = a.merge(common), b.merge(common)
     *difference, p = rate_difference(a.ok, a.problem_id, b.ok, b.problem_id, draws=DRAWS)
     if paired and a.problem_id.is_unique and b.problem_id.is_unique:
         p = mcnemar(a.ok, b.ok)

@@ -1,89 +1,116 @@
-"""What goes wrong and what training changes: error types, transitions, and the reflections themselves."""
+"""What goes wrong and what training changes: error types, transitions, and reflections."""
 
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import product
 from random import Random
 
 import pandas as pd
 
 from .episodes import UNTRAINED
 from .errors import R3Error
-from .evaluate import FIRST, REFLECT, judged
+from .evaluate import FIRST, REFLECT, each_seed_and_all, judged
 from .stats import rate_interval
 
 STEP = re.compile(r"([0-9]{1,15}) ?([-+*/]) ?([0-9]{1,15}) ?= ?(-?[0-9]{1,15})")
 OPERATORS = str.maketrans("×÷−", "*/-")
+NO_RATE = [float("nan")] * 3
 SIDES = ["attempt", "attempt_reason", "reflection", "retry", "retry_reason"]
 
 
 def in_categories(episodes: pd.DataFrame, categories: dict[str, str]) -> pd.DataFrame:
-    """The episodes with each reason replaced by its category (`Task.categories`), as the paper counts errors."""
-    named = {side: episodes[side].replace(categories) for side in ("attempt_reason", "retry_reason")}
-    return episodes.assign(**named)
+    """The episodes with each reason replaced by its category (`Task.categories`, the paper's)."""
+    return episodes.assign(
+        attempt_reason=episodes.attempt_reason.replace(categories),
+        retry_reason=episodes.retry_reason.replace(categories),
+    )
 
 
 def error_types(episodes: pd.DataFrame, reasons: Sequence[str]) -> pd.DataFrame:
-    """Share of each failure reason among all first tries, before and after (the paper's Tables 4, 5).
+    """Share of each failure reason among all first tries (the paper's Tables 4, 5).
 
     Every reason, in the order given, has a row for every policy; intervals as in `accuracy_table`.
     """
     rows = []
     for policy, cell in _rows(episodes, FIRST).groupby("policy", sort=False):
-        if unknown := set(cell.attempt_reason) - {"ok", *reasons}:
-            raise R3Error(f"first tries failed for {sorted(unknown)}: give all of the task's reasons")
+        unknown = set(cell.attempt_reason) - {"ok", *reasons}
+        if unknown:
+            raise R3Error(f"first tries failed for {sorted(unknown)}: list them in Task.reasons")
+        seeds = cell.seed.nunique()
         for reason in reasons:
             hit = cell.attempt_reason == reason
-            rows.append([policy, reason, cell.seed.nunique(), len(hit), int(hit.sum()), *_rate(hit, cell)])
+            rows.append([policy, reason, seeds, len(hit), int(hit.sum()), *_rate(hit, cell)])
     return pd.DataFrame(rows, columns=["policy", "reason", "seeds", "n", "k", "share", "lo", "hi"])
 
 
 def transitions(episodes: pd.DataFrame) -> pd.DataFrame:
     """Where second tries after a reflection end, by how the first failed: counts for each policy.
 
-    `share` is of the row, i.e. of the failures with that `attempt_reason`; pairs that never occur have n = 0.
+    `share` is of the row, i.e. of the failures with that `attempt_reason`; pairs that never occur
+    have n = 0.
     """
     frame = _rows(episodes, REFLECT)
-    before, after = (list(frame[c].value_counts().index) for c in ("attempt_reason", "retry_reason"))
-    after = [r for r in ["ok", *before, *after] if r in after]
-    pairs = [(p, x, y) for p in frame.policy.unique() for x in before for y in dict.fromkeys(after)]
-    counts = frame.groupby(["policy", "attempt_reason", "retry_reason"]).size().reindex(pairs, fill_value=0)
-    table = counts.rename("n").reset_index()
-    return table.assign(share=table.n / table.groupby(["policy", "attempt_reason"]).n.transform("sum"))
+    before = list(frame.attempt_reason.value_counts().index)
+    found = list(frame.retry_reason.value_counts().index)
+    after = [reason for reason in dict.fromkeys(["ok", *before, *found]) if reason in found]
+    pairs = list(product(frame.policy.unique(), before, after))
+    counts = frame.groupby(["policy", "attempt_reason", "retry_reason"]).size()
+    table = counts.reindex(pairs, fill_value=0).rename("n").reset_index()
+    row = table.groupby(["policy", "attempt_reason"]).n.transform("sum")
+    return table.assign(share=table.n / row)
 
 
 def reflection_rows(episodes: pd.DataFrame, style: Callable[[str], str]) -> pd.DataFrame:
-    """A row a reflection of reflect_retry: policy, seed, problem_id, text, ok, style, tokens, repetition."""
-    frame = _rows(episodes, REFLECT)
-    table = frame[["policy", "seed", "problem_id", "reflection", "ok"]].rename(columns={"reflection": "text"})
-    tokens = frame.reflection_tokens.astype(int)
-    return table.assign(style=table.text.map(style), tokens=tokens, repetition=table.text.map(repetition))
+    """A row a reflection: policy, seed, problem_id, text, ok, style, tokens, repetition."""
+    frame = _rows(episodes, REFLECT).rename(columns={"reflection": "text"})
+    return frame[["policy", "seed", "problem_id", "text", "ok"]].assign(
+        style=frame.text.map(style),
+        tokens=frame.reflection_tokens.astype(int),
+        repetition=frame.text.map(repetition),
+    )
 
 
-def reflection_stats(episodes: pd.DataFrame, style: Callable[[str], str], limit: int) -> pd.DataFrame:
-    """What reflections are like, for each policy: a row for all (`style` = "all") and one for each style.
+def reflection_stats(
+    episodes: pd.DataFrame, style: Callable[[str], str], limit: int
+) -> pd.DataFrame:
+    """What reflections are like, for each policy: a row for all (`style` = "all"), one a style.
 
-    `share` of the style among the policy's reflections and `success` of the retries after it; `truncated`, the
-    share as long as `limit`, the most tokens of a reflection (cut off, or ended by the last token), and the
-    success of the retries after those (`success_cut`) and after the others (`success_uncut`), nan where there
-    are none; each with a 95% interval. Length in tokens; `repetition`, the mean share of word 3-grams that came
-    before in the same reflection; `distinct`, different texts a seed over all (the paper's Fig. 2, in numbers).
+    `share` of the style among the policy's reflections and `success` of the second tries after it;
+    `truncated`, the share as long as `limit`, the most tokens of a reflection (cut off, or ended by
+    the last token); `success_cut`, `success_uncut`, of the second tries after those and the others,
+    nan where there are none; each with a 95% interval. Length in tokens; `repetition`, mean of
+    `repetition`; `distinct`, different texts a seed over all (the paper's Fig. 2, in numbers).
     """
     rows = []
     for policy, cell in reflection_rows(episodes, style).groupby("policy", sort=False):
         for name in ["all", *cell["style"].value_counts().index]:
             hit = cell["style"].isin([name]) | (name == "all")
-            part = cell[hit]
-            cut = part.tokens >= limit
-            rates = [*_rate(hit, cell), *_rate(part.ok, part), *_rate(cut, part)]
-            rates += [*_rate(part.ok[cut], part[cut]), *_rate(part.ok[~cut], part[~cut])]
-            texts = [part.tokens.mean(), part.tokens.median(), part.repetition.mean()]
-            texts.append(part.groupby("seed").text.nunique().sum() / len(part))
-            rows.append([policy, name, cell.seed.nunique(), len(part), *rates, *texts])
-    shares = ("share", "success", "truncated", "success_cut", "success_uncut")
-    rates = [name + end for name in shares for end in ("", "_lo", "_hi")]
-    texts = ["mean_tokens", "median_tokens", "repetition", "distinct"]
-    return pd.DataFrame(rows, columns=["policy", "style", "seeds", "n", *rates, *texts])
+            rows.append(
+                {"policy": policy, "style": name, "seeds": cell.seed.nunique(), "n": int(hit.sum())}
+                | _with_interval("share", hit, cell)
+                | _after_reflections(cell[hit], limit)
+            )
+    return pd.DataFrame(rows)
+
+
+def _after_reflections(part, limit) -> dict:
+    """Success, truncation, length and repetition of some rows of `reflection_rows`."""
+    cut = part.tokens >= limit
+    return {
+        **_with_interval("success", part.ok, part),
+        **_with_interval("truncated", cut, part),
+        **_with_interval("success_cut", part.ok[cut], part[cut]),
+        **_with_interval("success_uncut", part.ok[~cut], part[~cut]),
+        "mean_tokens": part.tokens.mean(),
+        "median_tokens": part.tokens.median(),
+        "repetition": part.repetition.mean(),
+        "distinct": part.groupby("seed").text.nunique().sum() / len(part),
+    }
+
+
+def _with_interval(name, hit, cell) -> dict:
+    return dict(zip((name, f"{name}_lo", f"{name}_hi"), _rate(hit, cell), strict=True))
 
 
 def repetition(text: str) -> float:
@@ -101,7 +128,8 @@ def arithmetic_share(reflection: str) -> tuple[int, int]:
     words = reflection.translate(OPERATORS).replace("\n", " ; ").split()
     text = " ".join(";" if any(map(str.isalpha, word)) else word for word in words)
     pieces = re.split(r"[,.;:!?](?= |$)", text)
-    steps = [m.groups() for piece in pieces if (m := STEP.fullmatch(piece.strip("()[]$` ")))]
+    found = [STEP.fullmatch(piece.strip("()[]$` ")) for piece in pieces]
+    steps = [match.groups() for match in found if match]
     return sum(_holds(*step) for step in steps), len(steps)
 
 
@@ -110,12 +138,15 @@ def arithmetic_table(episodes: pd.DataFrame) -> pd.DataFrame:
 
     `n` reflections, `with_steps` of them with at least one step; the interval resamples problems.
     """
-    frame, rows = _rows(episodes, REFLECT), []
-    steps = pd.DataFrame(frame.reflection.map(arithmetic_share).tolist(), frame.index, ["right", "steps"])
-    for policy, cell in frame.join(steps).groupby("policy", sort=False):
-        for seed, part in [*((int(s), p) for s, p in cell.groupby("seed")), ("all", cell)]:
-            some, right, total = part[part.steps > 0], part.right.sum(), part.steps.sum()
-            rate = [float("nan")] * 3
+    frame = _rows(episodes, REFLECT)
+    counts = frame.reflection.map(arithmetic_share).tolist()
+    frame = frame.join(pd.DataFrame(counts, frame.index, ["right", "steps"]))
+    rows = []
+    for policy, cell in frame.groupby("policy", sort=False):
+        for seed, part in each_seed_and_all(cell):
+            some = part[part.steps > 0]
+            right, total = some.right.sum(), some.steps.sum()
+            rate = NO_RATE
             if total:
                 rate = [right / total, *rate_interval(some.right, some.problem_id, some.steps)]
             rows.append([policy, seed, len(part), len(some), right, total, *rate])
@@ -123,25 +154,30 @@ def arithmetic_table(episodes: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def reflection_examples(episodes: pd.DataFrame, n: int, seed: int, after: str = "r3") -> pd.DataFrame:
-    """Up to `n` problems that both policies failed, with both reflections side by side (the paper's Fig. 2).
+def reflection_examples(
+    episodes: pd.DataFrame, n: int, seed: int, after: str = "r3"
+) -> pd.DataFrame:
+    """Up to `n` problems that both policies failed, with both reflections (the paper's Fig. 2).
 
-    Columns: problem_id, prompt, and attempt, attempt_reason, reflection, retry, retry_reason, each with
-    `_before` and `_after`. `after` names the trained policy; of several seeds the first is taken.
+    Columns: problem_id, prompt, and attempt, attempt_reason, reflection, retry, retry_reason, each
+    with `_before` and `_after`. `after` names the trained policy; of several seeds the first is
+    taken.
     """
     frame = _rows(episodes, REFLECT).drop_duplicates(["policy", "problem_id"])
-    old, new = (frame.loc[frame.policy == p, ["problem_id", "prompt", *SIDES]] for p in (UNTRAINED, after))
-    both = old.merge(new.drop(columns="prompt"), on="problem_id", suffixes=("_before", "_after"))
+    old = frame.loc[frame.policy == UNTRAINED, ["problem_id", "prompt", *SIDES]]
+    new = frame.loc[frame.policy == after, ["problem_id", *SIDES]]
+    both = old.merge(new, on="problem_id", suffixes=("_before", "_after"))
     if both.empty:
-        both_policies = f"{UNTRAINED} and {after!r}"
-        raise R3Error(f"no problem was failed by both {both_policies}: evaluate them on the same ones")
+        who = f"{UNTRAINED} and {after!r}"
+        raise R3Error(f"no problem was failed by both {who}: evaluate them on the same ones")
     chosen = Random(seed).sample(range(len(both)), min(n, len(both)))
     return both.iloc[chosen].reset_index(drop=True)
 
 
 def _rows(episodes, condition) -> pd.DataFrame:
     frame = judged(episodes)
-    if (frame := frame[frame.condition == condition]).empty:
+    frame = frame[frame.condition == condition]
+    if frame.empty:
         raise R3Error(f"the episodes hold no {condition} rows: run that condition first")
     return frame
 
@@ -149,7 +185,7 @@ def _rows(episodes, condition) -> pd.DataFrame:
 def _rate(hit, cell) -> list[float]:
     """Share of `hit` among the rows of `cell` with its interval; nan where there is no row."""
     if cell.empty:
-        return [float("nan")] * 3
+        return NO_RATE
     return [float(hit.mean()), *rate_interval(hit, cell.problem_id)]
 
 

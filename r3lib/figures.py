@@ -1,7 +1,7 @@
 """Tables to figures: one function a figure, DataFrame -> matplotlib Figure, no global state.
 
-A condition has one colour everywhere, a policy one marker; every estimate has its 95% interval, and n and
-seeds stand in the legend. Colours are Okabe and Ito's, told apart by colour-blind readers too.
+A condition has one colour everywhere, a policy one marker; every estimate has its 95% interval,
+and n and seeds stand in the legend. Colours are Okabe and Ito's, safe for colour-blind readers.
 """
 
 from html import escape
@@ -12,28 +12,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from .conditions import CONDITIONS
+from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY
 from .episodes import UNTRAINED
-from .errors import R3Error
+from .evaluate import pooled
 
-COLORS = {c.name: c.color for c in reversed(CONDITIONS)}
-POLICIES = {  # colour, marker, label
-    "vanilla": ("#777777", "o", "untrained"),
-    "r3": ("#0072B2", "o", "trained (R3)"),
-    "r3_mask_both": ("#009E73", "s", "mask: reflection + retry"),
-    "r3_mask_retry": ("#CC79A7", "^", "mask: retry"),
-    "grpo_first_try": ("#E69F00", "D", "GRPO on first tries"),
-}
-CELL = ["task", "policy", "train_task", "condition"]
-COLUMNS = {  # the paper's four columns
-    "vanilla_first": ("#777777", "o", "untrained, 1st try"),
-    "vanilla_second": ("#777777", "^", "untrained, both tries"),
-    "trained_first": ("#0072B2", "o", "trained, 1st try"),
-    "trained_second": ("#0072B2", "^", "trained, both tries"),
+COLORS = {c.name: c.color for c in CONDITIONS}
+GREY, BLUE, PINK, DARK = "#777777", "#0072B2", "#CC79A7", "#444444"
+SEEDS = [BLUE, "#D55E00", "#009E73", PINK, "#E69F00", "#56B4E9"]
+POLICIES = {UNTRAINED: (GREY, "o", "untrained"), "r3": (BLUE, "o", "trained (R3)")}
+COLUMNS = {  # the paper's four columns: colour, marker, label
+    "vanilla_first": (GREY, "o", "untrained, first try"),
+    "vanilla_second": (GREY, "^", "untrained, both tries"),
+    "trained_first": (BLUE, "o", "trained, first try"),
+    "trained_second": (BLUE, "^", "trained, both tries"),
 }
 METRICS = {
     "reward": "reward",
-    "retry_success": "retries that succeed",
+    "retry_success": "second tries that succeed",
     "zero_variance_share": "groups without variance",
     "reflection_tokens": "reflection length (tokens)",
     "truncated_share": "reflections cut off at the limit",
@@ -41,185 +36,180 @@ METRICS = {
     "entropy": "entropy (nats a token)",
     "grad_norm": "gradient norm",
 }
-SEEDS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-BELOW = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "title_fontsize": 9}
+RATE = ("rate", "lo", "hi")
+SHARE = ("share", "lo", "hi")
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "fontsize": 8.5}
-NO_FORMULAS = "tex2jax_ignore mathjax_ignore"  # what is between two dollar signs stays text in a notebook, too
-OTHER, ROLES = "#eef1f5", {"attempt": "#f8e0e0", "reflection": "#dff1e4", "retry": "#fdf0d5"}
-ROLES |= {"task": "#e4ebf7"}
+BELOW = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "title_fontsize": 9}
+LITERAL = "tex2jax_ignore mathjax_ignore"  # in a notebook, too, two dollar signs make no formula
+OTHER = "#eef1f5"
+ROLES = {"task": "#e4ebf7", "attempt": "#f8e0e0", "reflection": "#dff1e4", "retry": "#fdf0d5"}
 
 
 def conditions_figure(accuracy: pd.DataFrame) -> Figure:
-    """Second-try success on failures under each condition, a panel a task; from `evaluate.accuracy_table`."""
-    _need(accuracy, [*CELL, "seed", "n", "rate", "lo", "hi"], "conditions")
-    own = accuracy.train_task.isin([""]) | (accuracy.train_task == accuracy.task)
-    return _conditions(accuracy[own & (accuracy.condition != "first_try")])
+    """Second tries under each condition, a panel a task; from `evaluate.accuracy_table`."""
+    own = (accuracy.train_task == "") | (accuracy.train_task == accuracy.task)
+    second = accuracy.condition != FIRST_TRY.name
+    return _conditions(accuracy[own & second], "second tries that succeed, of failures")
 
 
 def transfer_figure(accuracy: pd.DataFrame) -> Figure:
-    """The same with the policies that were trained on another task, and first tries (share of all problems)."""
-    _need(accuracy, [*CELL, "seed", "n", "rate", "lo", "hi"], "transfer")
+    """The same with policies trained on another task, and first tries (share of all problems)."""
     return _conditions(accuracy, "tries that succeed: first of all problems, second of failures")
 
 
-def parts_figure(accuracy: pd.DataFrame) -> Figure:
-    """Success of reflect_retry on failures in each part of the test problems; from `by_part`'s accuracy table."""
-    _need(accuracy, [*CELL, "split", "seed", "n", "rate", "lo", "hi"], "parts")
-    table = accuracy.assign(seeds=accuracy.groupby([*CELL, "split"]).seed.transform("size") - 1)
-    table = table[(table.seed.astype(str) == "all") & (table.condition == "reflect_retry")]
-    order = list(table.split.unique())
-    fig, (ax,) = _figure(1, 1.4 + 0.25 * len(order) * table.policy.nunique())
-    _dots(ax, table, "split", order, ("rate", "lo", "hi"), count=True)
-    ax.set_xlabel("retries after a reflection that succeed, of failures")
-    _policies(ax, table.assign(n=table.groupby("policy").n.transform("sum")), "failures")
-    return fig
-
-
-def _conditions(table, label="second tries that succeed, of failures") -> Figure:
+def _conditions(accuracy, label) -> Figure:
     """A panel a task, one below the other; a row a condition, a dot a policy."""
-    table = table.assign(seeds=table.groupby([*CELL, "split"]).seed.transform("size") - 1)
-    table = table[table.seed.astype(str) == "all"]
-    order = list(dict.fromkeys([*COLORS, *table.condition]))
-    order = [name for name in order if name in set(table.condition)]
-    tasks = [part for _, part in table.groupby("task", sort=False)]
-    heights = [1.4 + 0.2 * len(order) * part.policy.nunique() for part in tasks]
+    table = pooled(accuracy)
+    order = [name for name in COLORS if name in set(table.condition)]
+    order += [name for name in table.condition.unique() if name not in order]
+    tasks = list(table.task.unique())
+    policies = [table[table.task == task].policy.nunique() for task in tasks]
+    heights = [1.4 + 0.2 * len(order) * count for count in policies]
     fig, axes = _figure(1, sum(heights), rows=heights)
-    for ax, part in zip(axes, tasks, strict=True):
-        _dots(ax, part, "condition", order, ("rate", "lo", "hi"), COLORS)
-        _policies(ax, part[part.condition != "first_try"], "failures", part.task.iloc[0], "#222222")
+    for ax, task in zip(axes, tasks, strict=True):
+        part = table[table.task == task]
+        _dots(ax, part, "condition", order, RATE, colors=COLORS)
+        _legend(ax, part[part.condition != FIRST_TRY.name], "failures", title=task, color="#222222")
     axes[-1].set_xlabel(label)
     return fig
 
 
-def paper_figure(view: pd.DataFrame, paper: pd.DataFrame) -> Figure:
-    """Both tries before and after training: this run (filled) beside the paper's Tables 1, 2 (hollow).
+def parts_figure(accuracy: pd.DataFrame) -> Figure:
+    """Second tries after a reflection in each part of the test problems; from `by_part`'s table."""
+    table = pooled(accuracy[accuracy.condition == REFLECT_RETRY.name])
+    sizes = table.assign(n=table.groupby("policy").n.transform("sum"))
+    label = "second tries after a reflection that succeed, of failures"
+    return _one_panel(table, "split", RATE, label, sizes, "failures", count=True)
 
-    `view` is `evaluate.paper_view`, `paper` data/paper_results.csv. Cells of confidence B get a dagger, those
-    of confidence C are not drawn. A panel for each task of `view`.
+
+def paper_figure(view: pd.DataFrame, paper: pd.DataFrame) -> Figure:
+    """Both tries before and after training: this run beside the paper's Tables 1 and 2.
+
+    `view` is `evaluate.paper_view`, `paper` data/paper_results.csv, of which cells of confidence B
+    get a dagger and those of confidence C are not drawn.
     """
-    _need(view, ["task", "policy", "column", "n", "seeds", "rate", "lo", "hi"], "paper")
-    ours = view[view.policy.isin([UNTRAINED, "r3"])]
+    ours = view[view.policy.isin(POLICIES)]
     ours = ours.assign(model="this run", value=100 * ours.rate, confidence="ours")
     cells = pd.concat([ours, paper[(paper.confidence != "C") & paper.task.isin(ours.task)]])
-    heights = ours.task.map(cells.groupby("task").model.nunique()).groupby(ours.task, sort=False).first()
-    fig, axes = _figure(1, 1.4 + 0.45 * heights.sum(), rows=list(heights))
-    for ax, task in zip(axes, heights.index, strict=True):
-        part = cells[cells.task == task]
-        names = list(part.model.unique())
-        for cell in part.itertuples():
-            color, marker, _ = COLUMNS[cell.column]
-            y = names.index(cell.model) + (0.16 if cell.column.startswith("trained") else -0.16)
-            ax.plot([100 * cell.lo, 100 * cell.hi], [y, y], color=color)
-            fill = color if cell.confidence == "ours" else "white"
-            ax.plot(cell.value, y, marker, color=color, markerfacecolor=fill, markersize=7)
-            if cell.confidence == "B":
-                ax.annotate("†", (cell.value, y), (0, 3), textcoords="offset points", ha="center")
-        sizes = ours[ours.task == task].drop_duplicates("policy").itertuples()
-        said = "; ".join(_size(row, "first tries") for row in sizes)
-        ax.set_title(f"{_label(task)}\nthis run: {said}", fontsize=9, loc="left")
-        ax.set(xlabel="correct (%)", xlim=(0, 100), ylim=(len(names) - 0.4, -0.6))
-        ax.set_yticks(range(len(names)), map(_label, names))
-    marks = [Line2D([], [], ls="", marker=m, color=c, label=text) for c, m, text in COLUMNS.values()]
+    tasks = list(ours.task.unique())
+    heights = [cells[cells.task == task].model.nunique() for task in tasks]
+    fig, axes = _figure(1, 1.4 + 0.45 * sum(heights), rows=heights)
+    for ax, task in zip(axes, tasks, strict=True):
+        _beside_the_paper(ax, cells[cells.task == task])
+        policies = ours[ours.task == task].drop_duplicates("policy").itertuples()
+        sizes = "; ".join(_size(row, "first tries") for row in policies)
+        ax.set_title(f"{_label(task)}\nthis run: {sizes}", fontsize=9, loc="left")
+    marks = []
+    for color, marker, label in COLUMNS.values():
+        marks.append(Line2D([], [], ls="", marker=marker, color=color, label=label))
     title = "filled: this run, 95% interval; hollow: the paper († second-hand, fits its averages)"
     fig.legend(handles=marks, title=title, ncols=4, **BELOW)
     return fig
 
 
-def training_figure(metrics: pd.DataFrame) -> Figure:
-    """Training curves, one line a seed; from metrics.jsonl. A metric that was not recorded has no panel.
+def _beside_the_paper(ax, cells):
+    """A row a model: this run's cells (filled, with intervals) and the paper's (hollow)."""
+    models = list(cells.model.unique())
+    for cell in cells.itertuples():
+        color, marker, _ = COLUMNS[cell.column]
+        y = models.index(cell.model) + (0.16 if cell.column.startswith("trained") else -0.16)
+        ax.plot([100 * cell.lo, 100 * cell.hi], [y, y], color=color)
+        fill = color if cell.confidence == "ours" else "white"
+        ax.plot(cell.value, y, marker, color=color, markerfacecolor=fill, markersize=7)
+        if cell.confidence == "B":
+            ax.annotate("†", (cell.value, y), (0, 3), textcoords="offset points", ha="center")
+    ax.set(xlabel="correct (%)", xlim=(0, 100), ylim=(len(models) - 0.4, -0.6))
+    ax.set_yticks(range(len(models)), map(_label, models))
 
-    Where nothing is taken from the reward it is the share of retries that succeed, which then has no panel.
+
+def training_figure(metrics: pd.DataFrame) -> Figure:
+    """Training curves, one line a seed; from metrics.jsonl. A metric without values has no panel.
+
+    Where reward is the share of second tries that succeed, that has no panel of its own.
     """
-    _need(metrics, ["step", "seed"], "training")
-    shown = [m for m in METRICS if m in metrics and metrics[m].notna().any()]
+    shown = [name for name in METRICS if name in metrics and metrics[name].notna().any()]
     if "retry_success" in shown and np.allclose(metrics.retry_success, metrics.reward):
         shown.remove("retry_success")
-    rows = max(1, -(-len(shown) // 3))
-    fig, axes = _figure(3, 0.4 + 2 * rows, rows=[1] * rows)
+    columns = min(3, len(shown) + 1)
+    rows = -(-(len(shown) + 1) // columns)
+    fig, axes = _figure(columns, 0.4 + 2 * rows, rows=[1] * rows)
     for ax, name in zip(axes, shown, strict=False):
         for i, (seed, run) in enumerate(metrics.sort_values("step").groupby("seed")):
             ax.plot(run.step, run[name], color=SEEDS[i % len(SEEDS)], lw=1.2, label=f"seed {seed}")
         ax.set_title(METRICS[name], fontsize=10)
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes[len(shown)].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False)
     for ax in axes[len(shown) :]:
-        ax.remove()
-    fig.legend(*axes[0].get_legend_handles_labels(), ncols=6, **BELOW)
+        ax.set_axis_off()
     return fig
 
 
 def errors_figure(errors: pd.DataFrame) -> Figure:
-    """Why first tries fail, before and after (the paper's Tables 4, 5); from `failures.error_types`."""
-    _need(errors, ["policy", "reason", "seeds", "n", "share", "lo", "hi"], "errors")
-    order = list(errors.reason.unique())
-    fig, (ax,) = _figure(1, 1.4 + 0.25 * len(order) * errors.policy.nunique())
-    _dots(ax, errors, "reason", order, ("share", "lo", "hi"))
-    ax.set_xlabel("share of all first tries")
-    _policies(ax, errors, "first tries")
-    return fig
+    """Why first tries fail, before and after (the paper's Tables 4, 5); `failures.error_types`."""
+    return _one_panel(errors, "reason", SHARE, "share of all first tries", errors, "first tries")
 
 
 def transitions_figure(transitions: pd.DataFrame) -> Figure:
-    """From the first try's failure (row) to the second try's verdict (column); from `failures.transitions`.
+    """From the first try's failure (row) to the second try's verdict; `failures.transitions`.
 
-    Counts, and colour by the share of the row.
+    Each cell has its share of the row, which its shade shows too, and its count.
     """
-    _need(transitions, ["policy", "attempt_reason", "retry_reason", "n", "share"], "transitions")
     policies = list(transitions.policy.unique())
-    before, after = (list(transitions[c].unique()) for c in ("attempt_reason", "retry_reason"))
-    rows = -(-len(policies) // 2)
-    fig, axes = _figure(min(2, len(policies)), rows * (1.9 + 0.45 * len(before)), rows=[1] * rows)
-    for ax, policy in zip(axes, policies, strict=False):
+    before = list(transitions.attempt_reason.unique())
+    after = list(transitions.retry_reason.unique())
+    fig, axes = _figure(len(policies), 1.9 + 0.5 * len(before))
+    for ax, policy in zip(axes, policies, strict=True):
         part = transitions[transitions.policy == policy]
-        shares = part.pivot(index="attempt_reason", columns="retry_reason", values="share").loc[before, after]
-        ax.imshow(shares.fillna(0), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for cell in part.itertuples():
+        table = part.pivot(index="attempt_reason", columns="retry_reason", values="share")
+        shades = ax.imshow(table.loc[before, after], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for cell in part[part.n > 0].itertuples():
+            place = after.index(cell.retry_reason), before.index(cell.attempt_reason)
             ink = "white" if cell.share > 0.55 else "black"
-            where = after.index(cell.retry_reason), before.index(cell.attempt_reason)
-            ax.text(*where, f"{cell.n:,}", ha="center", va="center", color=ink, fontsize=8)
+            text = f"{cell.share:.0%}\nn={cell.n:,}"
+            ax.text(*place, text, ha="center", va="center", color=ink, fontsize=7.5)
+        ax.set_title(f"{_label(style(policy)[2])}\nn={part.n.sum():,} failures", fontsize=10)
         ax.set_xticks(range(len(after)), map(_label, after), rotation=35, ha="right")
-        ax.set_yticks(range(len(before)), map(_label, before) if ax in axes[::2] else [""] * len(before))
-        ax.set_title(f"{_style(policy)[2]}\nn={part.n.sum():,} failures", fontsize=10)
+        ax.set_yticks(range(len(before)), [""] * len(before))
         ax.set_xlabel("second try")
         ax.grid(False)
-    for ax in axes[::2]:
-        ax.set_ylabel("first try")
-    for ax in axes[len(policies) :]:
-        ax.remove()
+    axes[0].set_yticklabels(map(_label, before))
+    axes[0].set_ylabel("first try")
+    key = fig.colorbar(shades, ax=axes, label="share of the row", aspect=30)
+    key.ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
     return fig
 
 
 def styles_figure(stats: pd.DataFrame) -> Figure:
-    """How often each style of reflection is written, and how often its retry succeeds; `reflection_stats`."""
-    _need(stats, ["policy", "style", "seeds", "n", "share", "success"], "styles")
+    """How often a style of reflection is written, and its retry succeeds; `reflection_stats`."""
     styles = stats[stats["style"] != "all"]
     order = list(styles.groupby("style").n.sum().sort_values(ascending=False).index)
     fig, axes = _figure(2, 1.5 + 0.24 * len(order) * styles.policy.nunique())
     _dots(axes[0], styles, "style", order, ("share", "share_lo", "share_hi"))
     _dots(axes[1], styles, "style", order, ("success", "success_lo", "success_hi"), count=True)
     axes[0].set_xlabel("share of reflections")
-    axes[1].set(xlabel="retries that succeed", yticklabels=[])
-    _policies(axes[0], stats[stats["style"] == "all"], "reflections")
+    axes[1].set(xlabel="second tries that succeed", yticklabels=[])
+    _legend(axes[0], stats[stats["style"] == "all"], "reflections")
     return fig
 
 
 def reflections_figure(rows: pd.DataFrame, limit: int) -> Figure:
-    """Length and repetition of reflections (the paper's Fig. 2), dashed: means; `failures.reflection_rows`.
+    """Length and repetition of reflections (the paper's Fig. 2); from `failures.reflection_rows`.
 
-    `limit`, the most tokens of a reflection, is marked; the legend gives the share that is as long (cut off).
+    Dashed: means. `limit`, the most tokens of a reflection, is marked; the legend gives the share
+    that is as long (cut off).
     """
-    _need(rows, ["policy", "tokens", "repetition"], "reflections")
     fig, axes = _figure(2, 3.4)
     axes[0].axvline(limit, color="#222222", lw=1, ls=":", label=f"limit: {limit} tokens")
     for ax, column in zip(axes, ("tokens", "repetition"), strict=True):
         bins = np.linspace(0, max(0.05, rows[column].max()), 25)
         for policy, part in rows.groupby("policy", sort=False):
-            color, _, name = _style(policy)
-            said = f"{name}: n={len(part):,}, mean {part[column].mean():.3g}"
+            color, _, name = style(policy)
+            text = f"{_label(name)}: n={len(part):,}, mean {part[column].mean():.3g}"
             if column == "tokens":
-                said += f", {part.tokens.ge(limit).mean():.1%} cut off"
-            weights = np.full(len(part), 1 / len(part))
-            ax.hist(part[column], bins, weights=weights, histtype="step", lw=1.5, color=color, label=said)
+                text += f", {part.tokens.ge(limit).mean():.1%} cut off"
+            outline = {"histtype": "step", "lw": 1.5, "color": color, "label": text}
+            ax.hist(part[column], bins, weights=np.full(len(part), 1 / len(part)), **outline)
             ax.axvline(part[column].mean(), color=color, lw=1, ls="--")
         ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
         ax.legend(**ABOVE)
@@ -229,86 +219,108 @@ def reflections_figure(rows: pd.DataFrame, limit: int) -> Figure:
 
 
 def arithmetic_figure(table: pd.DataFrame) -> Figure:
-    """Share of right arithmetic inside reflections, by seed and over all; from `failures.arithmetic_table`."""
-    _need(table, ["policy", "seed", "steps", "share", "lo", "hi"], "arithmetic")
+    """Share of right arithmetic inside reflections; from `failures.arithmetic_table`.
+
+    A row a seed and one over all. The axis starts at the multiple of 5% below all intervals.
+    """
     table = table.assign(n=table.steps, seeds=table.groupby("policy").seed.transform("size") - 1)
-    table = table.assign(seed="seed " + table.seed.astype(str)).replace({"seed": {"seed all": "all seeds"}})
-    order = sorted(table.seed.unique())
-    fig, (ax,) = _figure(1, 1.2 + 0.25 * len(order) * table.policy.nunique())
-    _dots(ax, table, "seed", order, ("share", "lo", "hi"), count=True)
-    ax.set_xlabel("arithmetic steps inside reflections that are right")
-    _policies(ax, table[table.seed == "all seeds"], "steps")
+    table = table.sort_values("seed", key=lambda seed: seed.astype(str), kind="stable")
+    table = table.assign(seed="seed " + table.seed.astype(str)).replace("seed all", "all seeds")
+    pooled = table[table.seed == "all seeds"]
+    label = "arithmetic steps inside reflections that are right"
+    fig = _one_panel(table, "seed", SHARE, label, pooled, "steps", count=True)
+    fig.axes[0].set_xlim(left=np.floor(20 * table.lo.fillna(0).min()) / 20)
     return fig
 
 
 def mask_html(tokens: list[str], mask: list[int], roles: list[str]) -> str:
     """A conversation as HTML: background by role, trained tokens (mask 1) bold and underlined.
 
-    One string a token, one 0 or 1, one role ("task", "attempt", "request", "reflection", "retry"); everything
-    is escaped.
+    One string a token, one 0 or 1, one role ("task", "attempt", "request", "reflection", "retry");
+    everything is escaped.
     """
-    if len({len(tokens), len(mask), len(roles)}) > 1:
-        raise R3Error(f"{len(tokens)} tokens, {len(mask)} mask values, {len(roles)} roles: give one of each")
-    spans = []
+    spans, key = [], []
     for token, trained, role in zip(tokens, mask, roles, strict=True):
-        note = f"{role}: {'trained' if trained else 'masked, advantage 0'}"
         line = "font-weight:bold;border-bottom:2px solid #00734F" if trained else ""
-        style = f"background:{ROLES.get(role, OTHER)};{line}"
-        spans.append(f'<span style="{style}" title="{escape(note)}">{escape(token)}</span>')
-    box = "font-family:monospace;white-space:pre-wrap;line-height:1.9;color:#111;background:#fff;padding:8px"
-    shade = '<span style="background:{}">{}</span>'
-    legend = " ".join(shade.format(ROLES.get(r, OTHER), escape(r)) for r in dict.fromkeys(roles))
-    legend += " · bold and underlined: trained; everything else has advantage 0"
-    return f'<div class="{NO_FORMULAS}" style="{box}">{"".join(spans)}<br><small>{legend}</small></div>'
+        spans.append(_span(token, role, line))
+    for role in dict.fromkeys(roles):
+        key.append(_span(role, role))
+    key.append("· bold and underlined: trained; everything else has advantage 0")
+    box = "font-family:monospace;white-space:pre-wrap;line-height:1.9;color:#111;background:#fff"
+    text = f"{''.join(spans)}<br><small>{' '.join(key)}</small>"
+    return f'<div class="{LITERAL}" style="{box};padding:8px">{text}</div>'
+
+
+def _span(text, role, line="") -> str:
+    style = f"background:{ROLES.get(role, OTHER)};{line}"
+    return f'<span style="{style}" title="{escape(role)}">{escape(text)}</span>'
 
 
 def texts_html(table: pd.DataFrame) -> str:
-    """A table that holds texts of a model as HTML: line breaks kept, everything escaped, no formulas."""
-    shown = table.style.format(escape="html", precision=2).format_index(escape="html")
-    shown = shown.format_index(escape="html", axis="columns").set_table_attributes(f'class="{NO_FORMULAS}"')
+    """A table with texts of a model as HTML: line breaks kept, all escaped, no formulas."""
+    shown = table.style.format(escape="html", precision=2)
+    shown = shown.format_index(escape="html").format_index(escape="html", axis="columns")
+    shown = shown.set_table_attributes(f'class="{LITERAL}"')
     return shown.set_properties(**{"text-align": "left", "white-space": "pre-wrap"}).to_html()
 
 
+def _one_panel(table, category, values, label, sizes, unit, count=False) -> Figure:
+    """A row a category, in the order of the table; `sizes` holds n and seeds of each policy."""
+    order = list(table[category].unique())
+    fig, (ax,) = _figure(1, 1.4 + 0.25 * len(order) * table.policy.nunique())
+    _dots(ax, table, category, order, values, count=count)
+    ax.set_xlabel(label)
+    _legend(ax, sizes, unit)
+    return fig
+
+
 def _dots(ax, table, category, order, values, colors=None, count=False):
-    """A row a category, in it a dot with interval a policy, the rate written beside it."""
+    """A row a category, in it a dot with interval a policy, the rate written beside it.
+
+    `values` names the columns of rate and interval; `colors`, by category, are the policies' else.
+    """
     policies = list(table.policy.unique())
-    step = 0.8 / len(policies)
     for cell in table.dropna(subset=[values[0]]).to_dict("records"):
-        rate, lo, hi = (cell[v] for v in values)
-        color, marker, _ = _style(cell["policy"])
+        rate, lo, hi = (cell[name] for name in values)
+        color, marker, _ = style(cell["policy"])
         color = (colors or {}).get(cell[category], color)
-        y = order.index(cell[category]) + (policies.index(cell["policy"]) - (len(policies) - 1) / 2) * step
+        offset = policies.index(cell["policy"]) - (len(policies) - 1) / 2
+        y = order.index(cell[category]) + 0.8 * offset / len(policies)
         ax.plot([lo, hi], [y, y], color=color, lw=1.8, clip_on=False)
         fill = "white" if cell["policy"] == UNTRAINED else color
-        ax.plot(rate, y, marker, color=color, markerfacecolor=fill, markersize=6, clip_on=False)
+        dot = {"color": color, "markerfacecolor": fill, "markersize": 6}
+        ax.plot(rate, y, marker, **dot, clip_on=False)
         text = f"{rate:.1%}" + (f", n={cell['n']:,}" if count else "")
-        ax.annotate(text, (hi, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        ax.annotate(text, (hi, y), **beside)
     ax.set_xlim(0, max(0.01, table[values[2]].max()))
     ax.set_ylim(len(order) - 0.5, -0.5)
     ax.set_yticks(range(len(order)), map(_label, order))
     ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
 
 
-def _policies(ax, table, unit, title=None, color=None):
-    """Legend above `ax` of the policies in `table` (columns policy, n, seeds): marker, n of `unit`, seeds."""
+def _legend(ax, table, unit, title=None, color=None):
+    """Legend above `ax` of the policies in `table` (columns policy, n, seeds)."""
     marks = []
     for row in table.drop_duplicates("policy").itertuples():
-        own, marker, _ = _style(row.policy)
-        line = Line2D([], [], marker=marker, color=color or own, label=_size(row, unit))
-        line.set_markerfacecolor("white" if row.policy == UNTRAINED else color or own)
-        marks.append(line)
-    ax.legend(handles=marks, title=title and _label(title), ncols=1 if len(ax.figure.axes) > 1 else 2, **ABOVE)
+        own, marker, _ = style(row.policy)
+        fill = "white" if row.policy == UNTRAINED else color or own
+        line = {"marker": marker, "color": color or own, "markerfacecolor": fill}
+        marks.append(Line2D([], [], **line, label=_size(row, unit)))
+    columns = 1 if len(ax.figure.axes) > 1 else 2
+    ax.legend(handles=marks, title=title and _label(title), ncols=columns, **ABOVE)
 
 
 def _size(row, unit) -> str:
-    return f"{_style(row.policy)[2]}, n={row.n:,} {unit}, {row.seeds} seed{'s' * (row.seeds > 1)}"
+    name = _label(style(row.policy)[2])
+    return f"{name}, n={row.n:,} {unit}, {row.seeds} seed{'s' * (row.seeds > 1)}"
 
 
-def _style(policy):
+def style(policy: str) -> tuple[str, str, str]:
     """Colour, marker and label of a policy."""
     if "_from_" in policy:
-        return "#CC79A7", "s", _label(f"trained on {policy.partition('_from_')[2]}")
-    return POLICIES.get(policy, ("#444444", "X", _label(policy)))
+        return PINK, "s", f"trained on {policy.partition('_from_')[2]}"
+    return POLICIES.get(policy, (DARK, "X", policy))
 
 
 def _label(text, longest: int = 36) -> str:
@@ -319,14 +331,6 @@ def _label(text, longest: int = 36) -> str:
     text = str(text)
     short = text if len(text) <= longest else text[: longest - 1] + "…"
     return short.replace("$", r"\$")
-
-
-def _need(frame, columns, name):
-    """Raise R3Error unless `frame` has rows and `columns`."""
-    missing = [c for c in columns if c not in frame]
-    if missing or frame.empty:
-        what = f"lacks the columns {missing}" if missing else "is empty"
-        raise R3Error(f"{name}_figure: its table {what}: see its docstring for the function that makes it")
 
 
 def _figure(columns, height, rows=(1,)):

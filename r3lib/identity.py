@@ -8,14 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import R3Error
-from .store import write_atomic
+from .files import write_atomic
 
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
-UNLIKE = {
-    "_name_or_path",
-    "transformers_version",
-    "base_model_name_or_path",
-}  # not the model itself
+UNLIKE = {"_name_or_path", "transformers_version", "base_model_name_or_path"}  # no part of the model
 SHOWN = 60  # characters of a value that a message shows
 
 
@@ -28,51 +24,36 @@ def digest(items: Iterable) -> str:
 
 
 def task_facts(task) -> dict:
-    """The task's public values (prompts, options), functions among them, and what its class does."""
+    """The task's public values (prompts, options, own functions), and what its class does."""
     classes = [owner for owner in reversed(type(task).__mro__) if owner is not object]
-    known = {}
+    values = {}
     for owner in [*classes, task]:
-        known |= getattr(owner, "__dict__", {})
-    own = getattr(task, "__dict__", {})
+        values |= getattr(owner, "__dict__", {})
     facts = {}
-    for name, value in sorted(known.items()):
+    for name, value in sorted(values.items()):
         if name.startswith("_"):  # a cache, say
             continue
         if isinstance(value, PLAIN):
             facts[f"task.{name}"] = _short(value)
-        elif inspect.isfunction(value) and name in own:
-            facts[f"task.{name}"] = digest([code_of(value)])
-    code = [code_of(value) for owner in classes for value in vars(owner).values()]
-    return facts | {"task's class": f"{type(task).__qualname__} {digest(filter(None, code))}"}
+        elif inspect.isfunction(value) and name in task.__dict__:
+            facts[f"task.{name}"] = digest(_code_of(value))
+    code = [_code_of(value) for owner in classes for value in vars(owner).values()]
+    return facts | {"task's class": f"{type(task).__qualname__} {digest(code)}"}
 
 
-def code_of(thing) -> list:
+def _code_of(thing) -> list:
     """What a function or method does, as plain values: also of one that was typed in a notebook."""
-    thing = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
-    if not inspect.isfunction(thing):
+    function = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
+    if not inspect.isfunction(function):
         return []
-    cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-    inner = [code_of(cell) or _settled(cell) for cell in cells]
-    return [_source(thing), _settled(thing.__defaults__), inner]
-
-
-def _source(function) -> str | list:
-    """The source; what it compiles to where there is none, or where a line may hold several."""
-    try:
-        if function.__name__ != "<lambda>":
-            return inspect.getsource(function)
-    except (OSError, TypeError):
-        pass
-    return _compiled(function.__code__)
+    closure = [cell.cell_contents for cell in function.__closure__ or ()]
+    inner = [_code_of(value) or value for value in closure]
+    return [_compiled(function.__code__), function.__defaults__, inner]
 
 
 def _compiled(code) -> list:
-    constants = [_compiled(c) if inspect.iscode(c) else repr(c) for c in code.co_consts]
+    constants = [_compiled(c) if inspect.iscode(c) else c for c in code.co_consts]
     return [code.co_code.hex(), constants, list(code.co_names)]
-
-
-def _settled(value) -> str:
-    return value if isinstance(value, PLAIN) else type(value).__name__
 
 
 def content(problem) -> dict:
@@ -82,8 +63,7 @@ def content(problem) -> dict:
     elif hasattr(problem, "_asdict"):
         values = problem._asdict()
     else:
-        values = {name: getattr(problem, name) for name in getattr(problem, "__slots__", ())}
-        values |= getattr(problem, "__dict__", {})
+        values = problem.__dict__
     return {name: value for name, value in values.items() if not name.startswith("_")}
 
 
@@ -94,7 +74,8 @@ def model_facts(model, trained: bool = True) -> dict:
     of its values: a change of any one value changes it, whatever the number of threads. `trained`
     False leaves out what requires a gradient.
     """
-    facts = {"model": type(_base(model)).__name__}
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    facts = {"model": type(base).__name__}
     facts["model's config"] = digest([_known(model.config.to_diff_dict())])
     state = model.state_dict(keep_vars=True).items()
     kept = ((name, value) for name, value in state if trained or not value.requires_grad)
@@ -107,17 +88,55 @@ def model_facts(model, trained: bool = True) -> dict:
     return facts
 
 
+def _marks(name: str, value) -> list:
+    import torch
+
+    same = [name, list(value.shape), str(value.dtype)]
+    if value.device.type == "meta":
+        return same
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    flat = value.detach().reshape(-1).contiguous().view(bits)
+    some = flat[:: max(1, len(flat) // 64)][:64]
+    return [*same, int(flat.sum(dtype=torch.int64)), some.tolist()]
+
+
+def _known(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name not in UNLIKE}
+
+
+# notes
+
+
+def claim(note: Path, facts: dict, used: bool, held: str, fix: str) -> None:
+    """Write `facts` to `note`: what decides the results in its folder.
+
+    R3Error if the folder is `used` already, for other facts: it says what is `held` there, what
+    differs, and the `fix`.
+    """
+    if used:
+        check_claim(note, facts, held, fix)
+    write_note(note, facts)
+
+
+def check_claim(note: Path, facts: dict, held: str, fix: str) -> None:
+    """R3Error, naming what differs, unless `note` holds `facts`."""
+    differing = differences(read_note(note), facts)
+    if not note.exists():
+        differing = f"there is no {note.name} that says of which"
+    if differing:
+        raise R3Error(f"{note.parent} holds {held}: {differing}: {fix}")
+
+
 def differences(old: dict, new: dict) -> str:
     """Name each fact in which `old` and `new` differ, with both values; "" when they agree."""
     new = json.loads(json.dumps(new, default=_plain))
     names = [name for name in new | old if old.get(name) != new.get(name)]
-    return "; ".join(
-        f"{name} was {_cut(old.get(name))}, is {_cut(new.get(name))}" for name in names
-    )
+    shown = (f"{name} was {_cut(old.get(name))}, is {_cut(new.get(name))}" for name in names)
+    return "; ".join(shown)
 
 
 def read_note(note: Path) -> dict:
-    """The facts that `claim` wrote to `note`; {} where there is none, or one of another form."""
+    """The facts in `note`; {} where there is none, or one of another form."""
     try:
         facts = json.loads(note.read_text())
     except (FileNotFoundError, ValueError):
@@ -128,6 +147,27 @@ def read_note(note: Path) -> dict:
 def write_note(note: Path, facts: dict) -> None:
     """Write `facts` to `note`."""
     write_atomic(note, json.dumps(facts, indent=1, default=_plain) + "\n")
+
+
+def _short(value):
+    text = json.dumps(value, sort_keys=True, default=_plain)
+    return json.loads(text) if len(text) <= SHOWN else f"{text[: SHOWN - 20]}... {digest([value])}"
+
+
+def _cut(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN + 20 else f"{text[:SHOWN]}..."
+
+
+def _plain(value):
+    """What JSON knows in place of `value`; of an object that shows its address, its class."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text
+
+
+# problems and tasks that cannot be used
 
 
 def check_task(task) -> None:
@@ -150,41 +190,3 @@ def check_problems(problems) -> None:
         if name in seen:
             raise R3Error(f"problem id {name!r} occurs twice: drop one, or give each its own id")
         seen.add(name)
-
-
-def _marks(name: str, value) -> list:
-    import torch
-
-    same = [name, list(value.shape), str(value.dtype)]
-    if value.device.type == "meta":
-        return same
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    flat = value.detach().reshape(-1).contiguous().view(bits)
-    some = flat[:: max(1, len(flat) // 64)][:64]
-    return [*same, int(flat.sum(dtype=torch.int64)), some.tolist()]
-
-
-def _known(config: dict) -> dict:
-    return {name: value for name, value in config.items() if name not in UNLIKE}
-
-
-def _base(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _short(value):
-    text = json.dumps(value, sort_keys=True, default=_plain)
-    return json.loads(text) if len(text) <= SHOWN else f"{text[: SHOWN - 20]}... {digest([value])}"
-
-
-def _cut(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= SHOWN + 20 else f"{text[:SHOWN]}..."
-
-
-def _plain(value):
-    """What JSON knows in place of `value`; of an object that shows its address, its class."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(str, value))
-    text = str(value)
-    return type(value).__name__ if " at 0x" in text else text

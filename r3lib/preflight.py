@@ -1,4 +1,4 @@
-"""How much memory a run takes, estimated from the model's config.json alone. Warns, never refuses.
+"""How much memory a run takes, estimated from the model's config.json alone; stops nothing.
 
 What a run really took stands in its metrics.jsonl as `peak_memory_gib`, step by step.
 """
@@ -17,33 +17,43 @@ NF4 = (4 + 0.127) / 8  # bytes a weight: 4 bits and the doubly quantised constan
 ADAPTER = 4 + 4 + 8  # bytes a parameter of an adapter: fp32, its gradient, AdamW's two moments
 TILE = 4096, 32768  # tokens and vocabulary entries that TRL's fused head projects at once
 FOLDERS = {"base_model": EMBEDDED, "smollm2": SMOLLM2}
-FIX = {
-    "weights": "set quantization=nf4 or use a smaller model",
-    "adapters": "lower lora_rank",
-    "KV cache": "lower sample_batch",
-    "activations": "lower micro_batch",
-    "logits": "lower micro_batch",
-    "vLLM's weights": "start vLLM on another machine and set servers=",
-}
+FIX = (
+    "lower sample_batch (KV cache) or per_device_train_batch_size (activations, logits), "
+    "set quantization=nf4, or start vLLM on another machine and set servers="
+)
+
+
+def config_file(model: str) -> Path:
+    """The config.json of a profile's `model`, in its folder, the hub's cache or the hub."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    folder = FOLDERS.get(model, ROOT / model)  # where the kernels look for a relative one
+    if (folder / "config.json").is_file():
+        return folder / "config.json"
+    if model in FOLDERS or folder.is_dir():
+        raise R3Error(f"model {model!r} has no config.json: name a model's folder, or a hub id")
+    why = f"model {model!r} is no folder with a model, and"
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+        if isinstance(cached, str):
+            return Path(cached)
+        if not provenance.reaches_hub():
+            raise R3Error(f"{why} not in the hub's cache, and the hub does not answer: go online")
+        return Path(hf_hub_download(model, "config.json"))
+    except (ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise R3Error(f"{why} the hub does not give it: {reason}") from error
 
 
 def read_config(model: str) -> dict:
-    """The config.json of a profile's `model`, a folder or a hub id. R3Error where there is none."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    path = FOLDERS.get(model, ROOT / model) / "config.json"
+    """The config of a profile's `model`; of one that also sees, its language model's."""
+    path = config_file(model)
     try:
-        if model not in FOLDERS and not path.is_file():
-            path = try_to_load_from_cache(model, "config.json")
-            if not isinstance(path, str) and provenance.reaches_hub():
-                path = hf_hub_download(model, "config.json")
-        config = json.loads(Path(path).read_text())
+        config = json.loads(path.read_text())
         return config.get("text_config", config)
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # no model, network or JSON
-        fix = "go online, or name a local folder, in which config.json is enough"
-        if model in FOLDERS:
-            fix = "it is there after the first run"
-        raise R3Error(f"memory is not estimated, no config.json of {model!r}: {fix}") from error
+    except (ValueError, AttributeError) as error:
+        raise R3Error(f"memory is not estimated: {path} is no model's config") from error
 
 
 def sizes(config: dict) -> dict[str, int]:
@@ -60,7 +70,7 @@ def sizes(config: dict) -> dict[str, int]:
         vocabulary = int(config["vocab_size"])
         head = int(config.get("head_dim") or hidden // heads)
         kv = head * int(config.get("num_key_value_heads") or heads)
-    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         why = f"config.json is not a dense decoder's: {type(error).__name__} {error}"
         raise R3Error(f"memory is not estimated, {why}") from error
     query = head * heads
@@ -69,17 +79,11 @@ def sizes(config: dict) -> dict[str, int]:
         "embeddings": vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2),
         "lora_dims": layers * (4 * hidden + 2 * (query + kv) + 3 * (hidden + inner)),
         "layers": layers,
-        "hidden": hidden,
-        "query": query,
-        "kv": kv,
-        "inner": inner,
+        "inputs": layers * hidden,  # numbers a token that all layers take in,
+        "inside": 4 * (hidden + query + inner),  # that one keeps for the backward,
+        "cache": layers * 2 * kv,  # and that stay for the next tokens
         "vocabulary": vocabulary,
     }
-
-
-def weight_bytes(found: dict[str, int], number: int, packed: bool) -> float:
-    """Bytes of all weights, `number` bytes each; `packed`: those of linear layers in NF4."""
-    return found["linear"] * (NF4 if packed else number) + found["embeddings"] * number
 
 
 def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
@@ -89,57 +93,45 @@ def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
     the hidden, the attention's and the MLP's size; with checkpointing only its input, and one layer
     is computed again for a quarter of the rows at a time, as the trainer has it.
     """
-    p, s = profile, sizes(config)
+    sampling, training, s = profile.sampling, profile.training, sizes(config)
     number = 2 if gpu else 4
-    length = PROMPT + p.attempt_tokens + p.reflection_tokens + p.retry_tokens
-    learned = length - p.retry_tokens if p.mask == "reflection" else length
-    layer = 4 * (s["hidden"] + s["query"] + s["inner"])
-    kept = s["layers"] * s["hidden"] + layer / 4 if gpu else s["layers"] * layer
-    tokens = p.micro_batch * learned
+    retry = sampling["max_retry_length"]
+    learned = PROMPT + sampling["max_attempt_length"] + sampling["max_completion_length"]
+    length = learned + retry
+    if training["mask"] != "reflection":
+        learned += retry
+    kept = s["inputs"] + s["inside"] / 4 if gpu else s["layers"] * s["inside"]
+    tokens = training["per_device_train_batch_size"] * learned
+    plain = (s["linear"] + s["embeddings"]) * number
+    packed = s["linear"] * NF4 + s["embeddings"] * number
     found = {
-        "weights": weight_bytes(s, number, p.quantization == "nf4"),
-        "adapters": p.lora_rank * s["lora_dims"] * ADAPTER,
+        "weights": packed if profile.quantization == "nf4" else plain,
+        "adapters": profile.lora["r"] * s["lora_dims"] * ADAPTER,
         "activations": tokens * kept * number,
         "logits": min(tokens, TILE[0]) * min(s["vocabulary"], TILE[1]) * 4,
     }
-    rows = min(p.sample_batch, p.train_problems * p.mine_samples)
-    if p.own_server:  # which needs a group's cache to run at all, and takes what else is there
-        rows = p.group_size
-        packed = p.vllm_option("--quantization", "-q") is not None
-        found["vLLM's weights"] = weight_bytes(s, number, packed)
-    if p.own_server or p.engine == "transformers":
-        found["KV cache"] = rows * length * 2 * s["kv"] * s["layers"] * number
+    rows = min(sampling["sample_batch"], profile.train_problems * profile.mine_samples)
+    if profile.own_server:  # which needs a group's cache to run at all, and takes what is left
+        rows = training["num_generations"]
+        quantized = profile.vllm_option("--quantization", "-q") is not None
+        found["vLLM's weights"] = packed if quantized else plain
+    if profile.own_server or profile.engine == "transformers":
+        found["KV cache"] = rows * length * s["cache"] * number
     return {name: size / provenance.GIB for name, size in found.items()}
-
-
-def stored(model: str) -> float:
-    """GiB of the weights in 16 bits that are still to be downloaded; 0 for a model in a folder."""
-    if model in FOLDERS or (ROOT / model).is_dir():
-        return 0.0
-    found = sizes(read_config(model))
-    return weight_bytes(found, 2, packed=False) / provenance.GIB
-
-
-def total(profile: Profile, found: dict[str, float]) -> float:
-    """GiB of all parts with the overhead; the phases take turns, but with a vLLM server."""
-    learning = found["activations"] + found["logits"]
-    sampling = found.get("KV cache", 0)
-    both = learning + sampling if profile.own_server else max(learning, sampling)
-    return OVERHEAD * (found["weights"] + found["adapters"] + both + found.get("vLLM's weights", 0))
 
 
 def estimate(profile: Profile, gpu_memory: float | None = None) -> tuple[bool, str]:
     """Whether a run fits a GPU of `gpu_memory` GiB, or else this machine; and why, in a line.
 
-    Raises R3Error where nothing can be said.
+    The phases take turns, except beside a vLLM server. R3Error where nothing can be said.
     """
     gpu = gpu_memory or provenance.gpu_gib()
     there = gpu or provenance.ram_gib()
     found = parts(profile, read_config(profile.model), bool(gpu))
-    needed = total(profile, found)
+    phases = [found["activations"] + found["logits"], found.get("KV cache", 0)]
+    held = found["weights"] + found["adapters"] + found.get("vLLM's weights", 0)
+    needed = OVERHEAD * (held + (sum(phases) if profile.own_server else max(phases)))
     listed = ", ".join(f"{name} {size:.2f}" for name, size in found.items())
     place = "GPU" if gpu else "RAM"
     text = f"about {needed:.1f} GiB of {there:.1f} GiB {place} ({listed}; x {OVERHEAD} overhead)"
-    if needed <= there:
-        return True, text
-    return False, f"{text}: {FIX[max(found, key=found.get)]}"
+    return needed <= there, text

@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
-from packaging.utils import canonicalize_name
 
 from .config import ROOT
 
@@ -20,7 +19,6 @@ GIB = 2**30
 PACKAGES = (
     "torch transformers trl peft bitsandbytes vllm jupyterlab papermill matplotlib pandas".split()
 )
-INSTALLED = {canonicalize_name(d.name): d.version for d in metadata.distributions() if d.name}
 # preloaded by `reproduce` where it is installed: sampling on a CPU is 10 to 20% faster
 TCMALLOC = next(iter(glob("/usr/lib*/*/libtcmalloc_minimal.so.?")), "")
 
@@ -36,9 +34,17 @@ def machine() -> dict:
     return {
         "commit": _output(f'git -C "{ROOT}" rev-parse --verify HEAD'),
         "dirty": bool(_output(f'git -C "{ROOT}" status --porcelain')),
-        "packages": {name: INSTALLED.get(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "hardware": hardware,
     }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package; None where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _output(command: str) -> str | None:
@@ -64,7 +70,7 @@ def gpu_gib() -> float | None:
 
 
 def peak_memory_gib() -> float:
-    """The most memory this process has used so far in GiB: of its GPU, or resident RAM on a CPU."""
+    """The most memory this process has used so far in GiB: of its GPU, or RAM on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -76,10 +82,9 @@ def peak_memory_gib() -> float:
 @cache
 def reaches_hub() -> bool:
     """Whether the hub answers within three seconds; asked once."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(
-            os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3
-        ).close()
+        urllib.request.urlopen(hub, timeout=3).close()
     except (OSError, ValueError):
         return False
     return True

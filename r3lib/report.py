@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: headline, comparisons, figures, tables, provenance, rollouts."""
+"""One self-contained HTML page of a run: summary, figures, tables, episodes, provenance."""
 
 import base64
 import json
@@ -9,21 +9,32 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from .config import ROOT
-from .episodes import UNTRAINED
 from .errors import R3Error
-from .evaluate import paper_view
-from .store import write_atomic
+from .evaluate import ACCURACY, COMPARISONS, CONTROLS, TRAINING, paper_view, pooled
+from .figures import COLUMNS, POLICIES, style
+from .files import write_atomic
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 PAGES = Environment(loader=TEMPLATES, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 PAPER = ROOT / "data" / "paper_results.csv"
-ACCURACY = "task policy train_task condition split seed n k rate lo hi".split()
-COMPARISONS = "question task a b n seeds diff lo hi p p_holm".split()
-PAPER_COLUMNS = "task model column value confidence".split()
 CELL = ["task", "policy", "condition"]
-EPISODE = [*CELL, *"seed problem_id prompt attempt attempt_reason reflection retry retry_reason".split()]
-HEADLINE = "vanilla_first vanilla_second trained_first trained_second".split()
-UNFOLDED = ("accuracy", "comparisons")  # tables that are not under "Tables"
+TEXTS = ["prompt", "attempt", "attempt_reason", "reflection", "retry", "retry_reason"]
+EPISODE = [*CELL, "seed", "problem_id", *TEXTS]
+CAPTIONS = {  # by the end of a figure's name, in the order of the notebooks
+    "baseline": "The untrained model: second tries that succeed under each condition.",
+    "training": "Training, a line a seed: reward should rise while some groups keep variance.",
+    "conditions": "Second tries on failures under each condition, before and after training.",
+    "parts": "Second tries after a reflection, by what is new in the test problems.",
+    "transfer": "Policies trained on another task beside those trained on the task itself.",
+    "paper": "Beside the paper. Its models are others: compare the pattern, not the level.",
+    "errors": "Why first tries fail.",
+    "categories": "Why first tries fail, in the paper's categories.",
+    "transitions": "Where failures of each kind end after a reflection and a second try.",
+    "lengths": "Length and repetition of reflections. Dashed: means; dotted: the limit.",
+    "reflections": "Styles of reflections: how often each is written, how often it helps.",
+    "arithmetic": "Arithmetic inside reflections: a fall is the first sign of too much training.",
+}
+FEW = 100  # test problems, fewer of which show no effect
 PER_CELL = 300  # episodes shown of each task, policy and condition
 VIEWER_BYTES = 5_000_000  # of embedded episodes: longer texts mean fewer of them
 LONGEST_TABLE = 200
@@ -36,84 +47,98 @@ def write_report(results: Path) -> Path:
     Raises R3Error when a part of the run is missing or cannot be read.
     """
     results = Path(results)
-    accuracy = read(results, results / "tables" / "accuracy.csv", ACCURACY).fillna({"train_task": ""})
-    comparisons = read(results, results / "tables" / "comparisons.csv", COMPARISONS)
+    tables = results / "tables"
+    accuracy = read(results, tables / "accuracy.csv", ACCURACY).fillna({"train_task": ""})
+    comparisons = read(results, tables / "comparisons.csv", [*COMPARISONS, "p_holm"])
+    view = paper_view(accuracy[accuracy.policy.isin(POLICIES) & (accuracy.split == "test")])
     artefacts = read_artefacts(results)
-    others = [p for p in sorted((results / "tables").glob("*.csv")) if p.stem not in UNFOLDED]
+    by_time = sorted(artefacts.values(), key=lambda made: (made["notebook"], made["seconds"]))
     html = PAGES.get_template("report.html").render(
         profile=results.name,
-        studies=headline(accuracy, read(results, PAPER, PAPER_COLUMNS), results.name),
-        cells=conditions(accuracy),
-        comparisons=[compared(row) for row in comparisons.itertuples()],
+        problems=int(accuracy[accuracy.seed != "all"].n.max()),
+        few=FEW,
+        summary=summary(accuracy, view, comparisons),
+        columns=[label for _, _, label in COLUMNS.values()],
+        studies=headline(view, read(results, PAPER), results.name),
         figures=figures(results, artefacts),
-        tables=[listed(path.stem, read(results, path, [])) for path in others],
-        provenance={a["notebook"]: a for a in sorted(artefacts.values(), key=lambda a: a["seconds"])},
+        conditions=conditions(accuracy),
+        comparisons=[compared(row) for row in comparisons.itertuples()],
+        tables=[listed(path.stem, read(results, path)) for path in sorted(tables.glob("*.csv"))],
         viewer=sample(episodes(results, accuracy)),
+        provenance={made["notebook"]: made for made in by_time},
     )
     write_atomic(results / "report.html", html)
     return results / "report.html"
+
+
+def read(results: Path, path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """A csv or parquet file, of which only `columns`, if given; seeds are text."""
+    if not path.exists():
+        raise R3Error(f"no {path}: {remedy(results)}")
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path, columns=columns)
+        return pd.read_csv(path, usecols=columns, dtype={"seed": str})
+    except (ValueError, OSError) as error:  # the parsers' errors are ValueErrors
+        why = type(error).__name__
+        raise R3Error(f"cannot read {path} ({why}): {remedy(results)} --fresh") from error
 
 
 def remedy(results: Path) -> str:
     return f"run `r3 reproduce --profile {results.name}`"
 
 
-def read(results: Path, path: Path, columns: list[str]) -> pd.DataFrame:
-    """Read a csv or parquet file that must have `columns`."""
-    if not path.exists():
-        raise R3Error(f"no {path}: {'restore it from the repository' if path == PAPER else remedy(results)}")
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path, columns=columns)
-        table = pd.read_csv(path, dtype={"seed": str})
-    except (ValueError, OSError) as error:  # the parsers' errors, pandas' and pyarrow's, are ValueErrors
-        raise R3Error(f"cannot read {path} ({type(error).__name__}): {remedy(results)} --fresh") from error
-    if missing := [name for name in columns if name not in table]:
-        raise R3Error(f"{path} has no column {missing[0]!r}: {remedy(results)} --fresh")
-    return table
-
-
 def read_artefacts(results: Path) -> dict[str, dict]:
-    """What manifest.json knows of each file: its notebook, cell, commit, packages, hardware, seconds."""
+    """What manifest.json knows of each file: notebook, cell, commit, hardware, seconds."""
     path = results / "manifest.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))["artefacts"]
     except (OSError, ValueError, KeyError) as error:
-        raise R3Error(f"cannot read {path} ({type(error).__name__}): {remedy(results)}") from error
+        why = type(error).__name__
+        raise R3Error(f"cannot read {path} ({why}): {remedy(results)}") from error
 
 
 def percent(rate, lo, hi) -> str:
     return f"{100 * rate:.1f}% [{100 * lo:.1f}, {100 * hi:.1f}]"
 
 
-def conditions(accuracy: pd.DataFrame) -> list[dict]:
-    """The pooled row of every cell of the study, with its number of seeds."""
-    cells = []
-    for _, rows in accuracy.groupby(ACCURACY[:5], sort=False):
-        seeds = int((rows.seed != "all").sum())
-        for row in rows[rows.seed == "all"].itertuples():
-            cells.append({**row._asdict(), "text": percent(row.rate, row.lo, row.hi), "seeds": seeds})
-    return cells
+def summary(accuracy: pd.DataFrame, view: pd.DataFrame, comparisons: pd.DataFrame) -> list[dict]:
+    """For each task what training changed, and how many controls an own reflection beats."""
+    cells = pooled(accuracy[accuracy.split == "test"])
+    names = cells.policy + "/" + cells.condition
+    rates = dict(zip(zip(cells.task, names), cells.rate))
+    both = view[view.column.str.endswith("second")]
+    rates |= dict(zip(zip(both.task, both.policy + "/both_tries"), both.rate))
+    tasks = []
+    for task, rows in comparisons[comparisons.a.str.startswith("r3/")].groupby("task", sort=False):
+        effects = []
+        for row in rows[rows.question.isin(TRAINING.values())].itertuples():
+            before, after = rates[task, row.b], rates[task, row.a]
+            effects.append({**compared(row), "before": f"{before:.1%}", "after": f"{after:.1%}"})
+        controls = rows[rows.question.isin(CONTROLS.values())]
+        beaten = controls[(controls["diff"] > 0) & (controls.p_holm < 0.05)]
+        counts = {"controls": len(controls), "beaten": len(beaten)}
+        tasks.append({"task": task, "effects": effects, **counts})
+    return tasks
 
 
-def headline(accuracy: pd.DataFrame, paper: pd.DataFrame, profile: str) -> list[dict]:
-    """For each task the paper's Table 1 or 2 (percent of all test problems) with this run's row below it."""
+def headline(view: pd.DataFrame, paper: pd.DataFrame, profile: str) -> list[dict]:
+    """For each task the paper's Table 1 or 2 (percent of all test problems) with this run below."""
     paper = paper[paper.confidence.isin(["A", "B"])]
-    view = paper_view(accuracy[accuracy.policy.isin([UNTRAINED, "r3"]) & (accuracy.split == "test")])
-    view = view[(view.policy == UNTRAINED) | (view.train_task == view.task)]
     studies = []
     for task, own in view.groupby("task", sort=False):
-        published = paper[paper.task == task].groupby("model", sort=False)
-        rows = [{"name": model, "cells": across(cells, paper_number)} for model, cells in published]
-        rows.append({"name": f"this run ({profile})", "ours": True, "cells": across(own, our_number)})
-        studies.append({"task": task, "rows": rows})
+        rows = []
+        for model, cells in paper[paper.task == task].groupby("model", sort=False):
+            rows.append({"name": model, "cells": across(cells, paper_number)})
+        ours = {"name": f"this run ({profile})", "cells": across(own, our_number), "ours": True}
+        studies.append({"task": task, "rows": [*rows, ours]})
     return studies
 
 
 def across(cells: pd.DataFrame, text) -> list[str]:
-    """`text` of the row of each headline column, or nothing where there is none."""
+    """`text` of the row of each of the paper's columns, or nothing where there is none."""
     found = {cell.column: text(cell) for cell in cells.itertuples()}
-    return [found.get(column, "") for column in HEADLINE]
+    return [found.get(column, "") for column in COLUMNS]
 
 
 def paper_number(cell) -> str:
@@ -121,26 +146,48 @@ def paper_number(cell) -> str:
 
 
 def our_number(cell) -> str:
-    plural = "" if cell.seeds == 1 else "s"
-    return f"{percent(cell.rate, cell.lo, cell.hi)}, n={cell.n}, {cell.seeds} seed{plural}"
+    seeds = f"{cell.seeds} seed{'s' * (cell.seeds > 1)}"
+    return f"{percent(cell.rate, cell.lo, cell.hi)}, n={cell.n:,}, {seeds}"
+
+
+def conditions(accuracy: pd.DataFrame) -> list[dict]:
+    """For each task and split a row a condition, a column a policy."""
+    tables = []
+    for (task, split), rows in pooled(accuracy).groupby(["task", "split"], sort=False):
+        found = {(row.condition, row.policy): our_number(row) for row in rows.itertuples()}
+        policies = list(rows.policy.unique())
+        lines = []
+        for condition in rows.condition.unique():
+            lines.append([condition, *(found.get((condition, p), "") for p in policies)])
+        names = [style(policy)[2] for policy in policies]
+        tables.append({"task": task, "split": split, "policies": names, "rows": lines})
+    return tables
 
 
 def compared(row) -> dict:
-    """A row of comparisons.csv with its difference in percentage points."""
+    """A row of comparisons.csv as text, its difference in percentage points."""
+    sides = {}
+    for side in ("a", "b"):
+        policy, _, condition = getattr(row, side).partition("/")
+        sides[side] = f"{style(policy)[2]}: {condition}"
     points = f"{100 * row.diff:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
-    return {**row._asdict(), "points": points, "p": f"{row.p:.2g}", "p_holm": f"{row.p_holm:.2g}"}
+    p = {"p": f"{row.p:.2g}", "p_holm": f"{row.p_holm:.2g}"}
+    return {**row._asdict(), **sides, "points": points, **p}
 
 
 def figures(results: Path, artefacts: dict) -> list[dict]:
-    """Every figure as a data URI, with the notebook and cell that made it."""
-    if not (paths := sorted((results / "figures").glob("*.png"))):
+    """The figures as data URIs, those of one kind together; one's own kinds come last."""
+    paths = sorted((results / "figures").glob("*.png"))
+    if not paths:
         raise R3Error(f"no {results / 'figures'}/*.png: {remedy(results)}")
-    shown = []
+    found = {caption: [] for caption in CAPTIONS.values()}
     for path in paths:
-        source = artefacts.get(f"figures/{path.name}", {})
+        captions = [CAPTIONS[kind] for kind in CAPTIONS if f"_{path.stem}".endswith(f"_{kind}")]
         image = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        shown.append({"name": path.stem.replace("_", " ").capitalize(), "image": image, **source})
-    return shown
+        made = artefacts.get(f"figures/{path.name}", {})
+        figure = {**made, "name": path.stem, "image": image}
+        found.setdefault(captions[0] if captions else path.stem, []).append(figure)
+    return [{"caption": caption, "images": images} for caption, images in found.items() if images]
 
 
 def listed(name: str, table: pd.DataFrame) -> dict:
@@ -151,8 +198,9 @@ def listed(name: str, table: pd.DataFrame) -> dict:
 
 
 def episodes(results: Path, accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Every episode of the policies and seeds in `accuracy`; files of an earlier run with more of them stay out."""
-    if not (paths := sorted((results / "episodes").glob("*.parquet"))):
+    """Every episode of the policies and seeds in `accuracy`; an earlier run may have left more."""
+    paths = sorted((results / "episodes").glob("*.parquet"))
+    if not paths:
         raise R3Error(f"no {results / 'episodes'}/*.parquet: {remedy(results)}")
     found = pd.concat([read(results, path, EPISODE) for path in paths], ignore_index=True)
     cells = accuracy[["task", "policy", "seed"]].drop_duplicates()
@@ -162,10 +210,10 @@ def episodes(results: Path, accuracy: pd.DataFrame) -> pd.DataFrame:
 def sample(table: pd.DataFrame) -> dict:
     """The same problems from every cell (by a hash of their id), few enough for VIEWER_BYTES."""
     table = table.assign(order=[zlib.crc32(name.encode()) for name in table.problem_id])
-    cells = table.sort_values(["order", "problem_id", "seed", *CELL], kind="stable").groupby(CELL)
+    table = table.sort_values(["order", "problem_id", "seed", *CELL], kind="stable")
     most = PER_CELL
     while True:
-        shown = cells.head(most)[EPISODE].astype(object)
+        shown = table.groupby(CELL).head(most)[EPISODE].astype(object)
         rows = shown.where(shown.notna(), None).to_numpy().tolist()
         if most == 1 or len(json.dumps(rows)) <= VIEWER_BYTES:
             return {"columns": EPISODE, "rows": rows, "total": len(table), "most": most}

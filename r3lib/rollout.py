@@ -4,31 +4,9 @@
 """
 
 import time
-from dataclasses import dataclass
 from random import Random
 
-from .engines.base import Completion, SamplingParams
-from .sampler import Failure, RolloutSampler, judge
-from .verifiers.verdict import Verdict
-
-
-@dataclass(frozen=True)
-class Reflection:
-    """A reflection on a failure: one row of a step."""
-
-    failure: Failure
-    prompt_ids: list[int]  # task, failed attempt, the request to reflect
-    completion: Completion
-    retry_seed: int
-
-
-@dataclass(frozen=True)
-class Retry:
-    """The retry after a reflection, and the verdict on it."""
-
-    prompt_ids: list[int]  # the reflection's prompt, the reflection, the request to try again
-    completion: Completion
-    verdict: Verdict
+from .sampler import Failure, Reflection, Retry
 
 
 def rollout(prompts: list, trainer) -> dict:
@@ -38,18 +16,26 @@ def rollout(prompts: list, trainer) -> dict:
     the rewards, and for the masks with a retry `env_mask` (1 = trained).
     """
     started = time.perf_counter()
-    args, runner = trainer.args, trainer.runner()
-    places = [prompt[0]["place"] for prompt in prompts[:: args.num_generations]]
+    args = trainer.args
+    sampler = trainer.sampler()
+    size = args.num_generations
+    places = [prompt[0]["place"] for prompt in prompts[::size]]
     failures = failures_for(places, trainer)
-    seeds = [Random(f"{args.seed}/{place}").getrandbits(32) for place in places]
-    reflections = reflect(failures, seeds, runner, args)
-    retries = retry(reflections, runner, args)
+    seeds = [group_seed(args.seed, place) for place in places]
+    reflections = sampler.reflect(failures, seeds, size)
+    retry_seeds = [Random(f"{s}/{k}").getrandbits(32) for s in seeds for k in range(size)]
+    retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
     rewards = rewards_for(reflections, retries, args.truncation_penalty)
     trainer.r3_metrics = metrics_of(reflections, retries, time.perf_counter() - started)
     output = {"prompt_ids": [r.prompt_ids for r in reflections], "reward": rewards}
     if args.log_completions:
         output |= columns_to_log(reflections, retries, trainer.processing_class)
     return output | completions_under(args.mask, reflections, retries)
+
+
+def group_seed(seed: int, place: int) -> int:
+    """The sampling seed of the group at `place` of the order of a training with `seed`."""
+    return Random(f"{seed}/{place}").getrandbits(32)
 
 
 def training_order(size: int, wanted: int, seed: int) -> list[int]:
@@ -65,36 +51,10 @@ def failures_for(places: list[int], trainer) -> list[Failure]:
     return [trainer.failures[trainer.order[place]] for place in places]
 
 
-def reflect(failures: list[Failure], seeds: list[int], runner: RolloutSampler, args) -> list[Reflection]:
-    """G reflections on each failure, group by group; each failure has its seed."""
-    prompts = [runner.reflection_prompt(failure) for failure in failures]
-    sampling = SamplingParams(args.max_completion_length, args.temperature)
-    groups = runner.engine.generate(prompts, args.num_generations, sampling, seeds)
-    return [
-        Reflection(failure, prompt, completion, Random(f"{seed}/{sample}").getrandbits(32))
-        for failure, prompt, seed, group in zip(failures, prompts, seeds, groups)
-        for sample, completion in enumerate(group)
-    ]
-
-
-def retry(reflections: list[Reflection], runner: RolloutSampler, args) -> list[Retry]:
-    """One judged retry after each reflection, in the same conversation."""
-    prompts = [runner.retry_prompt(r.failure, r.completion.ids) for r in reflections]
-    seeds = [r.retry_seed for r in reflections]
-    sampling = SamplingParams(args.max_retry_length, args.retry_temperature)
-    sampled = [group[0] for group in runner.engine.generate(prompts, 1, sampling, seeds)]
-    verdicts = [
-        judge(runner.task, runner.chat.text(completion.ids), r.failure.problem)
-        for r, completion in zip(reflections, sampled)
-    ]
-    return [Retry(*parts) for parts in zip(prompts, sampled, verdicts)]
-
-
 def rewards_for(
     reflections: list[Reflection], retries: list[Retry], penalty: float
 ) -> list[float]:
-    """1 for a retry that is right, else 0 (its score, if it is graded); less `penalty` where the
-    reflection was cut off."""
+    """The reward of each retry (1 or 0, or its score), less `penalty` for a cut-off reflection."""
     cut = [not r.completion.finished for r in reflections]
     return [r.verdict.reward - penalty * was_cut for r, was_cut in zip(retries, cut)]
 
@@ -102,7 +62,7 @@ def rewards_for(
 def metrics_of(
     reflections: list[Reflection], retries: list[Retry], seconds: float
 ) -> dict[str, float]:
-    """What a rollout adds to the step's line in metrics.jsonl: rates in 0..1, a mean, seconds."""
+    """What a rollout adds to the step's log: rates in 0..1, a mean, seconds."""
     rows = len(reflections)
     return {
         "retry_success": sum(r.verdict.ok for r in retries) / rows,

@@ -5,63 +5,59 @@ from typing import Any
 
 from .errors import R3Error
 
-WHOLE = "R3 samples from the whole distribution"
-OWN = "R3 samples with an engine of its own: pass engine=..., or leave it unset"
-EVAL = "evaluate with run_episodes, after training or from a callback"
-ONE = "R3 has one reward, the verdict on the retry"
-REFUSED = {  # unless it has its default: why, or what to do instead
-    **dict.fromkeys(["top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"], WHOLE),
-    **dict.fromkeys(["use_transformers_continuous_batching", "use_transformers_paged"], OWN),
-    **dict.fromkeys(["transformers_continuous_batching_config", "cache_implementation"], OWN),
-    **dict.fromkeys(["ds3_gather_for_generation", "max_tool_calling_iterations"], OWN),
-    **dict.fromkeys(["vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode"], OWN),
-    **dict.fromkeys(
-        ["vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host"], OWN
-    ),
-    **dict.fromkeys(["vllm_server_port", "vllm_server_timeout", "vllm_group_port"], OWN),
-    **dict.fromkeys(["vllm_gpu_memory_utilization", "vllm_max_model_length"], OWN),
-    "vllm_tensor_parallel_size": OWN,
-    "use_vllm": "it would merge the adapter into the weights: pass engine=... instead",
-    **dict.fromkeys(["eval_strategy", "eval_on_start", "num_generations_eval"], EVAL),
-    **dict.fromkeys(["do_eval", "bf16_full_eval", "fp16_full_eval"], EVAL),
-    **dict.fromkeys(["load_best_model_at_end", "metric_for_best_model"], EVAL),
-    **dict.fromkeys(["reward_weights", "multi_objective_aggregation"], ONE),
-    "num_iterations": "R3 takes one step a rollout: raise the learning rate or max_steps instead",
-    "num_train_epochs": "R3 counts steps, not epochs: use max_steps and failures_per_step",
-    "shuffle_dataset": "the order is drawn from the seed already: use seed",
-    "train_sampling_strategy": "the order is drawn from the seed already: use seed",
-    "data_seed": "use seed, which draws the order and the samples",
-    "ignore_data_skip": "a resumed run would train on the first failures again",
-    "resume_from_checkpoint": "call resume_or_train(), or train(resume_from_checkpoint=...)",
-    "save_only_model": "a run could not resume: use save_strategy='no' and save_model()",
-    "sync_ref_model": "a resumed run would lose the reference: leave it off",
-    "auto_find_batch_size": "a step holds whole groups: lower per_device_train_batch_size",
-    "pad_to_multiple_of": "a learning forward drops the padding that its rows share",
-    "label_smoothing_factor": "it is of no use in GRPO's loss",
-    "include_num_input_tokens_seen": "metrics.jsonl counts the tokens",
-    "torch_compile": "it does not go with the sampling of R3's engine",
-    **dict.fromkeys(["torch_compile_backend", "torch_compile_mode"], "see torch_compile"),
+REFUSED_FOR = {  # why, or what to do instead: settings that must have their defaults
+    "R3 samples from the whole distribution": """
+        top_p top_k min_p repetition_penalty generation_kwargs""",
+    "R3 samples with an engine of its own: pass engine=..., or leave it unset": """
+        use_transformers_continuous_batching use_transformers_paged
+        transformers_continuous_batching_config cache_implementation ds3_gather_for_generation
+        max_tool_calling_iterations vllm_mode vllm_model_impl vllm_enable_sleep_mode
+        vllm_structured_outputs_regex vllm_server_base_url vllm_server_host vllm_server_port
+        vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length
+        vllm_tensor_parallel_size""",
+    "it would merge the adapter into the weights: pass engine=... instead": "use_vllm",
+    "evaluate with run_episodes, after training or from a callback": """
+        eval_strategy eval_on_start num_generations_eval do_eval bf16_full_eval fp16_full_eval
+        load_best_model_at_end metric_for_best_model""",
+    "R3 has one reward, the verdict on the retry": "reward_weights multi_objective_aggregation",
+    "R3 takes one step a rollout: raise the learning rate or max_steps instead": "num_iterations",
+    "R3 counts steps, not epochs: use max_steps and failures_per_step": "num_train_epochs",
+    "the order is drawn from the seed already: use seed": "shuffle_dataset train_sampling_strategy",
+    "use seed, which draws the order and the samples": "data_seed",
+    "a resumed run would train on the first failures again": "ignore_data_skip",
+    "call resume_or_train(), or train(resume_from_checkpoint=...)": "resume_from_checkpoint",
+    "a run could not resume: use save_strategy='no' and save_model()": "save_only_model",
+    "a resumed run would lose the reference: leave it off": "sync_ref_model",
+    "a step holds whole groups: lower per_device_train_batch_size": "auto_find_batch_size",
+    "a learning forward drops the padding that its rows share": "pad_to_multiple_of",
+    "it is of no use in GRPO's loss": "label_smoothing_factor",
+    "metrics.jsonl counts the tokens": "include_num_input_tokens_seen",
+    "metrics.jsonl has a line for every step: leave it unset": "logging_steps logging_strategy",
+    "it does not go with the sampling of R3's engine": """
+        torch_compile torch_compile_backend torch_compile_mode""",
 }
+REFUSED = {name: why for why, names in REFUSED_FOR.items() for name in names.split()}
 FREE = set(  # decides no weight but by rounding, so that a resumed run may change it
-    """output_dir sample_batch trust_remote_code gradient_accumulation_steps steps_per_generation
+    """
+    output_dir sample_batch trust_remote_code gradient_accumulation_steps steps_per_generation
     generation_batch_size gradient_checkpointing gradient_checkpointing_kwargs use_cache use_cpu
-    torch_empty_cache_steps log_completions log_multimodal num_completions_to_print
-    log_unique_prompts
-    log_completions_hub_repo logging_strategy logging_steps logging_first_step log_on_each_node
-    logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project
-    trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps eval_delay
-    per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
-    eval_accumulation_steps include_for_metrics batch_eval_metrics save_strategy save_steps
-    save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo
-    hub_model_id hub_strategy hub_always_push hub_revision greater_is_better
-    restore_callback_states_from_checkpoint accelerator_config parallelism_config
-    dataloader_drop_last
-    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    torch_empty_cache_steps parallelism_config accelerator_config fsdp fsdp_config deepspeed debug
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout local_rank skip_memory_metrics do_train do_predict
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
-    remove_unused_columns label_names length_column_name ddp_find_unused_parameters
-    ddp_bucket_cap_mb
-    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug
-    skip_memory_metrics do_train do_predict local_rank""".split()
+    remove_unused_columns label_names length_column_name
+    log_completions log_multimodal num_completions_to_print log_unique_prompts
+    log_completions_hub_repo logging_first_step log_on_each_node
+    logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project
+    trackio_space_id trackio_bucket_id trackio_static_space_id
+    eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+    greater_is_better
+    save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint
+    restore_callback_states_from_checkpoint push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision
+    """.split()
 )
 CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not look at max_steps
 
@@ -81,8 +77,8 @@ def default_of(field) -> Any:
 
 def settings_facts(config) -> dict:
     """The settings that decide what is learned; `max_steps` if the schedule looks at it."""
-    facts = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
-    facts = {name: value for name, value in facts.items() if name not in REFUSED}
+    decisive = [f.name for f in fields(config) if f.name not in FREE and f.name not in REFUSED]
+    facts = {name: getattr(config, name) for name in decisive}
     kind = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
     if kind in CONSTANT and (kind == "constant" or not 0 < config.warmup_steps < 1):
         del facts["max_steps"]

@@ -1,4 +1,4 @@
-"""The study's steps as cached stages: baseline, mining, training, evaluation. Notebooks call these.
+"""The study's expensive steps, cached: baseline, mining, training, evaluation. Notebooks call these.
 
 Torch, transformers, peft and trl are imported where a model is used: they take ten seconds, and a cached study
 needs none of them.
@@ -14,58 +14,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
+import yaml
 
+from .artifacts import key_of, stage, up_to_date, work_folder
 from .chat import DATE, Chat
 from .conditions import CONDITIONS
-from .config import Profile, load_profile
+from .config import ROOT, Profile, load_profile, nearest
 from .episodes import UNTRAINED, Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
-from .sampler import FAILURE, Limits, MinedFailures, RolloutSampler, mine_failures
-from .store import SCRIPTS, folder_hash, key_of, stage, up_to_date
-from .tasks import TASKS, load_task
+from .files import SCRIPTS, folder_hash
+from .identity import task_facts
+from .mining import MinedFailures, failures_table
+from .sampler import Limits, RolloutSampler, mine_failures
+from .settings import FREE
+from .tasks import TASKS, Task, load_task
 from .weights import commit, compute_dtype, load, locate, reading
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from .r3_config import R3Config
     from .trainer import R3Trainer
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE.parent / "data"
-SOURCES = "study.py weights.py chat.py conditions.py sampler.py episodes.py r3_config.py "
-SOURCES += "rollout.py trainer.py engines/* tasks/base.py tasks/{0}* verifiers/*"
-Part = tuple[int, int] | None  # (i, n): the share of process i of n, see `Study._sampled`
-SAMPLING = ("attempt_tokens", "reflection_tokens", "retry_tokens", "reflection_temperature", "retry_turn")
-SAMPLING += ("sample_batch",)
-TRAINING = (
-    "steps", "failures_per_step", "group_size", "learning_rate", "warmup_steps", "scheduler", "lora_rank",
-    "lora_alpha", "beta", "loss_type", "mask", "retry_temperature", "truncation_penalty", "max_grad_norm",
-    "micro_batch",
-)  # fmt: skip
+LENGTHS = ("max_attempt_length", "max_completion_length", "max_retry_length")
+Part = tuple[int, int] | None  # (i, n): the shards of process i of n
+WITHOUT_EFFECT = set(  # modules that decide neither an episode nor an adapter; a new module is not one of them
+    """__init__ __main__ artifacts card cli colab config doctor errors evaluate failures figures files
+    pipeline preflight provenance render report stats study train training_log view""".split()
+)
 
 
 class Study:
-    """One task under one profile; every method returns the path of a cached artefact below `results`."""
+    """One task under one profile; each step returns the path of its result, which is made once.
 
-    def __init__(self, profile: Profile | str, task: str, results: Path | str = "results", **overrides):
+    `task` is a name ("countdown"), a Task of your own, or where its class is ("package.module:Class" or
+    "file.py:Class"). `overrides` are settings of the profile. A step is made again when anything that
+    decides its result has changed: it then says what.
+    """
+
+    def __init__(self, profile: Profile | str, task: Task | str, results="results", **overrides):
         self.profile = load_profile(profile, **overrides) if isinstance(profile, str) else profile
-        self.task_name = task
-        self.task = load_task(task, **self.profile.task_options.get(task, {}))
-        self.results = (DATA.parent / results) / self.profile.name
-        self.made: set[Path] = set()
-        self.drawn: dict[tuple[str, int], list] = {}
+        self.task = task if isinstance(task, Task) else load_task(task, self.profile.task_options)
+        self._check_task_options()
+        self.results = (ROOT / results) / self.profile.name
+        self._made: set[Path] = set()
+        self._drawn: dict[tuple[str, int], list] = {}
+
+    # What the steps work with
 
     @property
     def model_path(self) -> str:
         """What transformers loads: see `weights.locate`."""
         return locate(self.profile.model)
-
-    @cached_property
-    def model_hash(self) -> str:
-        """Hash of a local model's files; for a hub id "id@commit", or the id alone where no commit is known."""
-        if found := folder_hash(Path(self.model_path), without=SCRIPTS):
-            return found
-        return f"{self.model_path}@{known}" if (known := commit(self.model_path)) else self.model_path
 
     @cached_property
     def tokenizer(self):
@@ -79,37 +80,34 @@ class Study:
     def chat(self) -> Chat:
         """Joins conversations: the model's tokenizer and ends, the profile's template arguments."""
         ends = generation_config(self.model_path)
-        return Chat(self.tokenizer, ends, self.profile.chat_template_kwargs)
+        return Chat(self.tokenizer, ends, self.profile.sampling["chat_template_kwargs"])
 
     def model(self, adapter: Path | None = None, trainable: bool = False):
-        """The model, with the adapter in `adapter` if one is named."""
-        import torch
-
-        if self.profile.threads:
-            torch.set_num_threads(self.profile.threads)
+        """The model, with the adapter in the folder `adapter` if one is named."""
         return load(self.model_path, self.profile.quantization, adapter, trainable)
 
-    def runner(self, adapter: Path | None = None, progress: bool = True) -> RolloutSampler:
-        """Samples episodes from the model under the profile's limits."""
-        p, chat = self.profile, self.chat
-        if engine := self.remote_engine():
+    def sampler(self, adapter: Path | None = None, progress: bool = True) -> RolloutSampler:
+        """Samples first tries, reflections and second tries from the model under the profile's limits."""
+        settings = self.profile.sampling
+        engine = self.remote_engine()
+        if engine:
             engine.sync(adapter)
         else:
             from .engines.transformers import TransformersEngine
 
-            sampled = self.model(adapter), self.tokenizer
-            engine = TransformersEngine(*sampled, p.sample_batch, progress, chat.end_ids)
-        limits = Limits(p.attempt_tokens, p.reflection_tokens, p.retry_tokens)
-        return RolloutSampler(engine, chat, self.task, limits, p.reflection_temperature, p.retry_turn)
+            model, batch = self.model(adapter), settings["sample_batch"]
+            engine = TransformersEngine(model, self.tokenizer, batch, progress, self.chat.end_ids)
+        limits = Limits(**{name: settings[name] for name in LENGTHS})
+        temperature, turn = settings["temperature"], settings["retry_turn"]
+        return RolloutSampler(engine, self.chat, self.task, limits, temperature, turn)
 
     def remote_engine(self):
-        """The engine over vLLM servers that the profile asks for, the same for all studies; None: transformers."""
+        """The engine over vLLM servers that the profile asks for; None: transformers."""
         p = self.profile
         if p.engine == "transformers":
             return None
-        options, log = self.server_options, self.results / "vllm.log"
-        ends = self.chat.end_ids
-        return vllm_engine(self.model_path, p.servers, options, p.lora_rank, log, ends)
+        log, ends = self.results / "vllm.log", self.chat.end_ids
+        return vllm_engine(self.model_path, p.servers, self.server_options, p.lora["r"], log, ends)
 
     @cached_property
     def server_options(self) -> str:
@@ -119,36 +117,32 @@ class Study:
         return server_options(self.profile) if self.profile.own_server else ""
 
     def problems(self, split: str, n: int) -> list:
-        """The study's problems of a split: the same for every policy and seed, read once a study."""
-        if (split, n) not in self.drawn:
-            self.drawn[split, n] = self.task.problems(split, n, seed=0)
-        return self.drawn[split, n]
+        """`n` problems of a split: the same for every policy and seed, drawn once a study."""
+        if (split, n) not in self._drawn:
+            self._drawn[split, n] = self.task.problems(split, n, seed=0)
+        return self._drawn[split, n]
+
+    # The steps
 
     def baseline(self, part: Part = None) -> Path:
         """Episodes of the untrained model on the test problems."""
         return self._episodes(Policy(UNTRAINED, 0, self.profile.model), None, part)
-
-    def evaluate(self, seed: int, part: Part = None) -> Path:
-        """Episodes of the policy that was trained with `seed`."""
-        adapter = self.train(seed)
-        return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter, part)
 
     def mine(self, part: Part = None) -> Path:
         """The untrained model's failures on training problems: the data set of the training."""
         p = self.profile
 
         def sample(out: Path, part: tuple[int, int]) -> None:
-            problems, runner = self.problems("train", p.train_problems), self.runner()
+            sampler = self.sampler()
 
-            def mined(some: list) -> pd.DataFrame:
-                failures = mine_failures(runner, some, p.mine_samples, p.mine_temperature)
-                rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in failures]
-                return pd.DataFrame(rows, columns=FAILURE)
+            def mined(problems: list) -> pd.DataFrame:
+                samples = p.mine_samples, p.mine_temperature
+                return failures_table(mine_failures(sampler, problems, *samples))
 
-            in_shards(out, problems, mined, p.shard_size, part)
+            in_shards(out, self.problems("train", p.train_problems), mined, p.shard_size, part)
 
-        target = self.results / "failures" / f"{self.task_name}.parquet"
-        config = self._config("train_problems", "mine_samples", "mine_temperature", "attempt_tokens", "shard_size")
+        target = self.results / "failures" / f"{self.task.name}.parquet"
+        config = self._config("train_problems", "mine_samples", "mine_temperature", "shard_size")
         return self._sampled(target, config, [], sample, part)
 
     def failures(self) -> MinedFailures:
@@ -156,65 +150,83 @@ class Study:
         problems = self.problems("train", self.profile.train_problems)
         return MinedFailures(self.mine(), problems, self.chat, self.task)
 
-    def train(self, seed: int, on_step: Callable[[pd.DataFrame], None] | None = None) -> Path:
-        """Train an adapter with R3 on the mined failures; a killed run resumes from its last checkpoint.
+    def train(self, seed: int, trainer: "R3Trainer | None" = None) -> Path:
+        """An adapter, trained with R3 on the mined failures; a killed run resumes from its last checkpoint.
 
-        `on_step` is given the metrics so far, a row a step, after each step.
+        `trainer`: yours, in place of the one that `Study.trainer` makes; it must have the profile's
+        settings and write to `training_folder(seed)`. R3Error, naming it, for a setting that differs.
         """
+        if trainer is not None:
+            self._check_trainer(trainer, seed)
 
         def build(work: Path) -> None:
             from .trainer import metrics_file
 
-            trainer = self.trainer(seed, work, on_step)
-            trainer.resume_or_train()
-            adapter = work / f"{self.task_name}-r3-{seed}"
-            trainer.save_model(str(adapter))
-            if trainer.is_world_process_zero():
-                (adapter / "metrics.jsonl").write_text(metrics_file(trainer.args).read_text())
+            training = trainer or self.trainer(seed)
+            training.resume_or_train()
+            adapter = work / self._adapter(seed).name
+            training.save_model(str(adapter))
+            if training.is_world_process_zero():
+                (adapter / "metrics.jsonl").write_text(metrics_file(training.args).read_text())
 
-        target = self.results / "adapters" / f"{self.task_name}-r3-{seed}"
-        config = self._config(*SAMPLING, *TRAINING, seed=seed)
-        path = self._stage(target, config, [self.mine()], build)
+        path = self._stage(self._adapter(seed), self._training(seed), [self.mine()], build)
         self._collect_metrics()
         return path
 
-    def trainer(self, seed: int, folder: Path, on_step: Callable[[pd.DataFrame], None] | None = None) -> "R3Trainer":
-        """The trainer that the profile describes; checkpoints and metrics go to `folder`."""
+    def training_folder(self, seed: int) -> Path:
+        """Where the checkpoints and metrics of a training are while it runs."""
+        return work_folder(self._adapter(seed), self._training(seed), [self.mine()])
+
+    def args(self, seed: int) -> "R3Config":
+        """The profile's settings of a training."""
+        from .r3_config import R3Config
+
+        folder, settings = str(self.training_folder(seed)), self.profile.sampling | self.profile.training
+        try:
+            return R3Config(folder, seed=seed, **settings)
+        except TypeError as error:  # a setting that R3Config does not have
+            unknown = next((key for key in settings if key not in R3Config.__dataclass_fields__), None)
+            if unknown is None:
+                raise
+            hint = nearest(unknown, R3Config.__dataclass_fields__)
+            raise R3Error(f"R3Config has no setting {unknown!r}: {hint}") from error
+
+    def lora(self) -> "LoraConfig":
+        """The adapter that is trained."""
+        from peft import LoraConfig
+
+        return LoraConfig(**self.profile.lora)
+
+    def trainer(self, seed: int) -> "R3Trainer":
+        """The trainer that the profile describes; notebook 03 makes the same, in the open."""
         from transformers import PrinterCallback
 
-        from .trainer import AfterStep, R3Config, R3Trainer
+        from .trainer import R3Trainer
 
-        p = self.profile
-        config = R3Config(
-            output_dir=str(folder), seed=seed, learning_rate=p.learning_rate, lr_scheduler_type=p.scheduler,
-            warmup_steps=p.warmup_steps, max_steps=p.steps, beta=p.beta, loss_type=p.loss_type, mask=p.mask,
-            failures_per_step=p.failures_per_step, num_generations=p.group_size, temperature=p.reflection_temperature,
-            retry_temperature=p.retry_temperature, max_completion_length=p.reflection_tokens,
-            max_retry_length=p.retry_tokens, retry_turn=p.retry_turn, truncation_penalty=p.truncation_penalty,
-            per_device_train_batch_size=p.micro_batch, sample_batch=p.sample_batch, max_grad_norm=p.max_grad_norm,
-            save_steps=p.save_steps, disable_tqdm=True, chat_template_kwargs=p.chat_template_kwargs,
-        )  # fmt: skip
-        model, failures, engine = self.model(trainable=True), self.failures(), self.remote_engine()
-        callbacks = [AfterStep(on_step)] if on_step else []
         trainer = R3Trainer(
-            model, config, self.task, failures, self.lora(), self.tokenizer, engine, callbacks
+            model=self.model(trainable=True),
+            args=self.args(seed),
+            task=self.task,
+            failures=self.failures(),
+            peft_config=self.lora(),
+            processing_class=self.tokenizer,
+            engine=self.remote_engine(),
         )
         trainer.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         return trainer
 
-    def lora(self) -> "LoraConfig":
-        """The adapter that is trained: on all linear layers, without dropout."""
-        from peft import LoraConfig
-
-        p = self.profile
-        return LoraConfig(r=p.lora_rank, lora_alpha=p.lora_alpha, lora_dropout=0.0, target_modules="all-linear",
-                          task_type="CAUSAL_LM")  # fmt: skip
+    def evaluate(self, seed: int, part: Part = None) -> Path:
+        """Episodes of the policy that was trained with `seed`."""
+        adapter = self.train(seed)
+        return self._episodes(Policy("r3", seed, self.profile.model, adapter.name), adapter, part)
 
     def transfer(self, seed: int, other: "Study", part: Part = None) -> Path:
         """Episodes of the policy that was trained with `seed` on the `other` study's task."""
         adapter = other.train(seed)
-        policy = Policy(f"r3_from_{other.task_name}", seed, self.profile.model, adapter.name)
+        policy = Policy(f"r3_from_{other.task.name}", seed, self.profile.model, adapter.name)
         return self._episodes(policy, adapter, part)
+
+    # What they leave
 
     def episodes(self, others: Sequence["Study"] = ()) -> pd.DataFrame:
         """Every episode of this task under this profile's seeds; also by policies trained on the tasks of `others`."""
@@ -231,32 +243,55 @@ class Study:
         parts = [pd.read_json(self.train(seed) / "metrics.jsonl", lines=True) for seed in range(self.profile.seeds)]
         return pd.concat(parts, ignore_index=True)
 
+    # The cache
+
+    @cached_property
+    def model_hash(self) -> str:
+        """Hash of a local model's files; for a hub id "id@commit", or the id alone where no commit is known."""
+        found = folder_hash(Path(self.model_path), without=SCRIPTS)
+        if found:
+            return found
+        known = commit(self.model_path)
+        return f"{self.model_path}@{known}" if known else self.model_path
+
+    def _config(self, *keys, **extra) -> dict:
+        """What a stage depends on besides its input files: task, model, sampling, and the profile's `keys`."""
+        profile = asdict(self.profile)
+        same = {"task": self.task.name, "task_facts": task_facts(self.task), "code": code_of(self.task)}
+        same["data"] = folder_hash(*self.task.files())
+        same |= {"model": self.model_hash, "prompt_date": DATE}
+        same |= {key: profile[key] for key in ("quantization", "engine", "sampling", *keys)}
+        return same | extra
+
+    def _adapter(self, seed: int) -> Path:
+        return self.results / "adapters" / f"{self.task.name}-r3-{seed}"
+
+    def _training(self, seed: int) -> dict:
+        """What an adapter depends on: the whole block, less what decides no weight."""
+        block = {key: value for key, value in self.profile.training.items() if key not in FREE}
+        return self._config("lora", training=block, seed=seed)
+
     def _episodes(self, policy: Policy, adapter: Path | None, part: Part) -> Path:
         def sample(out: Path, part: tuple[int, int]) -> None:
-            problems, size = self.problems("test", self.profile.test_problems), self.profile.shard_size
-            run_episodes(self.runner(adapter), problems, policy, out, shard=size, say=print, part=part)
+            problems = self.problems("test", self.profile.test_problems)
+            size = self.profile.shard_size
+            run_episodes(self.sampler(adapter), problems, policy, out, shard=size, say=print, part=part)
 
-        target = self.results / "episodes" / f"{self.task_name}-{policy.name}-{policy.seed}.parquet"
-        config = self._config("test_problems", "shard_size", *SAMPLING, conditions=[c.name for c in CONDITIONS])
+        target = self.results / "episodes" / f"{self.task.name}-{policy.name}-{policy.seed}.parquet"
+        conditions = [c.name for c in CONDITIONS]
+        config = self._config("test_problems", "shard_size", conditions=conditions)
         return self._sampled(target, config, [adapter] if adapter else [], sample, part)
 
-    def _sampled(self, target: Path, config: dict, inputs: list[Path], sample, part: Part) -> Path:
+    def _sampled(self, target: Path, config: dict, inputs: list[Path], sample: Callable, part: Part) -> Path:
         """A table that is sampled in shards. With `part` (i, n) only those of process i of n, into a folder for all.
 
-        Without, the table; the shards that such processes have left are taken, and what is missing is sampled. A table
-        that is there and up to date is neither sampled nor shared out again.
+        Without, the table: the shards that such processes have left are taken, and what is missing is sampled.
         """
         shards = self.results / "parts" / f"{target.stem}-{key_of(config, inputs, target)[:12]}"
-        size, problems = config["shard_size"], config.get("test_problems") or config["train_problems"]
-        count, made = -(-problems // size), len(list(shards.glob("shard-*.parquet")))
-        if part and part[0] >= count:
-            print(f"share {part[0]}/{part[1]} is empty: {problems} problems make {count} shards (shard_size={size})")
+        if part:
+            if not up_to_date(target, config, inputs):
+                sample(shards, part)
             return shards
-        if part and not up_to_date(target, config, inputs):
-            sample(shards, part)
-            return shards
-        if 0 < made < count:
-            print(f"{count - made} of {count} shards are missing: sampling them here")
 
         def build(work: Path) -> None:
             out = shards if shards.exists() and not os.environ.get("R3_FRESH") else work / "shards"
@@ -267,30 +302,38 @@ class Study:
         shutil.rmtree(shards, ignore_errors=True)
         return path
 
-    def _config(self, *keys, **extra) -> dict:
-        """What a stage depends on besides its input files: task, model and the named profile keys."""
-        options = self.profile.task_options.get(self.task_name, {})
-        same = {"task": self.task_name, "task_options": options, "code": code_of(self.task_name)}
-        same["data"] = folder_hash(*self.task.files())
-        same |= {"model": self.model_hash, "quantization": self.profile.quantization, "engine": self.profile.engine}
-        same |= {"chat_template_kwargs": self.profile.chat_template_kwargs, "prompt_date": DATE}
-        values = asdict(self.profile)
-        return same | {k: values[k] for k in keys} | extra
-
-    def _stage(self, target: Path, config: dict, inputs: list[Path], build) -> Path:
+    def _stage(self, target: Path, config: dict, inputs: list[Path], build: Callable) -> Path:
         """`stage`, asked once a study."""
-        if target not in self.made:
+        if target not in self._made:
             stage(target, config, inputs, build)
-            self.made.add(target)
+            self._made.add(target)
         return target
+
+    def _check_task_options(self) -> None:
+        known = {*TASKS, self.task.name}
+        for name, options in self.profile.task_options.items():
+            if name not in known or not isinstance(options, dict):
+                hint = nearest(name, known)
+                raise R3Error(f"task_options of {name!r}: write {{option: value}} of a task; {hint}")
+
+    def _check_trainer(self, trainer: "R3Trainer", seed: int) -> None:
+        """R3Error unless `trainer` is the one that the cache would take its adapter to be of."""
+        from .r3_config import differing
+
+        args, settings = trainer.args, self.profile.sampling | self.profile.training
+        differs = differing(args, settings)
+        if differs:
+            raise R3Error(f"not the profile's settings: {differs}: change them in overrides instead")
+        if args.seed != seed or Path(args.output_dir) != self.training_folder(seed):
+            raise R3Error(f"give R3Config output_dir=study.training_folder({seed}) and seed={seed}")
 
     def _collect_metrics(self) -> None:
         """Keep results/<profile>/metrics.jsonl equal to the logs of this profile's adapters."""
         if os.environ.get("RANK", "0") != "0":
             return
-        runs = [f"{task}-r3-{seed}" for task in TASKS for seed in range(self.profile.seeds)]
-        logs = [log for run in runs if (log := self.results / "adapters" / run / "metrics.jsonl").exists()]
-        (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in logs))
+        logs = sorted((self.results / "adapters").glob("*-r3-*/metrics.jsonl"))
+        ours = [log for log in logs if int(log.parent.name.rpartition("-")[2]) < self.profile.seeds]
+        (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in ours))
 
 
 def generation_config(model: str):
@@ -320,12 +363,24 @@ def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path, en
     return VLLMEngine(servers.replace(",", " ").split() or own, None, end_ids=end_ids)
 
 
-@cache
-def code_of(task: str) -> str:
+def code_of(task: Task) -> str:
     """Hash of the sources that decide what an episode or an adapter of `task` is: a change makes them anew."""
-    return folder_hash(*(path for pattern in SOURCES.format(task).split() for path in sorted(HERE.glob(pattern))))
+    files = [path for path in HERE.glob("*.py") if path.stem not in WITHOUT_EFFECT]
+    files += [*HERE.glob("engines/*.py"), *HERE.glob("verifiers/*.py")]
+    others = tuple(name for name in TASKS if name != task.name)
+    files += [path for path in HERE.glob("tasks/*.*") if not path.name.startswith(others)]
+    return folder_hash(*sorted(files))
 
 
-def open_studies(profile: str, task: str = "all", results: Path | str = "results", **overrides) -> list[Study]:
-    """A study for `task`, or for every task that ships with the package. `results`: relative to the repository."""
-    return [Study(profile, name, results, **overrides) for name in (TASKS if task == "all" else [task])]
+def open_studies(
+    profile: str, task: str = "all", results: Path | str = "results", overrides: dict | str = "{}"
+) -> list[Study]:
+    """A study for `task`, or for every task that ships with the package.
+
+    `overrides`: settings of the profile, as a mapping or as its text: '{"seeds": 3}'. R3Error: it is none.
+    """
+    try:
+        settings = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
+        return [Study(profile, name, results, **settings) for name in (TASKS if task == "all" else [task])]
+    except (yaml.YAMLError, TypeError) as error:
+        raise R3Error(f"overrides={overrides!r} is no mapping: write '{{\"seeds\": 3}}'") from error

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     from accelerate import PartialState
 
     from .doctor import Run, memory, warn
-    from .store import claimed
+    from .files import claimed
     from .weights import NO_SAMPLING, device, spreads_weights
 
     try:

@@ -22,16 +22,17 @@ from trl.trainer.utils import create_model_from_path
 
 from .card import plain_name, write_card
 from .chat import Chat
-from .checkpoints import RUN_NOTE, claim, last_checkpoint
+from .checkpoints import RUN_NOTE, claim_checkpoints, last_checkpoint
 from .engines.base import RemoteEngine
 from .engines.support import check_model, reach
 from .engines.transformers import TransformersEngine
 from .errors import R3Error
 from .identity import check_task, digest, model_facts, task_facts
-from .mining import mine_for_training
-from .r3_config import MASKS, R3Config
+from .mining import check_failures, failures_digest, mine_for_training
+from .model_checks import check_dtypes, check_positions, train_in_fp32, trained_weights
+from .r3_config import MASKS, R3Config, differing
 from .rollout import completions_under, rollout, training_order, verified
-from .sampler import Failure, Limits, RolloutSampler, check_failures, failures_digest
+from .sampler import Failure, Limits, RolloutSampler
 from .settings import settings_facts
 from .tasks.dataset import DatasetTask
 from .training_log import METRICS, AfterStep, R3Metrics, metrics_file
@@ -39,7 +40,8 @@ from .weights import NO_SAMPLING
 
 __all__ = [
     "METRICS", "MASKS", "RUN_NOTE", "AfterStep", "R3Config", "R3Metrics", "R3Trainer",
-    "completions_under", "last_checkpoint", "metrics_file", "rollout", "training_order", "verified",
+    "completions_under", "differing", "last_checkpoint", "metrics_file", "rollout",
+    "training_order", "verified",
 ]  # fmt: skip
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the contract tests pin rollout_func
@@ -58,10 +60,8 @@ class R3Trainer(GRPOTrainer):
     a causal mask its tokens would change nothing. The other masks train on reflection, turn and
     retry with `env_mask`.
 
-    What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates: full
-    fine-tuning of a bf16 model trains and saves fp32 weights, twice the memory. What is frozen
-    keeps its dtype. With `bf16=True` both compute in bf16; with `bf16=False` beside 16-bit
-    neighbours only adapters learn, the rest is refused.
+    What is trained is fp32, whatever dtype it was loaded in, since 16 bits lose small updates; what
+    is frozen keeps its dtype. With `bf16=True` both compute in bf16.
 
     A run leaves `r3_run.json` beside its checkpoints: with other failures, weights or settings it
     does not resume (saving, logging and the place may change; `max_steps` may grow under a constant
@@ -86,26 +86,20 @@ class R3Trainer(GRPOTrainer):
         verifier: Callable | None = None,
         train_dataset=None,
     ):
-        if not isinstance(args, R3Config):
-            raise R3Error(
-                f"args is a {type(args).__name__}: give an R3Config, with the same settings"
-            )
+        check_args(args)
         if verifier is not None or train_dataset is not None:
             check_own_data(task, failures, verifier, train_dataset)
             model, processing_class = loaded(model, processing_class, args)
             task = DatasetTask(train_dataset, verifier)
             failures = mine_for_training(model, processing_class, task, args, engine)
-        check_task(task)
-        if not failures:
-            raise R3Error("no failures to train on: mine more problems, or a harder task")
-        if not isinstance(model, str):
-            check_model(model, peft_config)
+        check_given(model, task, failures, peft_config)
         self.task = task
         self.failures = failures
+        self.r3_metrics: dict[str, float] = {}
         self._engine = engine
-        self.order = training_order(
-            len(failures), args.max_steps * args.failures_per_step, args.seed
-        )
+        self._metrics_log = R3Metrics(self)
+        wanted = args.max_steps * args.failures_per_step
+        self.order = training_order(len(failures), wanted, args.seed)
         start = trained_weights(model) if isinstance(model, PeftModel) else {}
         super().__init__(
             model=model,
@@ -115,35 +109,40 @@ class R3Trainer(GRPOTrainer):
             peft_config=deepcopy(peft_config),  # the name of the base is noted in it
             processing_class=processing_class,
             rollout_func=rollout,
-            callbacks=[R3Metrics(self), *(callbacks or [])],
+            callbacks=[self._metrics_log, *(callbacks or [])],
         )
-        if engine is None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        self._check_and_cast(start)
+        self._join_engine()
+        check_model(self.model)
+        check_failures(failures, self.sampler(), self._context())
+        self._facts = self._decisive(fresh=peft_config is not None)
+
+    def _check_and_cast(self, start: dict) -> None:
+        """Cast what is trained to fp32; R3Error for a model that cannot be trained or sampled."""
+        if self._engine is None and self._spread:
             raise R3Error(NO_SAMPLING)
         if not is_deepspeed_zero3_enabled():  # which gathers one dtype only
-            self._train_in_fp32(start)
-        self._check_dtypes()
-        self._check_positions()
+            train_in_fp32(self.model, start)
+        if not self._spread:
+            check_dtypes(self.model, self.args)
+            with self.accelerator.autocast():
+                check_positions(self.accelerator.unwrap_model(self.model))
         for config in getattr(self.model, "peft_config", {}).values():
             config.base_model_name_or_path = plain_name(config.base_model_name_or_path)
-        self.r3_metrics: dict[str, float] = {}
+        self._reach = reach(self.model)
+
+    def _join_engine(self) -> None:
+        """Let engine, chat and TRL agree on the tokens that end a reply."""
         generation = self.model.generation_config
         self._chat = Chat(self.processing_class, generation, self.chat_template_kwargs)
         self.eos_token_ids = sorted(self._chat.end_ids)  # by which TRL tells what was cut off
-        if isinstance(engine, RemoteEngine):
+        if isinstance(self._engine, RemoteEngine):
             self._train_for_a_remote_engine()
-        self._reach = reach(self.model)
-        check_model(self.model)
-        check_failures(failures, self.runner(), self._context())
-        self._facts = self._decisive(fresh=peft_config is not None)
 
-    def _train_in_fp32(self, start: dict) -> None:
-        """Cast what is trained to fp32: TRL has QLoRA adapters in bf16, where small updates vanish.
-
-        Weights in `start`, by name, are as they were before TRL cast them.
-        """
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = start.get(name, parameter.data).float()
+    @property
+    def _spread(self) -> bool:
+        """Whether the weights are spread over processes."""
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     def _dataset(self) -> Dataset:
         """One row a group: its place in the order, inside a message that TRL logs as the prompt.
@@ -178,20 +177,29 @@ class R3Trainer(GRPOTrainer):
         """TRL's. R3Error, naming what differs, if there are checkpoints of another training."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            claim(folder, resume_from_checkpoint, self._facts, self.args.max_steps)
+            max_steps = self.args.max_steps
+            claim_checkpoints(folder, resume_from_checkpoint, self._facts, max_steps)
         return super().train(resume_from_checkpoint, *rest, **options)
 
-    def runner(self) -> RolloutSampler:
+    def log(self, logs, start_time=None) -> None:
+        """TRL's, with R3's own metrics of the step."""
+        if "loss" in logs:  # a step, not the summary at the end
+            logs |= self._metrics_log.of_step(self.r3_metrics)
+        super().log(logs, start_time)
+
+    def sampler(self) -> RolloutSampler:
         """Samples from the policy as it stands."""
+        args = self.args
         engine = self._engine or TransformersEngine(
             self.accelerator.unwrap_model(self.model),
             self.processing_class,
-            self.args.sample_batch,
+            args.sample_batch,
             end_ids=self._chat.end_ids,
         )
-        args = self.args
-        limits = Limits(reflection=args.max_completion_length, retry=args.max_retry_length)
-        return RolloutSampler(engine, self._chat, self.task, limits, args.temperature, args.retry_turn)
+        limits = Limits(args.max_attempt_length, args.max_completion_length, args.max_retry_length)
+        return RolloutSampler(
+            engine, self._chat, self.task, limits, args.temperature, args.retry_turn
+        )
 
     def _train_for_a_remote_engine(self) -> None:
         """Turn on what TRL does for its own vLLM: importance ratios, and a sync before rollouts.
@@ -201,7 +209,8 @@ class R3Trainer(GRPOTrainer):
         if not isinstance(self.model, PeftModel):
             raise R3Error("a remote engine takes adapters, not whole models: give a peft_config")
         self._engine.end_ids = self._chat.end_ids
-        self.use_vllm, self._last_loaded_step = True, -1
+        self.use_vllm = True
+        self._last_loaded_step = -1
         self.vllm_generation = SimpleNamespace(sync_weights=self._sync)
 
     def _sync(self) -> None:
@@ -227,12 +236,15 @@ class R3Trainer(GRPOTrainer):
         if options.get("compute_aux_loss"):  # a mixture of experts balances over all rows
             return whole(model, input_ids, attention_mask, logits_to_keep, *rest, **options)
         first_token = input_ids.size(1) - logits_to_keep
-        values, order = [], attention_mask.sum(1).argsort(stable=True)
+        values = []
+        order = attention_mask.sum(1).argsort(stable=True)
         for rows in order.chunk(4):
             used = attention_mask[rows].any(0).nonzero()
-            start, end = int(used[0]), max(int(used[-1]), first_token) + 1
+            start = int(used[0])
+            end = max(int(used[-1]), first_token) + 1
             self._check_width(end - start)
-            ids, mask = input_ids[rows, start:end], attention_mask[rows, start:end]
+            ids = input_ids[rows, start:end]
+            mask = attention_mask[rows, start:end]
             logps, entropies, _ = whole(model, ids, mask, end - first_token, *rest, **options)
             values.append((logps, logps.new_zeros(logps.shape) if entropies is None else entropies))
         places = order.argsort()
@@ -251,43 +263,6 @@ class R3Trainer(GRPOTrainer):
                 "or leave out long failures"
             )
 
-    def _check_dtypes(self) -> None:
-        """R3Error where fp32 parameters learn beside 16-bit ones that do not go with them."""
-        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        spread = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if len(dtypes) < 2 or self.args.bf16 or self.args.fp16 or spread:
-            return
-        try:
-            with torch.no_grad():
-                self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device))
-        except RuntimeError as error:
-            raise R3Error(
-                "what is trained is fp32 and its frozen neighbours are 16-bit, which without "
-                "autocast do not go together: set bf16=True, or load the model with "
-                "dtype=torch.float32"
-            ) from error
-
-    def _check_positions(self) -> None:
-        """R3Error for positions that count the padding before a prompt, as learned ones do.
-
-        TRL's learning forward pads on the left and gives no positions: with learned positions its
-        log-probs would not be those of sampling.
-        """
-        spread = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        if spread or getattr(self.model, "is_quantized", False):  # a forward packs NF4 on a CPU
-            return
-        device = self.accelerator.unwrap_model(self.model).device
-        padded = torch.tensor([[0] * 4 + [1, 2, 3]], device=device)
-        seen = (torch.arange(7, device=device) > 3).long()[None]
-        with torch.no_grad(), self.accelerator.autocast():
-            alone = self.model(input_ids=padded[:, 4:]).logits[0, -1].float()
-            moved = self.model(input_ids=padded, attention_mask=seen).logits[0, -1].float()
-        if (alone - moved).abs().max() > 0.1 * alone.std():
-            raise R3Error(
-                f"{self.model.config.model_type} has positions that count the padding before a "
-                "prompt: R3 needs relative ones, such as rotary"
-            )
-
     def _save(self, output_dir=None, state_dict=None) -> None:
         """TRL's, with a card that says what the weights are."""
         super()._save(output_dir, state_dict)
@@ -303,10 +278,21 @@ class R3Trainer(GRPOTrainer):
         return self.train(resume_from_checkpoint=last_checkpoint(self.args.output_dir))
 
 
-def trained_weights(model) -> dict[str, torch.Tensor]:
-    """Copies of the weights that are trained, by name."""
-    named = model.named_parameters()
-    return {name: value.detach().clone() for name, value in named if value.requires_grad}
+def check_args(args) -> None:
+    """R3Error unless `args` is an R3Config."""
+    if not isinstance(args, R3Config):
+        raise R3Error(
+            f"args is a {type(args).__name__}: give an R3Config, with the same settings"
+        )
+
+
+def check_given(model, task, failures, peft_config) -> None:
+    """R3Error for a task, failures or a model that cannot be trained, before anything is built."""
+    check_task(task)
+    if not failures:
+        raise R3Error("no failures to train on: mine more problems, or a harder task")
+    if not isinstance(model, str):
+        check_model(model, peft_config)
 
 
 def check_own_data(task, failures, verifier, train_dataset) -> None:

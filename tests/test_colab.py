@@ -8,7 +8,6 @@ import tomllib
 from pathlib import Path
 
 import nbformat
-import peft.import_utils
 import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
@@ -21,18 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TAG, REPOSITORY = f"v{PROJECT['version']}", PROJECT["urls"]["Repository"]
-HERE = {
-    "torch": "2.11.0+cu128",
-    "ipykernel": "6.17.1",
-    "jupyter-client": "7.4.9",
-    "pandas": "2.2.2",
-}
+HERE = {"torch": "2.11.0+cu128", "ipykernel": "6.17.1", "jupyter-client": "7.4.9"}
+HERE |= {"pandas": "2.2.2"}
 
 
 def colab_cells(path):
-    return [
-        cell for cell in nbformat.read(path, 4).cells if "colab" in cell.metadata.get("tags", [])
-    ]
+    cells = nbformat.read(path, 4).cells
+    return [cell for cell in cells if "colab" in cell.metadata.get("tags", [])]
 
 
 def session_cell():
@@ -46,11 +40,8 @@ def test_every_notebook_opens_on_colab_at_this_version_with_the_same_cell(path):
     place = f"{REPOSITORY.removeprefix('https://github.com/')}/blob/{TAG}/notebooks/{path.name}"
     assert badge.source.endswith(f"(https://colab.research.google.com/github/{place})")
     assert cell.source == session_cell()
-    assert (
-        f"--branch={TAG}" in cell.source
-        and f'"{REPOSITORY}"' in cell.source
-        and f"r3-{TAG}" in cell.source
-    )
+    for word in (f"--branch={TAG}", f'"{REPOSITORY}"', f"r3-{TAG}"):
+        assert word in cell.source
     metadata = nbformat.read(path, 4).metadata
     assert metadata.accelerator == "GPU"
     assert metadata.colab.runtime_attributes.runtime_version == colab.RUNTIME
@@ -72,11 +63,8 @@ def test_a_bare_colab_gets_as_far_as_pip_with_the_committed_files_alone(tmp_path
     """Before pip has run only the standard library is needed; the repository is cloned once."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "origin")], check=True)
     subprocess.run(["git", "-C", str(tmp_path / "origin"), "tag", TAG], check=True)
-    cell = (
-        session_cell()
-        .replace(REPOSITORY, f"file://{tmp_path}/origin")
-        .replace("/content", str(tmp_path))
-    )
+    cell = session_cell().replace(REPOSITORY, f"file://{tmp_path}/origin")
+    cell = cell.replace("/content", str(tmp_path))
     script = f"""
 import json, os, subprocess, sys
 sys.modules["google.colab"] = sys
@@ -92,9 +80,8 @@ exec({cell!r}, {{}})
 exec({cell!r}, {{}})
 print(json.dumps([len(git), pip, os.getcwd(), sys.modules["r3lib"].__file__]))
 """
-    done = subprocess.run(
-        [sys.executable, "-ISc", script], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-ISc", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     clones, pip, folder, module = json.loads(done.stdout.splitlines()[-1])
     home = tmp_path / f"r3-{TAG}"
@@ -115,20 +102,14 @@ def asked(monkeypatch):
 def test_colab_keeps_its_torch_and_its_kernel_and_gets_our_pins(asked):
     colab.install()
     own, rest, data, gone = asked
-    assert own == ("install", "--no-deps", "--editable", str(ROOT)) and gone == (
-        "uninstall",
-        "--yes",
-        "torchao",
-    )
+    assert own == ("install", "--no-deps", "--editable", str(ROOT))
+    assert gone == ("uninstall", "--yes", "torchao")
     assert " ".join(["pip", *data]) == BFCL_INSTALL  # the same version of the data as elsewhere
     kept = {"torch==2.11.0+cu128", "ipykernel==6.17.1", "jupyter-client==7.4.9"}
     lines = set(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["gpu"])
     assert kept <= set(rest) and set(rest[1:]) - kept <= lines
     names = {re.match(r"[\w-]+", line)[0] for line in set(rest[1:]) - kept}
-    assert (
-        not names & set(colab.KEPT)
-        and {"transformers", "trl", "peft", "bitsandbytes", "numpy"} <= names
-    )
+    assert not names & set(colab.KEPT) and {"transformers", "trl", "peft", "bitsandbytes"} <= names
 
 
 def test_what_was_imported_before_pip_replaced_it_asks_for_a_restart(asked, monkeypatch):
@@ -145,11 +126,3 @@ def test_a_failing_pip_is_one_line_that_names_the_tested_runtime(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     with pytest.raises(R3Error, match="different Python: 3.13.9.*Runtime version 2026.07"):
         colab.install()
-
-
-def test_peft_refuses_the_torchao_that_colab_has(monkeypatch):
-    """Why `install` removes it: when this fails, it need not any more."""
-    monkeypatch.setattr(peft.import_utils.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(peft.import_utils.importlib_metadata, "version", lambda name: "0.10.0")
-    with pytest.raises(ImportError, match="incompatible version of torchao"):
-        peft.import_utils.is_torchao_available.__wrapped__()

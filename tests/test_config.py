@@ -1,4 +1,4 @@
-"""Profiles: typed, checked, and every mistake answered by one line that names the mend."""
+"""Profiles: typed, checked, and every mistake answered by one line that names the fix."""
 
 import json
 from dataclasses import asdict
@@ -7,11 +7,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 
-from r3lib.config import FOLDER, accumulation_steps, load_profile
+from r3lib.config import DEFAULTS, FOLDER, accumulation_steps, load_profile
 from r3lib.errors import R3Error
+from r3lib.r3_config import R3Config
 
-PROFILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+PROFILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "defaults")
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -21,9 +23,22 @@ def test_every_shipped_profile_loads_and_is_plain_json(name):
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_every_value_of_a_shipped_profile_is_explained_beside_itself(name):
-    lines = [line for line in (FOLDER / f"{name}.yaml").read_text().splitlines() if line and line[0].isalpha()]
-    assert len(lines) > 25 and all("#" in line for line in lines)
+def test_the_blocks_of_a_shipped_profile_are_what_trl_and_peft_take(name, tmp_path):
+    profile = load_profile(name)
+    config = R3Config(str(tmp_path), use_cpu=True, **profile.sampling, **profile.training)
+    assert config.max_steps == profile.training["max_steps"]
+    assert LoraConfig(**profile.lora).r == profile.lora["r"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_shows_only_what_differs_from_what_it_starts_from(name):
+    given = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    base = asdict(load_profile(given["base"])) if "base" in given else DEFAULTS
+    for key in given.keys() - {"name", "base"}:
+        if key in ("sampling", "training", "lora"):
+            assert [k for k, v in given[key].items() if base[key][k] == v] == []
+        else:
+            assert given[key] != base[key], key
 
 
 @pytest.mark.parametrize(
@@ -31,50 +46,58 @@ def test_every_value_of_a_shipped_profile_is_explained_beside_itself(name):
     [
         ("seeds", "3", 3),
         ("learning_rate", "2e-3", 0.002),
-        ("learning_rate", 0.5, 0.5),
+        ("training.learning_rate", 0.5, 0.5),
         ("beta", "1", 1.0),
-        ("beta", 0, 0.0),
-        ("warmup_steps", "5", 5),
-        ("warmup_steps", "0.03", 0.03),
-        ("steps", "1", 1),
+        ("warmup_steps", "5", 5.0),
+        ("max_steps", "1", 1),
         ("model", "some/model", "some/model"),
-        ("scheduler", "linear", "linear"),
-        ("task_options", "{countdown: {count: [3, 4]}}", {"countdown": {"count": [3, 4]}}),
+        ("lr_scheduler_type", "linear", "linear"),
+        ("chat_template_kwargs", "{enable_thinking: false}", {"enable_thinking": False}),
+        ("training.optim", "adafactor", "adafactor"),
+        ("training.max_grad_norm", "1", 1.0),
+        ("r", "8", 8),
         ("name", "mine", "mine"),
     ],
 )
-def test_overrides_take_the_type_of_their_field(key, text, value):
-    found = getattr(load_profile("nano", **{key: text}), key)
-    assert found == value and type(found) is type(value)
+def test_overrides_find_their_block_and_take_the_type_of_their_setting(key, text, value):
+    profile = load_profile("nano", **{key: text})
+    name = key.rpartition(".")[2]
+    homes = [asdict(profile), profile.sampling, profile.training, profile.lora]
+    found = [home[name] for home in homes if name in home]
+    assert found == [value] and type(found[0]) is type(value)
+
+
+def test_task_options_change_task_by_task():
+    options = load_profile("nano", task_options="{countdown: {count: [3, 4]}}").task_options
+    assert options["countdown"] == {"count": [3, 4]} and options["function_calling"]["hard"] == 0.5
+    assert load_profile("nano").task_options["countdown"]["count"] == 3
 
 
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("group_size", "1", ["group_size=1", "a group of 1 has no variance, so nothing is learned", "2 or more"]),
-        ("group_sise", "4", ["unknown profile key 'group_sise'", "did you mean 'group_size'?"]),
-        ("steps", "-1", ["steps=-1", "1 or more"]),
-        ("steps", "many", ["steps='many'", "a whole number"]),
-        ("steps", 2.5, ["steps=2.5", "a whole number"]),
-        ("steps", True, ["steps=True", "a whole number"]),
+        ("num_generations", "1", ["num_generations=1", "a group of 1 has no variance", "2 or more"]),
+        ("num_generation", "4", ["unknown setting 'num_generation'", "did you mean 'num_generations'?"]),
+        ("sampling.max_step", "4", ["sampling.max_step", "no such setting"]),
+        ("max_steps", "-1", ["max_steps=-1", "1 or more"]),
+        ("max_steps", "many", ["max_steps='many'", "a whole number"]),
+        ("max_steps", 2.5, ["max_steps=2.5", "a whole number"]),
+        ("max_steps", True, ["max_steps=True", "a whole number"]),
         ("seeds", "0", ["seeds=0", "1 or more"]),
-        ("learning_rate", "0", ["learning_rate=0.0", "between 0 and 1"]),
-        ("learning_rate", "2", ["learning_rate=2.0", "between 0 and 1"]),
-        ("learning_rate", "nan", ["learning_rate=nan", "between 0 and 1"]),
-        ("max_grad_norm", "inf", ["max_grad_norm=inf", "above 0"]),
-        ("beta", "-0.1", ["beta=-0.1", "0 or more"]),
-        ("warmup_steps", "1.5", ["warmup_steps=1.5", "share of the steps below 1"]),
-        ("reflection_temperature", "0", ["reflection_temperature=0.0", "all alike"]),
+        ("truncation_penalty", "-0.1", ["truncation_penalty=-0.1", "0 or more"]),
+        ("temperature", "0", ["temperature=0.0", "all alike"]),
+        ("temperature", "nan", ["temperature='nan'", "a number"]),
         ("mask", "reflexion", ["mask='reflexion'", "did you mean 'reflection'?"]),
         ("loss_type", "drgrpo", ["loss_type='drgrpo'", "did you mean 'dr_grpo'?"]),
-        ("task_options", "{contdown: {}}", ["'contdown'", "did you mean 'countdown'?"]),
         ("task_options", "7", ["task_options=7", "a mapping"]),
+        ("training", "7", ["training=7", "a mapping"]),
         ("model", {"a": 1}, ["model={'a': 1}", "text"]),
         ("name", "../up", ["name='../up'", "letters"]),
+        ("name", "has space", ["name='has space'", "letters"]),
         ("name", "", ["name=''", "letters"]),
     ],
 )
-def test_bad_value_is_one_line_with_key_value_and_mend(key, value, words):
+def test_bad_value_is_one_line_with_key_value_and_fix(key, value, words):
     with pytest.raises(R3Error) as error:
         load_profile("nano", **{key: value})
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
@@ -84,7 +107,7 @@ def test_bad_value_is_one_line_with_key_value_and_mend(key, value, words):
     "settings, words",
     [
         ({"failures_per_step": 4}, ["4 x 8 = 32 rows", "batches of 64", "for example to 32"]),
-        ({"micro_batch": "48"}, ["32 x 8 = 256 rows", "batches of 48", "for example to 16"]),
+        ({"per_device_train_batch_size": "48"}, ["32 x 8 = 256 rows", "batches of 48", "for example to 16"]),
         ({"mask": "retry"}, ["mask='retry' trains the retry", "set retry_temperature=1.0 (now 0.0)"]),
     ],
 )
@@ -136,27 +159,24 @@ def test_unknown_profile_names_the_nearest():
         load_profile("nanno")
 
 
-def own(tmp_path, change):
-    values = yaml.safe_load((FOLDER / "nano.yaml").read_text())
-    change(values)
+def test_own_profile_names_what_differs_from_another(tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    path.write_text("name: mine\nbase: nano\ntraining: {max_steps: 7, learning_rate: 1e-4}\n")
+    own, nano = load_profile(str(path), seeds=2), load_profile("nano")
+    assert (own.name, own.seeds, own.training["max_steps"]) == ("mine", 2, 7)
+    assert own.training["learning_rate"] == 0.0001  # which YAML takes for text
+    assert own.sampling == nano.sampling and own.training["beta"] == nano.training["beta"]
 
 
-def test_own_profile_is_read_from_its_path(tmp_path):
-    path = own(tmp_path, lambda values: values.update(name="mine", steps=7))
-    assert (load_profile(path).name, load_profile(path, steps="8").steps) == ("mine", 8)
-
-
-def test_own_profile_that_lacks_a_key_is_told_which(tmp_path):
-    with pytest.raises(R3Error, match="own.yaml lacks beta, mask: copy the missing lines"):
-        load_profile(own(tmp_path, lambda values: (values.pop("mask"), values.pop("beta"))))
-
-
-@pytest.mark.parametrize("text", ["steps: [", "just words", "", "- a\n- b"])
+@pytest.mark.parametrize("text", ["steps: [", "just words", "", "- a\n- b", "model: base_model"])
 def test_file_that_is_no_profile_is_one_line(tmp_path, text):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(R3Error, match="own.yaml is not a profile") as error:
         load_profile(str(tmp_path / "own.yaml"))
     assert "\n" not in str(error.value)
+
+
+def test_own_profile_with_an_unknown_setting_is_told_the_nearest(tmp_path):
+    (tmp_path / "own.yaml").write_text("name: mine\nmodle: here\n")
+    with pytest.raises(R3Error, match="unknown setting 'modle' in .*own.yaml: did you mean 'model'"):
+        load_profile(str(tmp_path / "own.yaml"))

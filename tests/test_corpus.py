@@ -27,7 +27,7 @@ from pretrain import conversations, training_task
 from r3lib.errors import R3Error
 from r3lib.tasks import CountdownProblem, CountdownTask, FunctionCallingTask
 from r3lib.tasks.countdown import split_of
-from r3lib.tasks.styles import COUNTDOWN_VAGUE
+from r3lib.tasks.styles import SENTENCES
 from r3lib.tasks.styles import countdown as style
 from r3lib.verifiers.countdown import answer, read
 
@@ -302,5 +302,5 @@ def test_a_task_whose_problems_the_corpus_does_not_know_is_refused():
 
 
 def test_the_generic_reflection_is_a_sentence_of_the_corpus(reflections):
-    assert TASK.generic_reflection in COUNTDOWN_VAGUE
+    assert TASK.generic_reflection in SENTENCES["countdown"]["vague"]
     assert TASK.generic_reflection in {text for text, own, *_ in reflections if own}

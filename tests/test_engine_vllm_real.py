@@ -237,7 +237,7 @@ print(json.dumps(left | {name: str(path) for name, path in paths.items()}))
 
 def test_a_study_runs_through_a_server_of_its_own_that_ends_with_it(tmp_path):
     """In a process of its own, with default options; where nothing is sampled the rows are those of transformers."""
-    settings = {"test_problems": 24, "train_problems": 64, "steps": 2}
+    settings = {"test_problems": 24, "train_problems": 64, "max_steps": 2}
     done = subprocess.run([sys.executable, "-c", STUDY, str(tmp_path / "vllm"), json.dumps(settings)], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

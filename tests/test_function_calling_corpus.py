@@ -28,13 +28,13 @@ from r3lib.tasks.function_calling_tools import (
     PARTS,
     PHRASINGS,
     SEEN,
-    SPLITS,
-    TOOLS,
     WORDS,
     Case,
     draw,
     split_of,
 )
+from r3lib.tasks.function_calling_values import DATA
+from r3lib.tasks.sources import GENERATED as SPLITS
 from r3lib.tasks.styles import function_calling as style
 from r3lib.verifiers.function_calling import verify
 
@@ -88,7 +88,7 @@ def phrasing_of(query, phrasings):
 
 
 def test_there_are_sixty_tools_in_eight_domains_and_words_of_new_ones_are_known():
-    assert len(SEEN) >= 60 and len(TOOLS.strip().split("\n")) >= 8
+    assert len(SEEN) >= 60 and len(DATA["tools"]) >= 8
     names = [tool.name() for tool in SEEN + NEW]
     assert len(set(names)) == len(names)
     assert {word for tool in NEW for word in (tool.verb, tool.noun)} <= WORDS

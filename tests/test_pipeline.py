@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from r3lib import cli, doctor, pipeline
 from r3lib.errors import R3Error
-from r3lib.store import claimed
+from r3lib.files import claimed
 
 DECLARED = 'profile = "nano"\ntask = "all"\noverrides = "{}"\nresults = "results"'
 LOG = 'open("log.txt", "a").write(__NAME__ + "\\n")'

@@ -5,8 +5,6 @@ from importlib.util import find_spec
 
 import pytest
 from conftest import BASE_MODEL, TINY, tiny_model
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from r3lib import provenance, weights
@@ -14,7 +12,7 @@ from r3lib.config import load_profile
 from r3lib.engines import vllm_server
 from r3lib.engines.vllm_server import server_options
 from r3lib.errors import R3Error
-from r3lib.preflight import NF4, estimate, parts, read_config, sizes, stored
+from r3lib.preflight import NF4, estimate, parts, read_config, sizes
 
 QWEN = {  # Qwen2.5-1.5B
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
@@ -37,24 +35,6 @@ def weight_count(config):
 
 def test_a_config_alone_gives_nearly_the_parameters_of_a_known_model():
     assert weight_count(QWEN) == pytest.approx(1_543_714_304, rel=1e-3)
-
-
-@given(
-    st.dictionaries(
-        st.sampled_from([*QWEN, "head_dim"]),
-        st.none()
-        | st.booleans()
-        | st.integers(-3, 9)
-        | st.floats()
-        | st.text(max_size=3)
-        | st.lists(st.none()),
-    )
-)
-def test_any_config_gives_sizes_or_one_clear_error(changes):
-    try:
-        assert all(isinstance(size, int) for size in sizes(QWEN | changes).values())
-    except R3Error as error:
-        assert str(error).startswith("memory is not estimated") and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("architecture", TINY)
@@ -84,7 +64,11 @@ def test_nf4_packs_the_linear_weights_and_nothing_else():
 
 @pytest.mark.parametrize(
     "key, part",
-    [("micro_batch", "activations"), ("sample_batch", "KV cache"), ("lora_rank", "adapters")],
+    [
+        ("per_device_train_batch_size", "activations"),
+        ("sample_batch", "KV cache"),
+        ("lora.r", "adapters"),
+    ],
 )
 def test_a_setting_moves_its_own_part_alone(key, part):
     found = [parts(load_profile("colab", **{key: rows}), QWEN, gpu=True) for rows in (4, 8, 16)]
@@ -99,7 +83,7 @@ def test_a_t4_holds_the_colab_profile_and_three_gib_do_not(qwen):
     assert parts(profile, QWEN, gpu=True)["weights"] == pytest.approx(1.07, abs=0.02)
     assert estimate(profile, 15)[0]
     fits, text = estimate(profile, 3)
-    assert not fits and "of 3.0 GiB GPU" in text and text.endswith("lower sample_batch")
+    assert not fits and "of 3.0 GiB GPU" in text
 
 
 def test_a_server_of_our_own_holds_the_weights_again_and_one_elsewhere_does_not():
@@ -127,8 +111,9 @@ def test_without_a_gpu_the_ram_is_what_there_is(monkeypatch):
         ({}, "is not a dense decoder's"),
         (QWEN | {"hidden_size": None}, "is not a dense decoder's"),
         (QWEN | {"num_experts": 8}, "mixture of experts"),
-        ([], "no config.json of"),
-        ("not JSON", "no config.json of"),
+        (QWEN | {"num_attention_heads": 0}, "is not a dense decoder's"),
+        ([], "is no model's config"),
+        ("not JSON", "is no model's config"),
     ],
 )
 def test_what_cannot_be_estimated_is_one_clear_line(config, words, tmp_path):
@@ -136,19 +121,6 @@ def test_what_cannot_be_estimated_is_one_clear_line(config, words, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(R3Error, match=f"memory is not estimated.*{words}"):
         estimate(load_profile("colab", model=str(tmp_path)))
-
-
-def test_a_model_that_is_nowhere_is_not_estimated_and_one_in_a_folder_needs_no_disk(
-    qwen, monkeypatch
-):
-    monkeypatch.setattr(provenance, "reaches_hub", lambda: False)
-    with pytest.raises(
-        R3Error, match="no config.json of 'some/model': go online, or name a local folder"
-    ):
-        estimate(load_profile("colab", model="some/model"))
-    assert stored(qwen) == stored("base_model") == 0
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: f"{qwen}/config.json")
-    assert stored("some/model") == pytest.approx(2 * 1_543_714_304 / 2**30, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a model answers, without its reasoning and what comes after the end of its turn."""
 
+import json
 import re
 import time
 from importlib.util import find_spec
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r3lib.verifiers.reasoning import MAX_LENGTH, MAX_TAGS, answer_text, without_reasoning
+from r3lib.verifiers.function_calling import verify
+from r3lib.verifiers.reasoning import (
+    MAX_JSON,
+    MAX_LENGTH,
+    MAX_TAGS,
+    answer_text,
+)
 
 PAIRS = {
     "think": ("<think>", "</think>"),
@@ -107,7 +114,6 @@ def test_what_follows_the_end_of_the_turn_is_not_the_answer(end):
     assert answer_text(f"a{end}b") == "a"
     assert answer_text(f"a{end}b</think>c<think>d") == "a"
     assert answer_text(f"<think>not {end} yet</think>a{end}b") == "a"
-    assert without_reasoning(f"<think>x</think>a{end}b</think>") == f"a{end}b</think>"
 
 
 def test_a_message_of_the_assistant_may_follow_the_end_of_another():
@@ -143,8 +149,55 @@ def test_only_what_stands_outside_the_tags_is_left(blocks, last, after):
 @given(
     st.text(), st.sampled_from([tag for pair in PAIRS.values() for tag in pair] + ENDS), st.text()
 )
-def test_any_text_is_split(before, tag, after):
-    assert without_reasoning(before + tag + after).startswith(answer_text(before + tag + after))
+def test_an_answer_is_made_of_the_text(before, tag, after):
+    kept = iter(before + tag + after)
+    assert all(char in kept for char in answer_text(before + tag + after))
+
+
+PIECES = st.sampled_from([tag for pair in PAIRS.values() for tag in pair] + ENDS + list('a <"\\\n'))
+TAGGED = st.lists(PIECES, max_size=5).map("".join)
+VALUES = st.recursive(
+    TAGGED | st.integers() | st.booleans() | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TAGGED, inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(TAGGED, VALUES, min_size=1, max_size=3),
+    st.sampled_from([None, 2]),
+    st.sampled_from(["", "<think>a</think>", "a</think>"]),
+    st.sampled_from(["", *ENDS]),
+)
+def test_a_tag_inside_a_string_of_a_call_is_text(arguments, indent, reasoning, end):
+    call = {"name": "f", "arguments": arguments}
+    text = json.dumps([call], ensure_ascii=False, indent=indent)
+    after = f"{end}</think>{text}" if end else ""
+    assert answer_text(reasoning + text + after) == text
+    assert verify(f"{reasoning}<tool_call>{text}{after}", [], [call]).ok
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ('{"a": "b</s>c"}</s>d', '{"a": "b</s>c"}'),
+        ('[{"a": ["b [INST] c"]}][INST] d', '[{"a": ["b [INST] c"]}]'),
+        (
+            '<think>{"a": "</think>{"b": "c <s> d"}',
+            '{"b": "c <s> d"}',
+        ),  # no string: nothing ends it
+        ('{"a": "b <think> c\n"}', '{"a": "b '),  # no string of JSON: it is broken across lines
+        ('He said "b <think> c", d', 'He said "b '),  # no object
+    ],
+)
+def test_a_tag_outside_of_strings_and_in_what_is_no_json_counts(text, answer):
+    assert answer_text(text) == answer
+
+
+def test_a_tag_in_json_is_text_however_long_the_reasoning_before_it_is():
+    call = '{"name": "f", "arguments": {"a": "b <s> c"}}'
+    assert answer_text(f"<think>{'a' * 2 * MAX_JSON}</think>{call}") == call
 
 
 TAGS = [
@@ -154,6 +207,7 @@ TAGS = [
     *(tag for pair in (PAIRS | MESSAGES).values() for tag in pair),
     *ENDS,
 ]
+TAGS += ['{"a":1,', '{"a":x', '{"":"a', '{"', '"",', '{"a":"<s>",', '{"a":"\\"', "{", "1,"]
 TAGS += ["<think></think>", "</think>a<think>", "`<think>`", "<|end|><|start|>assistant"]
 
 
@@ -162,11 +216,12 @@ TAGS += ["<think></think>", "</think>a<think>", "`<think>`", "<|end|><|start|>as
 def test_a_long_text_takes_less_than_10_ms(tag, length):
     brackets = tag.count("<") + tag.count("[")
     most = min(MAX_TAGS // brackets, length // len(tag)) if brackets else length // len(tag)
-    for count in (most, length // len(tag)):
+    longest = tag * (length // len(tag))
+    for text in (tag * most, longest, ('{"a":' + longest)[:length]):
         best = float("inf")
         for _ in range(7):  # the best of a few, in processor time: other work only ever adds
             start = time.thread_time()
-            answer_text(tag * count)
+            answer_text(text)
             best = min(best, time.thread_time() - start)
         assert best < 0.010
 

@@ -10,8 +10,8 @@ from r3lib.conditions import CONDITIONS
 from r3lib.config import load_profile
 from r3lib.episodes import read_episodes
 from r3lib.evaluate import accuracy_table, by_part, comparisons_table
+from r3lib.files import sha256
 from r3lib.report import percent
-from r3lib.store import sha256
 from r3lib.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from r3lib.conditions import CONDITIONS
 from r3lib.config import load_profile
 from r3lib.episodes import Episode
 from r3lib.evaluate import ACCURACY, COMPARISONS
-from r3lib.store import sha256
+from r3lib.files import sha256
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,12 @@ from conftest import CoinTask, ScriptedEngine, small_config, small_lora
 
 import r3lib.study
 from r3lib.chat import Chat
-from r3lib.sampler import FAILURE, MinedFailures, RolloutSampler, mine_failures
-from r3lib.study import Study
+from r3lib.errors import R3Error
+from r3lib.evaluate import accuracy_table
+from r3lib.mining import FAILURE, MinedFailures, failures_table
+from r3lib.sampler import RolloutSampler, mine_failures
+from r3lib.study import Study, open_studies
+from r3lib.tasks import load_task
 from r3lib.trainer import R3Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +34,7 @@ def loaded(*modules):
 @pytest.mark.parametrize(
     "modules, absent",
     [
-        (["r3lib.study", "r3lib.store"], MODELS | {"matplotlib"}),
+        (["r3lib.study", "r3lib.artifacts"], MODELS | {"matplotlib"}),
         (["r3lib.study", "r3lib.evaluate", "r3lib.failures", "r3lib.figures"], MODELS),
         (["r3lib.pipeline", "r3lib.report"], MODELS | {"matplotlib"}),
     ],
@@ -56,16 +60,96 @@ def test_shares_of_a_stage_are_joined_to_what_one_process_makes(tmp_path, monkey
     assert len(made) > 5
 
 
-def test_a_share_says_when_it_is_empty_made_already_or_missing(tmp_path, monkeypatch, capsys):
+def test_what_shares_lack_is_sampled_and_what_is_made_is_not_shared_out_again(tmp_path, monkeypatch, capsys):
     study, again = (Study("smoke", "countdown", tmp_path, train_problems=24, shard_size=8) for _ in range(2))
-    study.mine((3, 4))
-    assert capsys.readouterr().out == "share 3/4 is empty: 24 problems make 3 shards (shard_size=8)\n"
     study.mine((0, 2))
-    capsys.readouterr()
     path = study.mine()
-    assert "1 of 3 shards are missing: sampling them here" in capsys.readouterr().out
+    assert pd.read_parquet(path).problem_id.nunique() > 5
+    capsys.readouterr()
     monkeypatch.setattr(r3lib.study, "mine_failures", None)
-    assert again.mine((0, 2)) == path and capsys.readouterr().out == "cached  countdown.parquet\n"
+    again.mine((0, 2))
+    assert again.mine() == path and capsys.readouterr().out == "cached  countdown.parquet\n"
+
+
+OWN = """
+from r3lib import Task, Verdict
+from r3lib.tasks import CountdownTask
+
+class Even(CountdownTask):
+    name = "even"
+    reasons = ("odd",)
+    def __init__(self, limit: int = 20):
+        super().__init__(count=3, largest=limit)
+    def verify(self, text, problem):
+        return Verdict(len(text) % 2 == 0, "ok" if len(text) % 2 == 0 else "odd")
+"""
+
+
+def test_a_task_of_ones_own_goes_all_the_way(tmp_path, monkeypatch, capsys):
+    """By its file, as the command line and notebooks name it, and as an object."""
+    (tmp_path / "mine.py").write_text(OWN)
+    place = f"{tmp_path / 'mine.py'}:Even"
+    settings = dict(test_problems=24, train_problems=24, task_options={"even": {"limit": 19}})
+    study = Study("smoke", place, tmp_path, **settings)
+    assert study.task.largest == 19
+    episodes = study.episodes()
+    assert set(episodes.task) == {"even"} and set(episodes.policy) == {"vanilla", "r3"}
+    assert len(study.metrics()) == 2 and set(accuracy_table(episodes).train_task) == {"", "even"}
+    capsys.readouterr()
+    assert Study("smoke", study.task, tmp_path, **settings).baseline() == study.baseline()
+    assert capsys.readouterr().out == "cached  even-vanilla-0.parquet\n"
+    (tmp_path / "mine.py").write_text(OWN.replace("% 2 == 0", "% 3 == 0"))
+    Study("smoke", place, tmp_path, **settings).mine()
+    assert "task's class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        ("countdwn", "did you mean 'countdown'"),
+        ("no/such.py:Task", "no task at"),
+        ("no.such.module:Task", "no task at"),
+        ("r3lib.errors:R3Error", "is no task: let the class inherit"),
+    ],
+)
+def test_a_task_that_is_nowhere_is_one_line(place, words):
+    with pytest.raises(R3Error, match=words) as error:
+        load_task(place)
+    assert "\n" not in str(error.value)
+
+
+def test_a_trainer_of_ones_own_is_taken_only_with_the_profiles_settings(tmp_path, monkeypatch):
+    study = Study("smoke", "countdown", tmp_path, train_problems=32, failures_per_step=2, num_generations=4,
+                  per_device_train_batch_size=8, max_steps=1)  # fmt: skip
+    trainer = study.trainer(0)
+    trainer.args.learning_rate = 0.5
+    with pytest.raises(R3Error, match="learning_rate is 0.5, not 0.002: change them in overrides"):
+        study.train(0, trainer)
+    trainer.args.learning_rate = 0.002
+    with pytest.raises(R3Error, match="training_folder"):
+        study.train(1, trainer)
+    assert (study.train(0, trainer) / "adapter_model.safetensors").exists()
+
+
+def test_overrides_are_a_mapping_or_its_text(tmp_path):
+    for overrides in ({"seeds": 2}, '{"seeds": 2}', "{seeds: 2}"):
+        [study] = open_studies("smoke", "countdown", tmp_path, overrides)
+        assert study.profile.seeds == 2
+    for wrong in ("{seeds: ", "seeds", "[1]"):
+        with pytest.raises(R3Error, match="is no mapping"):
+            open_studies("smoke", "countdown", tmp_path, wrong)
+
+
+def test_a_setting_of_the_block_makes_the_adapter_anew_but_not_what_comes_before_it(tmp_path):
+    plain = Study("smoke", "countdown", tmp_path)
+    for setting in ({"beta": 0.1}, {"training.optim": "sgd"}, {"r": 8}):
+        other = Study("smoke", "countdown", tmp_path, **setting)
+        assert other._training(0) != plain._training(0)
+        assert other._config("test_problems") == plain._config("test_problems")
+    free = Study("smoke", "countdown", tmp_path, report_to="tensorboard", save_steps=7)
+    assert free._training(0) == plain._training(0)
+    longer = Study("smoke", "countdown", tmp_path, max_retry_length=65)
+    assert longer._config("test_problems") != plain._config("test_problems")
 
 
 def test_failures_hold_plain_numbers_that_an_engine_in_another_process_can_be_sent(tmp_path, monkeypatch):
@@ -82,8 +166,7 @@ def mined(study, path, count=12):
     """Failures at random attempts, and the same as `study` reads them from a table at `path`."""
     runner = RolloutSampler(ScriptedEngine(study.tokenizer), Chat(study.tokenizer), study.task)
     found = mine_failures(runner, study.problems("train", study.profile.train_problems)[:count], k=3)
-    rows = [[f.problem.id, f.attempt, f.reason, f.count, f.attempt_ids] for f in found]
-    pd.DataFrame(rows, columns=FAILURE).to_parquet(path)
+    failures_table(found).to_parquet(path)
     return found, MinedFailures(path, study.problems("train", study.profile.train_problems), runner.chat, study.task)
 
 

@@ -390,21 +390,6 @@ def solved(draw):
     return nodes[0][0], nums, nodes[0][1]
 
 
-def pad(expression, seed):
-    """The same expression with random white space and redundant parentheses, around numbers and the whole."""
-    rng, out, digits = random.Random(seed), [], ""
-    for char in expression + " ":
-        if char.isdigit():
-            digits += char
-            continue
-        if digits:
-            depth = rng.randint(0, 2)
-            out.append("(" * depth + digits + ")" * depth)
-            digits = ""
-        out.append(rng.choice(["", " ", "\n", "\t ", "\u00a0"]) + char + rng.choice(["", " ", "\r\n"]))
-    return "( " + "".join(out) + ")"
-
-
 @settings(deadline=None)
 @given(solved())
 @example(("(3-(8/3))", [8, 3, 3], Fraction(1, 3)))
@@ -418,14 +403,6 @@ def test_an_expression_over_the_given_numbers_is_ok_exactly_at_its_value(problem
 
 
 @settings(deadline=None)
-@given(solved(), st.integers(0, 9999))
-def test_white_space_and_redundant_parentheses_do_not_matter(problem, seed):
-    expression, nums, result = problem
-    assert reason(pad(expression, seed), nums, result) == "ok"
-    assert reason(pad(expression, seed), nums, result + 1) == "missed_target"
-
-
-@settings(deadline=None)
 @given(solved(), st.integers(-3, 3), st.randoms(use_true_random=False))
 def test_the_order_of_the_given_numbers_does_not_matter(problem, off, rng):
     expression, nums, result = problem
@@ -433,39 +410,9 @@ def test_the_order_of_the_given_numbers_does_not_matter(problem, off, rng):
     assert reason(expression, shuffled, result + off) == reason(expression, nums, result + off)
 
 
-# The cases of the benchmark, where the truth is known without reading the text.
-
-
-def right_reasons(case):
-    return {case.reason} if case.reason else REASONS
-
-
-@settings(deadline=None, max_examples=400)
-@given(st.randoms(use_true_random=False))
-def test_a_tree_in_any_notation_and_place_is_judged_as_computed(rng):
-    case = FUZZ.right(rng)
-    assert verify(case.text, case.nums, case.target).reason == case.reason
-
-
-@pytest.mark.parametrize("kind", ["false_result", "spoilt", "misplaced"])
-@settings(deadline=None, max_examples=200)
-@given(rng=st.randoms(use_true_random=False))
-def test_a_fault_has_its_reason_in_any_notation_and_place(kind, rng):
-    case = getattr(FUZZ, kind)(rng)
-    assert verify(case.text, case.nums, case.target).reason == case.reason
-
-
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
-@settings(deadline=None, max_examples=300)
-@given(st.randoms(use_true_random=False))
-def test_it_reads_what_python_reads(rng):
-    case = FUZZ.soup(rng)
-    assert verify(case.text, case.nums, case.target).reason in right_reasons(case)
-
-
-@pytest.mark.filterwarnings("ignore::SyntaxWarning")
-def test_a_thousand_cases_of_the_benchmark():
-    cases = [FUZZ.draw_case(random.Random(f"tests/{index}")) for index in range(1000)]
+def test_two_thousand_cases_of_the_benchmark_whose_truth_is_known_without_reading_the_text():
+    cases = [FUZZ.draw_case(random.Random(f"tests/{index}")) for index in range(2000)]
     verdicts = [(case, verify(case.text, case.nums, case.target).reason) for case in cases]
     assert [(case, reason) for case, reason in verdicts if not FUZZ.agrees(case, reason)] == []
     assert {reason for _, reason in verdicts} == REASONS

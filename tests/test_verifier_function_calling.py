@@ -5,7 +5,6 @@ import json
 import os
 import random
 import runpy
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,17 +17,9 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from r3lib.errors import R3Error
-from r3lib.verifiers.function_calling import (
-    MAX_BLOCKS,
-    MAX_DEPTH,
-    MAX_LENGTH,
-    REASONS,
-    RULES,
-    Unread,
-    calls,
-    gold,
-    verify,
-)
+from r3lib.verifiers.calls_reader import MAX_BLOCKS, MAX_LENGTH, calls
+from r3lib.verifiers.function_calling import REASONS, RULES, gold, verify
+from r3lib.verifiers.json_calls import MAX_DEPTH, Unread
 
 MEGA = 1_000_000
 TOOLS = [  # xlam's form
@@ -727,33 +718,39 @@ ADVERSARIAL |= {
 }
 
 
+def timed(*judged):
+    """The verdict and its seconds: the best of a few, as other work on the machine only adds time."""
+    best = float("inf")
+    for _ in range(9):
+        start = time.process_time()
+        verdict = verify(*judged)
+        best = min(best, time.process_time() - start)
+        if best < 0.010:
+            break
+    return verdict, best
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ADVERSARIAL)
-def test_an_adversarial_text_is_rejected_within_10_ms(name):
-    text = ADVERSARIAL[name]
-    for rule in RULES:
-        best = float("inf")
-        for _ in range(9):  # the best of a few: other work on the machine only ever adds time
-            start = time.process_time()
-            verdict = verify(text, TOOLS, [PARIS], rule)
-            best = min(best, time.process_time() - start)
-            if best < 0.010:
-                break
-        assert not verdict.ok and best < 0.010
+def test_an_adversarial_text_is_rejected_within_10_ms(name, rule):
+    verdict, seconds = timed(ADVERSARIAL[name], TOOLS, [PARIS], rule)
+    assert not verdict.ok and seconds < 0.010
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "value", ["1," * 900, '"ab",' * 350, '"%s",' % ("é-" * 900), "[[1],[2]]," * 170, '{"a":[1]},' * 170]
 )
-def test_five_large_calls_are_paired_within_10_ms(value):
+def test_five_large_calls_are_paired_within_10_ms(value, rule):
     text = "[" + ",".join([LIST % value[:-1]] * 5) + "]"
-    for rule in RULES:
-        best = float("inf")
-        for _ in range(9):
-            start = time.process_time()
-            verdict = verify(text, TOOLS, [PARIS, PARIS, ROME, ROME, ROME], rule)
-            best = min(best, time.process_time() - start)
-        assert verdict.reason == "wrong_type" and len(text) < MAX_LENGTH
-        assert best < 0.010
+    verdict, seconds = timed(text, TOOLS, [PARIS, PARIS, ROME, ROME, ROME], rule)
+    assert verdict.reason == "wrong_type" and len(text) < MAX_LENGTH and seconds < 0.010
+
+
+@pytest.mark.parametrize("unit", ['```json\n[{"a": 1, ', '```json\n{"x": [\n', "/```json[["])
+def test_data_that_never_ends_is_read_in_10_ms(unit):
+    text = (unit * 9900)[:9900]
+    assert timed(text, [{"name": "f", "parameters": {}}], [{"name": "f", "arguments": {}}])[1] < 0.010
 
 
 # ---------------------------------------------------------------- properties
@@ -820,51 +817,6 @@ def test_gold_of_bfcl_is_ok_under_both_rules(problem):
         assert reason(dumped(gold(possible)), possible, rule, tools) == "ok"
 
 
-def perturb(made, kind, rng):
-    """`made` with one thing changed so that `kind` is the reason; None where it cannot be."""
-    made = copy.deepcopy(made)
-    call = rng.choice(made)
-    arguments = call["arguments"]
-    arg = rng.choice(sorted(arguments)) if arguments else None
-    if kind == "wrong_function":
-        call["name"] += "_2"
-    elif kind == "wrong_call_count":
-        made.append(call) if len(made) == 1 or rng.random() < 0.5 else made.remove(call)
-    elif kind == "unexpected_argument":
-        arguments["zzz"] = rng.choice([1, "x", None, []])
-    elif arg is None or (kind == "wrong_value" and arguments[arg] == []):
-        return None
-    elif kind == "missing_argument":
-        del arguments[arg]
-    elif kind == "wrong_type":
-        arguments[arg] = 7 if isinstance(arguments[arg], str) else json.dumps(arguments[arg])
-    else:
-        arguments[arg] = another(arguments[arg])
-    return made
-
-
-def another(value):
-    """Another value of the same type, told apart even without case and punctuation."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, dict):
-        return value | {"zzz": 1}
-    if isinstance(value, list):
-        return value[:-1]
-    return value + "x" if isinstance(value, str) else -2 * value - 1
-
-
-@settings(deadline=None, max_examples=200)
-@given(problems(), st.randoms(use_true_random=False), st.sampled_from(REASONS[3:]), st.sampled_from(RULES))
-def test_a_perturbed_gold_scores_its_own_reason(problem, rng, kind, rule):
-    tools, made = problem
-    spoiled = perturb(made, kind, rng)
-    if spoiled is not None:
-        for name, text in rng.sample(written(spoiled), 8):
-            if SYNTAXES[name].typed:
-                assert reason(text, made, rule, tools) == kind, name
-
-
 @settings(deadline=None)
 @given(problems(), st.integers(1, 10**6))
 def test_gold_cut_short_or_unbalanced_is_invalid_json(problem, at):
@@ -908,11 +860,11 @@ def test_any_text_gets_a_verdict(text, rule):
         assert verdict not in ("no_call", "invalid_json") and calls(dumped(made)) == made
 
 
-def test_the_fuzzer_finds_no_disagreement_in_1000_texts():
-    command = [sys.executable, "fuzz_calls.py", "--n", "1000", "--seed", "3"]
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(command, cwd=BENCHMARKS, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "disagreements: 0" in done.stdout, done.stdout + done.stderr
+def test_the_fuzzer_finds_no_disagreement_in_1000_texts(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", ["fuzz_calls.py", "--n", "1000", "--seed", "3"])
+    main = runpy.run_path(str(BENCHMARKS / "fuzz_calls.py"))["main"]
+    assert main() == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["def f(a=1): pass", "```python\ndef f(a=1):\n    return a\n```"])
@@ -927,14 +879,3 @@ def test_the_form_of_a_call_as_prompts_give_it_does_no_harm():
     tools = [{"name": "f", "parameters": {"a": {"type": "int"}}}]
     assert verify(f"The format {form} is used.\n{json.dumps(right)}", tools, [right]).ok
     assert verify(f"The format {form} is used.", tools, [right]).reason == "no_call"
-
-
-@pytest.mark.parametrize("unit", ['```json\n[{"a": 1, ', '```json\n{"x": [\n', "/```json[["])
-def test_data_that_never_ends_is_read_in_10_ms(unit):
-    text = (unit * 9900)[:9900]
-    times = []
-    for _ in range(5):
-        started = time.process_time()
-        verify(text, [{"name": "f", "parameters": {}}], [{"name": "f", "arguments": {}}])
-        times.append(time.process_time() - started)
-    assert min(times) < 0.01

@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator
 from random import Random
 
+from corpus_turns import BLIND, DIRECT, FOREIGN, turns, write_reflection
+
 from r3lib.errors import R3Error
 from r3lib.tasks.countdown import CountdownProblem, CountdownTask, split_of
-from r3lib.tasks.styles import COUNTDOWN_VAGUE, COUNTDOWN_VERBOSE
+from r3lib.tasks.styles import SENTENCES
 
-DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
 STYLES = {"vague": 0.23, "verbose": 0.20, "diagnosis": 0.20, "hint": 0.12, "search": 0.25}
-FOREIGN = 0.06  # share of reflections that were written for another problem
 FOUND = 0.40  # chance that the next try of a search is a right one
 GIVE_UP = 0.04  # chance that a search stops after a wrong try
 MOST_TRIES = 8  # of one search
@@ -28,25 +28,20 @@ def conversation(task: CountdownTask, random: Random) -> list[tuple[str, str, bo
     R3Error: `task` has problems of other than three numbers, which the corpus does not know.
     """
     problem = draw(task, random)
-    user = task.messages(problem)[0]["content"]
     right = random.choice(solutions(problem.nums, problem.target))[1]
     kind = random.random()
     if kind < DIRECT:
-        return [("user", user, False), ("assistant", tagged(right), True)]
+        return turns(task, problem, tagged(right))
     attempt = wrong_attempt(problem, random)
-    turns = [("user", user, False), ("assistant", tagged(attempt), False)]
     if kind < DIRECT + BLIND:
-        again = task.second_turn(task.blind_retry_prompt, problem)
-        return turns + [("user", again, False), ("assistant", tagged(right), True)]
+        return turns(task, problem, tagged(right), tagged(attempt))
     text, own = reflection(problem, attempt, random), True
     if random.random() < FOREIGN:
         other = draw(task, random)
         text, own = reflection(other, wrong_attempt(other, random), random), False
     else:
         right = _announced(text, problem) or right
-    turns += [("user", task.reflection_prompt, False), ("assistant", text, own)]
-    again = task.second_turn(task.retry_prompt, problem)
-    return turns + [("user", again, False), ("assistant", tagged(right), True)]
+    return turns(task, problem, tagged(right), tagged(attempt), text, own)
 
 
 def draw(task: CountdownTask, random: Random) -> CountdownProblem:
@@ -129,23 +124,16 @@ def _random_equation(nums, random: Random) -> tuple[str, int]:
 
 def reflection(problem, attempt: str, random: Random, name: str | None = None) -> str:
     """A reflection on `attempt` in the style `name`, by default drawn with the shares in STYLES."""
-    name = name or random.choices(list(STYLES), STYLES.values())[0]
-    writers = {
-        "vague": _vague,
-        "verbose": _verbose,
-        "diagnosis": _diagnosis,
-        "hint": _hint,
-        "search": _search,
-    }
-    return writers[name](problem, attempt, random)
+    writers = dict(vague=_vague, verbose=_verbose, diagnosis=_diagnosis, hint=_hint, search=_search)
+    return write_reflection(writers, STYLES, problem, attempt, random, name)
 
 
 def _vague(problem, attempt, random) -> str:
-    return random.choice(COUNTDOWN_VAGUE)
+    return random.choice(SENTENCES["countdown"]["vague"])
 
 
 def _verbose(problem, attempt, random) -> str:
-    lines = [random.choice(COUNTDOWN_VERBOSE) for _ in range(random.randint(3, 5))]
+    lines = [random.choice(SENTENCES["countdown"]["verbose"]) for _ in range(random.randint(3, 5))]
     return " ".join(lines).format(target=problem.target, nums=_listed(problem.nums))
 
 

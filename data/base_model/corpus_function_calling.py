@@ -7,15 +7,15 @@ them, so nothing in training says which style of reflection helps.
 import json
 from random import Random
 
+from corpus_turns import BLIND, DIRECT, FOREIGN, turns, write_reflection
+
 from r3lib.tasks import FunctionCallingTask
 from r3lib.tasks import function_calling_tools as tools
 from r3lib.tasks.function_calling_tools import Case
-from r3lib.tasks.function_calling_values import KINDS, clock
-from r3lib.tasks.styles import CALLING_VAGUE, CALLING_VERBOSE
+from r3lib.tasks.function_calling_values import clock, draw_value
+from r3lib.tasks.styles import SENTENCES
 
-DIRECT, BLIND = 0.30, 0.08  # shares of conversations; the rest reflect
 STYLES = {"vague": 0.25, "verbose": 0.22, "diagnosis": 0.22, "hint": 0.09, "worked": 0.22}
-FOREIGN = 0.06  # share of reflections that were written for another problem
 INVENTED = 0.35  # chance that a tool is renamed
 HARD = 0.5  # chance that the amount of an exercise takes several steps
 MISTAKES = {"value": 55, "tool": 25, "missing": 6, "type": 4, "count": 6, "form": 4}  # and weights
@@ -31,23 +31,18 @@ def conversation(task: FunctionCallingTask, random: Random) -> list[tuple[str, s
     Problems are generated ones, whatever the task's `source` is.
     """
     case = draw(task, random)
-    user = task.messages(case.problem)[0]["content"]
     right = json.dumps(case.problem.answers)
     kind = random.random()
     if kind < DIRECT:
-        return [("user", user, False), ("assistant", right, True)]
+        return turns(task, case.problem, right)
     attempt = wrong_attempt(case, random)
     said = attempt if isinstance(attempt, str) else json.dumps(attempt)
-    turns = [("user", user, False), ("assistant", said, False)]
     if kind < DIRECT + BLIND:
-        again = task.second_turn(task.blind_retry_prompt, case.problem)
-        return turns + [("user", again, False), ("assistant", right, True)]
+        return turns(task, case.problem, right, said)
     own = random.random() >= FOREIGN
     other = case if own else draw(task, random)
     text = reflection(other, attempt if own else wrong_attempt(other, random), random)
-    turns += [("user", task.reflection_prompt, False), ("assistant", text, own)]
-    again = task.second_turn(task.retry_prompt, case.problem)
-    return turns + [("user", again, False), ("assistant", right, True)]
+    return turns(task, case.problem, right, said, text, own)
 
 
 def exercise(random: Random) -> list[tuple[str, str, bool]]:
@@ -57,7 +52,7 @@ def exercise(random: Random) -> list[tuple[str, str, bool]]:
     """
     name = random.choice(COMPUTED)
     while True:
-        value = KINDS[name](random, HARD, name)
+        value = draw_value(random, name, HARD)
         if value.steps:
             break
     asked = f"Work out {name}: {value.words}."
@@ -130,23 +125,17 @@ def _off(value, random: Random):
 
 def reflection(case: Case, attempt, random: Random, name: str | None = None) -> str:
     """A reflection on `attempt` in the style `name`, by default drawn with the shares in STYLES."""
-    name = name or random.choices(list(STYLES), STYLES.values())[0]
-    writers = {
-        "vague": _vague,
-        "verbose": _verbose,
-        "diagnosis": _diagnosis,
-        "hint": _hint,
-        "worked": _worked,
-    }
-    return writers[name](case, attempt, random)
+    writers = dict(vague=_vague, verbose=_verbose, diagnosis=_diagnosis, hint=_hint, worked=_worked)
+    return write_reflection(writers, STYLES, case, attempt, random, name)
 
 
 def _vague(case, attempt, random) -> str:
-    return random.choice(CALLING_VAGUE)
+    return random.choice(SENTENCES["function_calling"]["vague"])
 
 
 def _verbose(case, attempt, random) -> str:
-    lines = [random.choice(CALLING_VERBOSE) for _ in range(random.randint(3, 5))]
+    sentences = SENTENCES["function_calling"]["verbose"]
+    lines = [random.choice(sentences) for _ in range(random.randint(3, 5))]
     return " ".join(lines).format(query=case.problem.query)
 
 

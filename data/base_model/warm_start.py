@@ -85,9 +85,9 @@ def warm_start(
     if out.exists():
         raise R3Error(f"{out} is there already: delete it, or give another --out")
     work = out.with_name(f".{out.name}.tmp")
-    note = {"model": study.profile.model, "model_hash": study.model_hash, "task": study.task_name}
-    note["task_options"] = study.profile.task_options.get(study.task_name, {})
-    note |= {"lora_rank": study.profile.lora_rank, "lora_alpha": study.profile.lora_alpha}
+    note = {"model": study.profile.model, "model_hash": study.model_hash, "task": study.task.name}
+    note["task_options"] = study.profile.task_options.get(study.task.name, {})
+    note["lora"] = study.profile.lora
     note |= {"steps": steps, "learning_rate": learning_rate, "batch": batch, "seed": seed}
     claim(work, note)
     args = config(work / "state", steps, learning_rate, batch, seed, save_steps)

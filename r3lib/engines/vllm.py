@@ -14,7 +14,7 @@ import httpx
 
 from ..chat import Chat
 from ..errors import R3Error
-from ..store import folder_hash
+from ..files import folder_hash
 from .base import Completion, SamplingParams, check
 
 WHOLE = {  # sample from the whole distribution, whatever the model's generation_config.json says

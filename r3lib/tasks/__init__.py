@@ -1,7 +1,10 @@
-"""The tasks that ship with the package, by name."""
+"""The tasks that ship with the package, by name, and those of your own, by place."""
 
 import difflib
+import importlib.util
 import inspect
+import sys
+from pathlib import Path
 
 from ..errors import R3Error
 from .base import Task
@@ -11,22 +14,53 @@ from .function_calling import FunctionCallingProblem, FunctionCallingTask
 TASKS = {"countdown": CountdownTask, "function_calling": FunctionCallingTask}
 
 
-def load_task(name: str, **options) -> Task:
-    """Return the task called `name`, made with `options` (see the task's class)."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(TASKS)}"
-        raise R3Error(f"unknown task {name!r}: {hint}")
-    known = list(inspect.signature(TASKS[name]).parameters)
-    if unknown := [option for option in options if option not in known]:
-        near = difflib.get_close_matches(str(unknown[0]), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise R3Error(f"task {name!r}: no option {unknown[0]!r}: {hint}")
+def load_task(name: str, options: dict | None = None, **own) -> Task:
+    """The task called `name`, or the one of your own at "package.module:Class" or "file.py:Class".
+
+    It is made with the keywords in `own`, or with `options[task's name]` (a profile's `task_options`).
+    R3Error: no such task, or it does not take an option.
+    """
+    task = TASKS.get(name) or _class_at(name)
+    given = (options or {}).get(getattr(task, "name", name), {}) | own
+    known = list(inspect.signature(task).parameters)
+    for option in given:
+        if option not in known:
+            raise R3Error(f"task {name!r}: no option {option!r}: {_hint(option, known)}")
     try:
-        return TASKS[name](**options)
+        return task(**given)
     except (TypeError, ValueError) as error:
-        why = f"task {name!r}, options {options}: {error}"
+        why = f"task {name!r}, options {given}: {error}"
         raise R3Error(f"{why}: see its class for their types") from error
+
+
+def _class_at(place: str) -> type[Task]:
+    """The class at "package.module:Class" or "file.py:Class"."""
+    module, _, name = place.rpartition(":")
+    if not module:
+        raise R3Error(f"unknown task {place!r}: {_hint(place, TASKS)}, or your own as file.py:Class")
+    try:
+        found = getattr(_module(module), name)
+    except (ImportError, OSError, AttributeError) as error:
+        raise R3Error(f"no task at {place!r} ({error}): write file.py:Class or package.module:Class") from error
+    if not (inspect.isclass(found) and issubclass(found, Task)):
+        raise R3Error(f"{place!r} is no task: let the class inherit from r3lib.Task")
+    return found
+
+
+def _module(name: str):
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def _hint(word, known) -> str:
+    near = difflib.get_close_matches(str(word), known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 __all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingProblem", "FunctionCallingTask", "Task", "load_task"]

@@ -1,12 +1,10 @@
 """The Countdown task: reach a target from given numbers, each used exactly once."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, combinations_with_replacement
-from math import comb, gcd
+from math import gcd
 from pathlib import Path
 from random import Random
 
@@ -15,12 +13,16 @@ from ..verifiers import countdown as verifier
 from ..verifiers.verdict import Verdict
 from . import styles
 from .base import Task
+from .sources import (
+    GENERATED,
+    check_request,
+    draw_distinct,
+    load_table,
+    split_by_hash,
+    too_few,
+)
 
-# shares of the problems
-SPLITS = {"pretrain": 0.60, "train": 0.20, "validation": 0.05, "test": 0.15}
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
-BATCH = 1000  # rows of it that are read at once
-COUNTED = 5000  # most sets of numbers whose problems are counted (0.1 s for 1,540 of three)
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,8 @@ class CountdownProblem:
 
 
 def split_of(problem: CountdownProblem) -> str:
-    """Assign a canonical problem to a split by hash; the embedded model saw "pretrain" only."""
-    place = int.from_bytes(hashlib.sha256(problem.id.encode()).digest()[:4]) / 2**32
-    return next(split for split, end in zip(SPLITS, accumulate(SPLITS.values())) if place < end)
+    """Assign a problem to a split, whatever the order of its numbers."""
+    return split_by_hash(problem.id)
 
 
 class CountdownTask(Task):
@@ -61,7 +62,8 @@ class CountdownTask(Task):
     def __init__(self, source="generator", count=(3, 4), largest=99, largest_target=100):
         self.source = source
         self.count = (count,) if isinstance(count, int) else tuple(count)
-        self.largest, self.largest_target = largest, largest_target
+        self.largest = largest
+        self.largest_target = largest_target
         counts = bool(self.count) and min(self.count) >= 2 and max(self.count) <= 4
         if not counts or largest < 2 or largest_target < 1:
             raise R3Error(
@@ -90,41 +92,23 @@ class CountdownTask(Task):
 
     def files(self) -> list[Path]:
         """The local copy that `source` names, if it names one."""
-        return [path] if (path := Path(str(self.source))).exists() else []
+        path = Path(str(self.source))
+        return [path] if path.exists() else []
 
     def problems(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
         """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
-        if split not in SPLITS:
-            raise R3Error(f"unknown split {split!r}: use one of {', '.join(SPLITS)}")
-        if n < 1:
-            raise R3Error(f"n={n} asks for no problem: ask for at least 1")
-        made = self._generate if self.source == "generator" else self._read
-        return made(split, n, seed)
+        check_request(split, n, GENERATED)
+        if self.source == "generator":
+            return self._generate(split, n, seed)
+        return self._read(split, n, seed)
 
     def _generate(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
-        found: dict[str, CountdownProblem] = {}
-        there = self._count(split)
-        for index in range(200 * n + 2000 if there is None or there >= n else 0):
+        def drawn(index: int) -> CountdownProblem | None:
             problem = self.draw(Random(f"{seed}/{index}"))
-            if split_of(problem) == split:
-                found.setdefault(problem.id, problem)
-            if len(found) == n:
-                return list(found.values())
-        most = len(found) if there is None else there
-        raise R3Error(
-            f"countdown {split} holds only about {most} distinct problems with numbers up to "
-            f"{self.largest}, {n} were asked for: ask for fewer, or raise largest or largest_target"
-        )
+            return problem if split_of(problem) == split else None
 
-    def _count(self, split: str) -> int | None:
-        """The distinct problems of `split`, None where counting would take more than a moment."""
-        sets = sum(comb(self.largest + k - 1, k) for k in self.count)
-        if max(self.count) > 3 or sets > COUNTED:
-            return None
-        numbers, targets = range(1, self.largest + 1), range(1, self.largest_target + 1)
-        drawn = (nums for k in self.count for nums in combinations_with_replacement(numbers, k))
-        problems = (CountdownProblem(nums, t) for nums in drawn for t in reachable(nums))
-        return sum(p.target in targets and split_of(p) == split for p in problems)
+        what = f"countdown {split} with numbers up to {self.largest}"
+        return draw_distinct(drawn, n, what, ", or raise largest or largest_target")
 
     def draw(self, random: Random) -> CountdownProblem:
         """Draw one problem, of any split."""
@@ -135,13 +119,13 @@ class CountdownTask(Task):
                 return CountdownProblem(nums, random.choice(targets))
 
     def _read(self, split: str, n: int, seed: int) -> list[CountdownProblem]:
-        parts = {split}
-        if split == "train":  # no corpus was made from this source
-            parts.add("pretrain")
+        # no corpus was made from this source
+        parts = {"train", "pretrain"} if split == "train" else {split}
         found: dict[str, CountdownProblem] = {}
         skipped = []
         for row, nums, target in read_rows(self.source, seed):
-            problem = _whole(nums, target)
+            are_whole = bool(nums) and all(isinstance(number, int) for number in (*nums, target))
+            problem = CountdownProblem(tuple(nums), target) if are_whole else None
             if problem and (problem.id in found or split_of(problem) not in parts):
                 continue
             # slow, so only of rows that are taken
@@ -155,43 +139,22 @@ class CountdownTask(Task):
             said = "%s: skipped %d rows with no solvable problem of whole numbers, e.g. %s"
             logging.getLogger(__name__).warning(said, self.source, len(skipped), skipped[0])
         if len(found) < n:
-            there = f"{self.source} has {len(found)} {split} problems"
-            raise R3Error(f"{there}, {n} were asked for: ask for fewer")
+            raise too_few(f"{self.source} has {len(found)} {split} problems", n)
         return list(found.values())
 
 
 def read_rows(source: str, seed: int) -> Iterator[tuple[int, list[int], int]]:
     """The data set's rows (number, `nums`, `target`), of the hub or a path, in a seeded order."""
-    from datasets import load_dataset
-
-    path = Path(source)
-    try:
-        if path.is_file():
-            data = load_dataset(str(path.parent), data_files=path.name, split="train")
-        else:
-            data = load_dataset(HUB_DATASET if source == "hub" else source, split="train")
-    except Exception as error:
-        raise R3Error(
-            f"cannot read Countdown problems from {source!r} ({type(error).__name__}): "
-            'check the path or the network, or use source="generator"'
-        ) from error
+    fix = 'check the path or the network, or use source="generator"'
+    data = load_table(source, HUB_DATASET, "Countdown problems", fix)
     if not {"nums", "target"} <= set(data.column_names):
         raise R3Error(
             f"{source!r} has columns {data.column_names}: Countdown needs `nums` (list of int) and "
             "`target` (int)"
         )
-    data = data.select_columns(["nums", "target"])
     order = Random(f"{seed}").sample(range(len(data)), len(data))
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        some = data[rows]
-        yield from zip(rows, some["nums"], some["target"])
-
-
-def _whole(nums, target) -> CountdownProblem | None:
-    """The problem of a row of whole numbers; None of any other."""
-    whole = isinstance(target, int) and bool(nums) and all(isinstance(x, int) for x in nums)
-    return CountdownProblem(tuple(nums), target) if whole else None
+    for number, row in zip(order, data.select(order)):
+        yield number, row["nums"], row["target"]
 
 
 # room for all 1,540 of three numbers up to 20; one of four numbers takes some 20 kB
@@ -204,8 +167,11 @@ def reachable(nums: tuple[int, ...]) -> tuple[int, ...]:
 @lru_cache(maxsize=8192)
 def _reduced(nums: tuple[int, ...]) -> frozenset[tuple[int, int]]:
     """The values of `nums` as (numerator, denominator), each value once."""
-    divisors = ((n, d, gcd(n, d) if d > 0 else -gcd(n, d)) for n, d in _fractions(nums))
-    return frozenset((n // g, d // g) for n, d, g in divisors)
+    reduced = set()
+    for n, d in _fractions(nums):
+        divisor = gcd(n, d) if d > 0 else -gcd(n, d)
+        reduced.add((n // divisor, d // divisor))
+    return frozenset(reduced)
 
 
 def _fractions(nums: tuple[int, ...]) -> set[tuple[int, int]]:

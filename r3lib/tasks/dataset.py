@@ -1,4 +1,4 @@
-"""A task made of what a TRL user has: a data set with a `prompt` column, and a function that verifies."""
+"""A task made of what a TRL user has: a data set with a `prompt` column, and a verifier."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,18 +23,20 @@ class Row:
 
 
 class DatasetTask(Task):
-    """Problems are the rows of `dataset`, judged by `verifier(text, row) -> bool | float | Verdict`.
+    """The rows of `dataset`, judged by `verifier(text, row) -> bool | float | Verdict`.
 
-    `dataset` is a `datasets.Dataset` or a list of mappings. Its column `prompt` holds a conversation
-    (messages with "role" and "content", the last one of the user) or one question as text; `id`, if
-    there, a name that is unique; the other columns are the verifier's. A float is a graded reward
-    from 0 to 1, of which only 1 is a success: anything below is a failure that is mined and retried.
+    `dataset` is a `datasets.Dataset` or a list of mappings. Its column `prompt` holds a
+    conversation (messages with "role" and "content", the last one of the user) or one question as
+    text; `id`, if there, a name that is unique; the other columns are the verifier's. A float is a
+    graded reward from 0 to 1, of which only 1 is a success: anything below is a failure that is
+    mined and retried.
     """
 
     name = "dataset"
 
     def __init__(self, dataset: Sequence, verifier: Callable, reflection_prompt=REFLECTION_PROMPT):
-        self._rows, self.verifier = dataset, verifier
+        self._rows = dataset
+        self.verifier = verifier
         self.reflection_prompt = reflection_prompt
         if not callable(verifier):
             raise R3Error(f"verifier={verifier!r} is no function: give verifier(text, row)")
@@ -68,7 +70,7 @@ class DatasetTask(Task):
 
 
 def as_verdict(value) -> Verdict:
-    """Return a verifier's bool, float (0 to 1) or Verdict as a Verdict; raises TypeError or ValueError."""
+    """Return a bool, float (0 to 1) or Verdict as a Verdict; raises TypeError or ValueError."""
     if isinstance(value, Verdict):
         return value
     if value is True or value is False or type(value).__name__ == "bool":  # NumPy has its own

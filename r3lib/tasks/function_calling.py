@@ -11,7 +11,8 @@ from . import function_calling_records as records
 from . import styles
 from .base import Task
 from .function_calling_records import FunctionCallingProblem
-from .function_calling_tools import PARTS, SPLITS, draw
+from .function_calling_tools import PARTS, draw
+from .sources import GENERATED, check_request, draw_distinct, too_few
 
 HARD = 0.5  # chance that an amount takes several steps
 # the paper's Table 4
@@ -43,8 +44,10 @@ class FunctionCallingTask(Task):
             raise R3Error(f"unknown rule {rule!r}: use {' or '.join(verifier.RULES)}")
         if not (isinstance(hard, (int, float)) and 0 <= hard <= 1):
             raise R3Error(f"function_calling option hard={hard!r}: it is a chance, from 0 to 1")
-        self.source, self.rule = str(source), rule
-        self.parts, self.hard = _checked_shares(dict(parts)), hard
+        self.source = str(source)
+        self.rule = rule
+        self.parts = _checked_shares(dict(parts))
+        self.hard = hard
 
     def messages(self, problem: FunctionCallingProblem) -> list[dict]:
         """The plain form, for models whose chat template has no place for tools."""
@@ -69,9 +72,9 @@ class FunctionCallingTask(Task):
 
     def verify(self, text: str, problem: FunctionCallingProblem) -> Verdict:
         """See `r3lib.verifiers.function_calling.verify`."""
-        answers = (
-            problem.possible if self.rule == "lenient" and problem.possible else problem.answers
-        )
+        answers = problem.answers
+        if self.rule == "lenient" and problem.possible:
+            answers = problem.possible
         return verifier.verify(text, list(problem.tools), list(answers), self.rule)
 
     def style(self, reflection: str) -> str:
@@ -86,36 +89,29 @@ class FunctionCallingTask(Task):
         """BFCL's files, or the local copy that `source` names."""
         if records.is_bfcl(self.source):
             return [path for pair in records.bfcl_files(self.source) for path in pair]
-        return [path] if (path := Path(self.source)).exists() else []
+        path = Path(self.source)
+        return [path] if path.exists() else []
 
     def problems(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
         """Return `n` distinct problems; raises R3Error when the source has fewer in that split."""
-        known = SPLITS if self.source == "generator" else records.SPLITS
-        if split not in known:
-            raise R3Error(f"unknown split {split!r}: use one of {', '.join(known)}")
-        if n < 1:
-            raise R3Error(f"n={n} asks for no problem: ask for at least 1")
-        made = self._generate if self.source == "generator" else self._read
-        return made(split, n, seed)
+        is_generated = self.source == "generator"
+        check_request(split, n, GENERATED if is_generated else records.SPLITS)
+        return self._generate(split, n, seed) if is_generated else self._read(split, n, seed)
 
     def _generate(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
         shares = self.parts if split == "test" else {"combinations": 1.0}
-        found: dict[str, FunctionCallingProblem] = {}
-        for index in range(3 * n + 1000):
+
+        def drawn(index: int) -> FunctionCallingProblem:
             random = Random(f"{seed}/{index}")
             part = random.choices(list(shares), shares.values())[0]
-            problem = draw(random, split, part, self.hard).problem
-            found.setdefault(problem.id, problem)
-            if len(found) == n:
-                return list(found.values())
-        there = f"function_calling {split} holds only about {len(found)} distinct problems"
-        raise R3Error(f"{there}, {n} were asked for: ask for fewer")
+            return draw(random, split, part, self.hard).problem
+
+        return draw_distinct(drawn, n, f"function_calling {split}")
 
     def _read(self, split: str, n: int, seed: int) -> list[FunctionCallingProblem]:
         rows = [p for p in records.read(self.source)[0] if records.split_of(p) == split]
         if len(rows) < n:
-            there = f"{self.source} has {len(rows)} {split} problems"
-            raise R3Error(f"{there}, {n} were asked for: ask for fewer")
+            raise too_few(f"{self.source} has {len(rows)} {split} problems", n)
         return Random(f"{seed}").sample(rows, len(rows))[:n]
 
 

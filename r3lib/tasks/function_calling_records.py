@@ -1,11 +1,10 @@
-"""Function-calling problems in one form, read from the paper's data set (APIGen, "xlam") or from BFCL.
+"""Function-calling problems in one form, read from the paper's data set (APIGen, "xlam") or BFCL.
 
-The form is xlam's: a tool is {"name", "description", "parameters": {argument: {"type", "description", ...}}}, a
-call {"name", "arguments"}. An argument is optional if it has a default or its type says so
-("int, optional", "Optional[int]").
+The form is xlam's: a tool is {"name", "description", "parameters": {argument: {"type",
+"description", ...}}}, a call {"name", "arguments"}. An argument is optional if it has a default or
+its type says so ("int, optional", "Optional[int]").
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 
 from ..errors import R3Error
@@ -27,25 +25,35 @@ from ..verifiers.schemas import (
     read_type,
     unknown_word,
 )
+from .sources import load_table, split_by_hash
 
 HUB_DATASET = "Salesforce/xlam-function-calling-60k"
-GATED_MEND = f"accept the terms at https://huggingface.co/datasets/{HUB_DATASET}, then run `hf auth login`"
+HUB_FIX = (
+    f"accept the terms at https://huggingface.co/datasets/{HUB_DATASET}, then run `hf auth login`"
+)
+PATH_FIX = "check the path: a folder or a .json, .jsonl or .parquet file"
 BFCL_INSTALL = "pip install --no-deps bfcl-eval==2026.3.23"
-BFCL = ("simple_python", "multiple", "parallel", "parallel_multiple")  # categories of Python functions
+# categories of Python functions
+BFCL = ("simple_python", "multiple", "parallel", "parallel_multiple")
 BFCL += ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
-SPLITS = {"train": 0.76, "validation": 0.04, "test": 0.20}  # 80/20 as in the paper; validation is 5% of the 80
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-NUMBERS += " seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million"
-MASKED = re.compile(r'"[^"]*"|(?<!\w)\'[^\']*\'(?!\w)|\b(?:' + NUMBERS.replace(" ", "|") + r")\b|\d+(?:[.,:/-]\d+)*")
+# 80/20 as in the paper; validation is 5% of the 80
+SPLITS = {"train": 0.76, "validation": 0.04, "test": 0.20}
+NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
+hundred thousand million""".split()
+MASKED = re.compile(
+    rf""""[^"]*"|(?<!\w)'[^']*'(?!\w)|\b(?:{"|".join(NUMBERS)})\b|\d+(?:[.,:/-]\d+)*"""
+)
 QUOTED = re.compile(r"""\s*(["'])([^"]*)\1\s*""")
 QUOTES = str.maketrans("“”‘’", "\"\"''")
 
 
 @dataclass(frozen=True)
 class FunctionCallingProblem:
-    """A query, the candidate tools and the right calls, in xlam's form; `id` is unique in its source and hashed.
+    """A query, the candidate tools and the right calls, in xlam's form; `id` is unique and hashed.
 
-    `possible` holds BFCL's accepted values for the lenient rule; `kind` is the category that results are split by.
+    `possible` holds BFCL's accepted values for the lenient rule; `kind` is the category that
+    results are split by.
     """
 
     id: str
@@ -60,77 +68,88 @@ Records = tuple[list[FunctionCallingProblem], list[tuple[str, str]]]  # and the 
 
 
 def skeleton(query: str) -> str:
-    """What near-duplicates share: lower case, numbers and quoted strings masked, punctuation and spaces folded."""
+    """What near-duplicates share: lower case, numbers and quotations masked, only words left."""
     query = query.translate(QUOTES).lower()
-    if whole := QUOTED.fullmatch(query):
+    whole = QUOTED.fullmatch(query)
+    if whole:
         query = whole[2]
     return " ".join(re.findall(r"[^\W_]+|#", MASKED.sub(" # ", query)))
 
 
 def split_of(problem: FunctionCallingProblem) -> str:
-    """Assign a problem to a split by the hash of its query's skeleton, so that no near-duplicate crosses."""
-    digest = hashlib.sha256(f"function_calling/{skeleton(problem.query)}".encode()).digest()
-    place = int.from_bytes(digest[:4]) / 2**32
-    return next(split for split, end in zip(SPLITS, accumulate(SPLITS.values())) if place < end)
+    """Assign a problem to a split by its query's skeleton, so that no near-duplicate crosses."""
+    return split_by_hash(f"function_calling/{skeleton(problem.query)}", SPLITS)
 
 
 def check(problem: FunctionCallingProblem) -> str | None:
     """Say what is wrong with a record, or None."""
-    tools = {tool["name"]: tool["parameters"] for tool in problem.tools}
     if not (problem.query.strip() and problem.tools and problem.answers):
         return "no query, no tools or no answers"
-    if len(tools) < len(problem.tools):
+    if len({tool["name"] for tool in problem.tools}) < len(problem.tools):
         return "two tools of one name"
-    for tool in problem.tools:
-        declared_arguments(tool)
-        if absent := set(tool.get("required") or ()) - set(tool["parameters"]):
-            return f"{tool['name']} requires undeclared {sorted(absent)}"
-        odd = [spec["type"] for spec in tool["parameters"].values() if unknown_word(spec.get("type", "any"))]
-        if odd:
-            return f"{tool['name']} has an argument of unknown type {odd[0]!r}"
+    faults = [fault for tool in problem.tools for fault in _tool_faults(tool)]
+    return next(iter([*faults, *_answer_faults(problem)]), None)
+
+
+def _tool_faults(tool: dict) -> Iterable[str]:
+    declared_arguments(tool)
+    absent = set(tool.get("required") or ()) - set(tool["parameters"])
+    if absent:
+        yield f"{tool['name']} requires undeclared {sorted(absent)}"
+    for spec in tool["parameters"].values():
+        if unknown_word(spec.get("type", "any")):
+            yield f"{tool['name']} has an argument of unknown type {spec['type']!r}"
+
+
+def _answer_faults(problem: FunctionCallingProblem) -> Iterable[str]:
+    declared = {tool["name"]: set(tool["parameters"]) for tool in problem.tools}
+    plain = [(call["name"], call["arguments"]) for call in problem.answers]
     accepted = [call for answer in problem.possible or () for call in answer.items()]
-    for name, arguments in accepted or [(call["name"], call["arguments"]) for call in problem.answers]:
-        if name not in tools:
-            return f"the answer calls {name!r}, which is no tool"
-        if absent := set(arguments) - set(tools[name]):
-            return f"the answer gives {name} undeclared {sorted(absent)}"
-        if accepted and (empty := [argument for argument, values in arguments.items() if not values]):
-            return f"no value of {name}'s {empty[0]!r} is acceptable"
-    return None
+    for name, arguments in accepted or plain:
+        if name not in declared:
+            yield f"the answer calls {name!r}, which is no tool"
+            return
+        absent = set(arguments) - declared[name]
+        if absent:
+            yield f"the answer gives {name} undeclared {sorted(absent)}"
+        for argument, values in arguments.items():
+            if accepted and not values:
+                yield f"no value of {name}'s {argument!r} is acceptable"
 
 
 @lru_cache(maxsize=2)
 def read(source: str) -> Records:
-    """The records of `source`: "bfcl", "hub" (xlam), or a local copy of either; those skipped with the reason."""
+    """The records of `source`, and those skipped with the reason.
+
+    `source` is "bfcl", "hub" (xlam), or a local copy of either.
+    """
     return read_bfcl(source) if is_bfcl(source) else read_xlam(source)
 
 
 def read_xlam(source: str = "hub") -> Records:
-    """The paper's data set from the hub (gated) or a local folder or file: columns query, tools, answers."""
-    from datasets import load_dataset
+    """The paper's data set from the hub (gated) or a local folder or file.
 
-    path = Path(source)
-    try:
-        if path.is_file():
-            kind = path.suffix.lstrip(".").replace("jsonl", "json")
-            data = load_dataset(kind, data_files=str(path), split="train")
-        else:
-            data = load_dataset(HUB_DATASET if source == "hub" else source, split="train")
-    except Exception as error:
-        mend = GATED_MEND if source == "hub" else "check the path: a folder or a .json, .jsonl or .parquet file"
-        raise R3Error(f"cannot read function calling from {source!r} ({type(error).__name__}): {mend}") from error
+    Raises R3Error where it cannot be read or lacks one of the columns query, tools, answers.
+    """
+    fix = HUB_FIX if source == "hub" else PATH_FIX
+    data = load_table(source, HUB_DATASET, "function calling", fix)
     if not {"query", "tools", "answers"} <= set(data.column_names):
-        raise R3Error(f"{source!r} has columns {data.column_names}: xlam has query, tools and answers")
-    return _collect(source, ((f"xlam-{row.get('id', index)}", row) for index, row in enumerate(data)), _xlam)
+        columns = f"{source!r} has columns {data.column_names}"
+        raise R3Error(f"{columns}: xlam has query, tools and answers")
+    rows = ((f"xlam-{row.get('id', index)}", row) for index, row in enumerate(data))
+    return _collect(source, rows, _xlam)
 
 
 def _xlam(id: str, row: dict) -> FunctionCallingProblem:
-    tools, answers = (json.loads(x) if isinstance(x, str) else x for x in (row["tools"], row["answers"]))
-    return FunctionCallingProblem(id, row["query"], tuple(map(_tool, tools)), tuple(gold(answers)), kind="xlam")
+    written = row["tools"]
+    tools = json.loads(written) if isinstance(written, str) else written
+    tools = tuple(map(_tool, tools))
+    answers = tuple(gold(row["answers"]))
+    return FunctionCallingProblem(id, row["query"], tools, answers, kind="xlam")
 
 
 def _tool(written: dict) -> dict:
-    """A tool in xlam's form, from xlam's, JSON Schema or OpenAI's {"type": "function", "function": ...}."""
+    """A tool in xlam's form, from xlam's, JSON Schema or OpenAI's."""
     tool = unwrapped(written)
     if is_schema(tool):
         return to_xlam(tool)
@@ -140,22 +159,26 @@ def _tool(written: dict) -> dict:
 
 def _spec(spec) -> dict:
     """An argument's schema as an object: a bare type is one, and `true` allows anything."""
-    return spec if isinstance(spec, dict) else {"type": spec} if isinstance(spec, str) else {}
+    if isinstance(spec, str):
+        return {"type": spec}
+    return spec if isinstance(spec, dict) else {}
 
 
 def read_bfcl(source: str = "bfcl") -> Records:
-    """BFCL's single-turn problems of Python functions, from the installed package or a local folder of its data.
+    """BFCL's single-turn problems of Python functions, from its package or a folder of its data.
 
-    The query is the question's messages, a system message first, joined by blank lines; the answer that is
-    printed is the first of the possible ones.
+    The query is the question's messages, a system message first, joined by blank lines; the answer
+    that is printed is the first of the possible ones.
     """
     rows = []
     for category, (questions, possible) in zip(BFCL, bfcl_files(source), strict=True):
         try:
             answers = {row["id"]: row for row in _lines(possible)}
-            rows += [(row["id"], {**row, **answers.get(row["id"], {}), "kind": category}) for row in _lines(questions)]
+            for row in _lines(questions):
+                rows.append((row["id"], row | answers.get(row["id"], {}) | {"kind": category}))
         except OSError as error:
-            raise R3Error(f"{error.filename} is missing: take BFCL's data from `{BFCL_INSTALL}`") from error
+            fix = f"take BFCL's data from `{BFCL_INSTALL}`"
+            raise R3Error(f"{error.filename} is missing: {fix}") from error
     return _collect(source, rows, _bfcl)
 
 
@@ -163,11 +186,15 @@ def bfcl_files(source: str = "bfcl") -> list[tuple[Path, Path]]:
     """BFCL's files of questions and of possible answers, a pair a category."""
     folder = Path(source)
     if source == "bfcl":
-        if not (package := find_spec("bfcl_eval")):
+        package = find_spec("bfcl_eval")
+        if not package:
             raise R3Error(f"BFCL's data are not installed: run `{BFCL_INSTALL}`")
         folder = Path(package.origin).parent / "data"
-    names = [next(iter(folder.glob(f"BFCL_v?_{c}.json")), Path(f"BFCL_v4_{c}.json")).name for c in BFCL]
-    return [(folder / name, folder / "possible_answer" / name) for name in names]
+    pairs = []
+    for category in BFCL:
+        found = next(folder.glob(f"BFCL_v?_{category}.json"), Path(f"BFCL_v4_{category}.json"))
+        pairs.append((folder / found.name, folder / "possible_answer" / found.name))
+    return pairs
 
 
 def is_bfcl(source: str) -> bool:
@@ -176,25 +203,34 @@ def is_bfcl(source: str) -> bool:
 
 
 def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
 def _bfcl(id: str, row: dict) -> FunctionCallingProblem:
-    query = "\n\n".join(message["content"].strip() for turn in row["question"] for message in turn)
+    messages = [message["content"].strip() for turn in row["question"] for message in turn]
     required = {schema["name"]: schema["parameters"]["required"] for schema in row["function"]}
-    possible = [{name: _present(a, required.get(name, ())) for name, a in call.items()} for call in row["ground_truth"]]
+    possible = [
+        {name: _present(arguments, required.get(name, ())) for name, arguments in call.items()}
+        for call in row["ground_truth"]
+    ]
     tools = tuple(map(to_xlam, row["function"]))
-    return FunctionCallingProblem(id, query, tools, tuple(gold(possible)), tuple(possible), row["kind"])
+    answers = tuple(gold(possible))
+    query = "\n\n".join(messages)
+    return FunctionCallingProblem(id, query, tools, answers, tuple(possible), row["kind"])
 
 
 def _present(arguments: dict, required) -> dict:
-    """Accepted values without "", which stands for leaving an argument out, where the argument is required."""
-    return {a: [v for v in values if v != "" or a not in required] for a, values in arguments.items()}
+    """Accepted values without "", which stands for leaving out, where the argument is required."""
+    return {
+        name: [value for value in values if value != "" or name not in required]
+        for name, values in arguments.items()
+    }
 
 
 def _collect(source: str, rows: Iterable[tuple[str, dict]], make: Callable) -> Records:
     """Make the records; log one line about those that are skipped."""
-    problems, skipped, known = [], [], set()
+    problems, skipped = [], []
+    known = set()
     for id, row in rows:
         try:
             problem = make(id, row)
@@ -202,8 +238,10 @@ def _collect(source: str, rows: Iterable[tuple[str, dict]], make: Callable) -> R
         except (R3Error, ValueError, TypeError, KeyError, AttributeError) as error:
             why = f"malformed: {type(error).__name__} {error}"
         known.add(id)
-        skipped += [(id, why)] if why else []
-        problems += [] if why else [problem]
+        if why:
+            skipped.append((id, why))
+        else:
+            problems.append(problem)
     if skipped:
         some = "; ".join(f"{id}: {why}" for id, why in skipped[:3])
         count = f"{len(skipped)} of {len(skipped) + len(problems)} records skipped"
@@ -215,29 +253,31 @@ def to_xlam(schema: dict) -> dict:
     """A function's schema as a tool of xlam's form; `to_schema` gives it back."""
     body = dict(schema["parameters"])
     required = body.pop("required", None) or []
-    arguments = {name: _spec(spec) for name, spec in (body.pop("properties", None) or {}).items()}
+    arguments = body.pop("properties", None) or {}
     body.pop("type", None)
-    parameters = {name: spec if name in required else _optional(spec) for name, spec in arguments.items()}
+    parameters = {name: _spec(spec) for name, spec in arguments.items()}
+    for name, spec in parameters.items():
+        if name not in required and isinstance(spec.get("type"), str):
+            parameters[name] = {**spec, "type": f"{spec['type']}, optional"}
     tool = {**body, **schema, "parameters": parameters}
     return tool if required == _required(tool) else {**tool, "required": required}
 
 
-def _optional(spec: dict) -> dict:
-    written = spec.get("type")
-    return {**spec, "type": f"{written}, optional"} if isinstance(written, str) else spec
-
-
 def to_schema(tool: dict) -> dict:
     """The inverse of `to_xlam`, in BFCL's words for types ("dict", "float" ...)."""
-    extra = {key: value for key, value in tool.items() if key not in ("name", "description", "parameters", "required")}
     arguments = {name: _without_optional(spec) for name, spec in tool["parameters"].items()}
-    body = {"type": "dict", "properties": arguments, "required": tool.get("required", _required(tool)), **extra}
+    required = tool.get("required", _required(tool))
+    own = ("name", "description", "parameters", "required")
+    extra = {key: value for key, value in tool.items() if key not in own}
+    body = {"type": "dict", "properties": arguments, "required": required, **extra}
     return {"name": tool["name"], "description": tool.get("description", ""), "parameters": body}
 
 
 def _without_optional(spec: dict) -> dict:
     written = spec.get("type")
-    return {**spec, "type": written.removesuffix(", optional")} if isinstance(written, str) else spec
+    if not isinstance(written, str):
+        return spec
+    return {**spec, "type": written.removesuffix(", optional")}
 
 
 def _required(tool: dict) -> list[str]:
@@ -245,20 +285,23 @@ def _required(tool: dict) -> list[str]:
 
 
 def function_tool(tool: dict) -> dict:
-    """A tool as chat templates take it: {"type": "function", "function": its schema in JSON Schema's types}."""
+    """A tool as chat templates take it, {"type": "function", "function": its JSON Schema}."""
     schema = to_schema(tool)
-    return {"type": "function", "function": {**schema, "parameters": _json_types(schema["parameters"])}}
+    schema["parameters"] = _json_types(schema["parameters"])
+    return {"type": "function", "function": schema}
 
 
-def _json_types(schema):
+def _json_types(schema) -> dict:
     """A schema with its types in JSON Schema's words, throughout."""
     if not isinstance(schema, dict):
         return {}
-    written = schema.get("type")
+    made = dict(schema)
+    written = made.get("type")
     if isinstance(written, str):
-        schema = json_schema(read_type(written)) | {key: part for key, part in schema.items() if key != "type"}
-    if isinstance(schema.get("properties"), dict):
-        schema = schema | {"properties": {name: _json_types(part) for name, part in schema["properties"].items()}}
-    if isinstance(schema.get("items"), dict):
-        schema = schema | {"items": _json_types(schema["items"])}
-    return schema
+        del made["type"]
+        made = json_schema(read_type(written)) | made
+    if isinstance(made.get("properties"), dict):
+        made["properties"] = {name: _json_types(x) for name, x in made["properties"].items()}
+    if isinstance(made.get("items"), dict):
+        made["items"] = _json_types(made["items"])
+    return made

@@ -1,21 +1,15 @@
 """The values that generated requests ask for, each with its words and the steps that lead to it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
-TYPES = {
-    "level": {"type": "str", "enum": ["low", "medium", "high"]},
-    "color": {"type": "str", "enum": ["red", "green", "blue", "white"]},
-    "names": {"type": "List[str]"},
-    "rooms": {"type": "List[int]"},
-    "litres": {"type": "float"},
-    "flag": {"type": "bool"},
-} | dict.fromkeys(("time", "person", "city"), {"type": "str"})
-WHOLE = {"type": "int"}
-PLACES = "Paris Rome Oslo Lima Cairo Delhi Quito Berlin Madrid Tokyo".split()
-PEOPLE = "Ann Bob Cleo Dan Eva Finn Gus Hana Ivo June Karl Lena".split()
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+import yaml
+
+DATA = yaml.safe_load(Path(__file__).with_name("function_calling.yaml").read_text("utf-8"))
+NUMBER_WORDS = DATA["numbers"]
 
 
 @dataclass(frozen=True)
@@ -27,127 +21,91 @@ class Value:
     steps: tuple[str, ...] = ()
 
 
+def type_of(kind: str) -> dict:
+    """Return the declared type of a parameter of this kind."""
+    return DATA["types"].get(kind, {"type": "int"})
+
+
+def draw_value(random: Random, kind: str, hard: float, name: str = "") -> Value:
+    """Draw a value for the parameter `name`; `hard` is the chance of more than two steps."""
+    if kind in DATA["amounts"]:
+        return _amount(random, hard, DATA["amounts"][kind])
+    if kind in DATA["choices"]:
+        words, values = DATA["choices"][kind]
+        value = random.choice(values)
+        return Value(words.format(value), value)
+    return _OTHERS[kind](random, hard, name)
+
+
+def _amount(random: Random, hard: float, amount: dict) -> Value:
+    numbers = {name: _in_range(random, *ends) for name, ends in amount["numbers"].items()}
+    if random.random() >= hard:
+        return _worked_out(amount["easy"], numbers)
+    if "sum" in amount and random.random() >= 0.5:
+        a, b, c, d = (random.randint(11, 99) for _ in range(4))
+        words = f"for {a}, {b}, {c} and {d} {amount['sum']}"
+        return Value(words, *_total((a, 1), (b, 1), (c, 1), (d, 1)))
+    return _worked_out(amount["hard"], numbers)
+
+
+def _in_range(random: Random, first: int, last: int, step: int = 1) -> int:
+    return random.randrange(first, last + 1, step)
+
+
+def _worked_out(form: list[str], numbers: dict[str, int]) -> Value:
+    """Fill in a form of an amount: its words, then its formulas."""
+    words, *formulas = form
+    said = re.sub(r"\{(.+?)\}", lambda part: str(_number(part[1], numbers)), words)
+    steps = ()
+    for formula in formulas:
+        factors = [[*term.split(" * "), "1"][:2] for term in formula.split(" + ")]
+        total, more = _total(*((_number(a, numbers), _number(b, numbers)) for a, b in factors))
+        steps += more
+        numbers = {**numbers, "it": total}
+    return Value(said, total, steps)
+
+
+def _number(written: str, numbers: dict[str, int]) -> int:
+    """Return what a name, a number, "a%b" or "a+b" stands for."""
+    left, plus, right = written.partition("+")
+    if plus:
+        return _number(left, numbers) + _number(right, numbers)
+    left, percent, right = written.partition("%")
+    if percent:
+        return _number(left, numbers) % _number(right, numbers)
+    return numbers[written] if written in numbers else int(written)
+
+
 def _total(*terms: tuple[int, int]) -> tuple[int, tuple[str, ...]]:
-    """The sum of products a * b (a alone for b = 1) in small steps.
+    """The sum of products a * b (a alone for b = 1), and the small steps to it.
 
     Products of two long numbers go digit by digit.
     """
     steps, total = [], None
     for a, b in terms:
-        if b != 1 and a > 9 and b > 9 and a % 10 and b % 10 and b < 100:
-            tens, ones = a * (b // 10 * 10), a * (b % 10)
-            steps += [
-                f"{a} * {b // 10 * 10} = {tens}",
-                f"{a} * {b % 10} = {ones}",
-                f"{tens} + {ones} = {a * b}",
-            ]
+        product = a * b
+        if b != 1 and a > 9 and 9 < b < 100 and a % 10 and b % 10:
+            tens, ones = b // 10 * 10, b % 10
+            steps += [f"{a} * {tens} = {a * tens}", f"{a} * {ones} = {a * ones}"]
+            steps.append(f"{a * tens} + {a * ones} = {product}")
         elif b != 1:
-            steps.append(f"{a} * {b} = {a * b}")
+            steps.append(f"{a} * {b} = {product}")
         if total is not None:
-            steps.append(f"{total} + {a * b} = {total + a * b}")
-        total = a * b if total is None else total + a * b
+            steps.append(f"{total} + {product} = {total + product}")
+        total = product + (total or 0)
     return total, tuple(steps)
 
 
-def _minutes(random, hard, name) -> Value:
-    d, h, m = random.randint(1, 6), random.randint(1, 23), random.randint(1, 59)
-    if random.random() >= hard:
-        return Value(f"for {h % 9 + 1} hours and {m} minutes", *_total((h % 9 + 1, 60), (m, 1)))
-    hours, steps = _total((d, 24), (h, 1))
-    total, more = _total((hours, 60), (m, 1))
-    return Value(f"for {d} days, {h} hours and {m} minutes", total, steps + more)
+def _dollars(random: Random, hard: float, name: str) -> Value:
+    count = 3 if random.random() < hard else 1
+    sales = [(random.randint(11, 39), random.randint(2, 9)) for _ in range(count)]
+    said = [f"{pieces} at {price} dollars" for price, pieces in sales]
+    return Value(f"for {_listed(said)}", *_total(*sales))
 
 
-def _seconds(random, hard, name) -> Value:
-    h, m, s = random.randint(1, 9), random.randint(1, 59), random.randint(1, 59)
-    if random.random() >= hard:
-        return Value(f"for {m} minutes and {s} seconds", *_total((m, 60), (s, 1)))
-    return Value(f"for {h} hours, {m} minutes and {s} seconds", *_total((h, 3600), (m, 60), (s, 1)))
-
-
-def _hours(random, hard, name) -> Value:
-    w, d, h = random.randint(1, 6), random.randint(1, 6), random.randint(1, 23)
-    if random.random() >= hard:
-        return Value(f"for {d} days and {h} hours", *_total((d, 24), (h, 1)))
-    days, steps = _total((w, 7), (d, 1))
-    total, more = _total((days, 24), (h, 1))
-    return Value(f"for {w} weeks, {d} days and {h} hours", total, steps + more)
-
-
-def _days(random, hard, name) -> Value:
-    y, w, d = random.randint(1, 6), random.randint(1, 40), random.randint(1, 6)
-    if random.random() >= hard:
-        return Value(f"for {w} weeks and {d} days", *_total((w, 7), (d, 1)))
-    return Value(f"for {y} years, {w} weeks and {d} days", *_total((y, 365), (w, 7), (d, 1)))
-
-
-def _items(random, hard, name) -> Value:
-    a, b, c = random.randint(11, 59), random.randint(11, 39), random.randint(11, 99)
-    if random.random() >= hard:
-        return Value(f"for {b} and {c} pieces", *_total((b, 1), (c, 1)))
-    if random.random() < 0.5:
-        return Value(f"for {a} boxes of {b} pieces and {c} more", *_total((a, b), (c, 1)))
-    return _sum_of(random, "pieces")
-
-
-def _people(random, hard, name) -> Value:
-    a, b, c = random.randint(3, 9), random.randint(11, 39), random.randint(2, 9)
-    if random.random() >= hard:
-        return Value(f"for {a} groups of {b} people", *_total((b, a)))
-    if random.random() < 0.5:
-        return Value(
-            f"for {a} groups of {b} people and {c} of {b + a}", *_total((b, a), (b + a, c))
-        )
-    return _sum_of(random, "people")
-
-
-def _sum_of(random, unit) -> Value:
-    a, b, c, d = (random.randint(11, 99) for _ in range(4))
-    return Value(f"for {a}, {b}, {c} and {d} {unit}", *_total((a, 1), (b, 1), (c, 1), (d, 1)))
-
-
-def _dollars(random, hard, name) -> Value:
-    sales = [
-        (random.randint(11, 39), random.randint(2, 9))
-        for _ in range(3 if random.random() < hard else 1)
-    ]
-    said = [f"{count} at {price} dollars" for price, count in sales]
-    return Value(
-        "for " + " and ".join([", ".join(said[:-1]), said[-1]][len(said) == 1 :]), *_total(*sales)
-    )
-
-
-def _grams(random, hard, name) -> Value:
-    k, bags, g, rest = (
-        random.randint(1, 9),
-        random.randint(2, 9),
-        random.randint(11, 39) * 10,
-        random.randint(11, 99),
-    )
-    if random.random() >= hard:
-        return Value(f"of {k} kilos and {g + rest} grams", *_total((k, 1000), (g + rest, 1)))
-    return Value(
-        f"of {k} kilos, {bags} bags of {g} grams and {rest} grams",
-        *_total((k, 1000), (g, bags), (rest, 1)),
-    )
-
-
-def _metres(random, hard, name) -> Value:
-    laps, length = random.randint(2, 9), random.randint(11, 49) * 10
-    more, other = random.randint(2, 9), random.randint(11, 49)
-    if random.random() >= hard:
-        return Value(f"over {laps} stretches of {length} metres", *_total((length, laps)))
-    return Value(
-        f"over {laps} stretches of {length} metres and {more} of {other} metres",
-        *_total((length, laps), (other, more)),
-    )
-
-
-def _time(random, hard, name) -> Value:
-    hour, (said, minute) = (
-        random.randint(1, 11),
-        random.choice((("half past", 30), ("a quarter past", 15), ("", 0))),
-    )
+def _time(random: Random, hard: float, name: str) -> Value:
+    hour = random.randint(1, 11)
+    said, minute = random.choice((("half past", 30), ("a quarter past", 15), ("", 0)))
     part, shift = random.choice((("in the morning", 0), ("in the evening", 12)))
     words = f"{said} {NUMBER_WORDS[hour]} {part}".strip()
     at = (hour + shift) * 60 + minute
@@ -155,11 +113,8 @@ def _time(random, hard, name) -> Value:
         return Value(f"at {words}", clock(at))
     gap = random.randint(1, 11) * 5
     word, sign, new = random.choice((("before", "-", at - gap), ("after", "+", at + gap)))
-    return Value(
-        f"at {gap} minutes {word} {words}",
-        clock(new),
-        (f"{clock(at)} {sign} {gap} = {clock(new)}",),
-    )
+    step = f"{clock(at)} {sign} {gap} = {clock(new)}"
+    return Value(f"at {gap} minutes {word} {words}", clock(new), (step,))
 
 
 def clock(minutes: int) -> str:
@@ -167,45 +122,37 @@ def clock(minutes: int) -> str:
     return f"{minutes // 60 % 24:02d}:{minutes % 60:02d}"
 
 
-def _litres(random, hard, name) -> Value:
+def _litres(random: Random, hard: float, name: str) -> Value:
     said, part = random.choice((("a half", 0.5), ("a quarter", 0.25), ("three quarters", 0.75)))
     whole = random.randint(1, 9)
     return Value(f"with {NUMBER_WORDS[whole]} and {said} litres", whole + part)
 
 
-def _level(random, hard, name) -> Value:
-    return Value(f"on {(level := random.choice(TYPES['level']['enum']))}", level)
+def _flag(random: Random, hard: float, name: str) -> Value:
+    is_on = random.random() < 0.5
+    return Value(f"with {name}" if is_on else f"without {name}", is_on)
 
 
-def _color(random, hard, name) -> Value:
-    return Value(f"in {(color := random.choice(TYPES['color']['enum']))}", color)
+def _names(random: Random, hard: float, name: str) -> Value:
+    people = random.sample(DATA["people"], random.randint(2, 3))
+    return Value(f"with {_listed(people)}", people)
 
 
-def _flag(random, hard, name) -> Value:
-    return Value(f"with {name}" if (on := random.random() < 0.5) else f"without {name}", on)
-
-
-def _city(random, hard, name) -> Value:
-    return Value(f"in {(city := random.choice(PLACES))}", city)
-
-
-def _person(random, hard, name) -> Value:
-    return Value(f"for {(person := random.choice(PEOPLE))}", person)
-
-
-def _names(random, hard, name) -> Value:
-    people = random.sample(PEOPLE, random.randint(2, 3))
-    return Value(f"with {', '.join(people[:-1])} and {people[-1]}", people)
-
-
-def _rooms(random, hard, name) -> Value:
+def _rooms(random: Random, hard: float, name: str) -> Value:
     rooms = sorted(random.sample(range(1, 20), random.randint(2, 3)))
-    return Value(f"in rooms {', '.join(map(str, rooms[:-1]))} and {rooms[-1]}", rooms)
+    return Value(f"in rooms {_listed(list(map(str, rooms)))}", rooms)
 
 
-KINDS: dict[str, Callable[[Random, float, str], Value]] = {
-    "minutes": _minutes, "seconds": _seconds, "hours": _hours, "days": _days, "items": _items,
-    "people": _people, "dollars": _dollars, "grams": _grams, "metres": _metres, "time": _time,
-    "litres": _litres, "level": _level, "color": _color, "flag": _flag, "city": _city,
-    "person": _person, "names": _names, "rooms": _rooms,
-}  # fmt: skip
+def _listed(words: list[str]) -> str:
+    """Return the words as "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+_OTHERS: dict[str, Callable[[Random, float, str], Value]] = {
+    "dollars": _dollars,
+    "time": _time,
+    "litres": _litres,
+    "flag": _flag,
+    "names": _names,
+    "rooms": _rooms,
+}

@@ -5,50 +5,26 @@ These are the styles of the conversations on which the embedded model was pretra
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from pathlib import Path
+
+import yaml
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+SENTENCES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 
-COUNTDOWN_VAGUE = (
-    "I should read the problem again and be more careful.",
-    "I should be more careful next time.",
-    "I made a mistake, so I will check my work.",
-    "I should think step by step and try another way.",
-    "I need to try different operations.",
-)
-COUNTDOWN_VERBOSE = (
-    "I tried solving the problem and got the wrong answer.",
-    "The answer was wrong because it did not equal {target}.",
-    "To equal {target} the equation has to equal {target}.",
-    "I used the numbers {nums} but the answer was wrong.",
-    "Each number can only be used once, so each number has to be used once.",
-    "Next time I will make sure that the answer is right.",
-    "If the answer is not {target} then the answer is wrong.",
-)
 COMPARED = re.compile(r"[0-9] [-+*/] [0-9]{1,9} = -?[0-9]{1,9}, need [0-9]")
-DIAGNOSED = re.compile(r"My equation (gives|was)|I used [0-9]|It is [0-9]+ too (big|small)")
-
-CALLING_VAGUE = (
-    "I should read the query again and be more careful.",
-    "I should check my call before I answer.",
-    "I made a mistake, so I will look at the tools again.",
-    "I should think about what was asked.",
-    "I need to pay more attention to the details.",
-)
-CALLING_VERBOSE = (
-    "I tried performing the task and the call was wrong.",
-    "The call has to do what the query asks.",
-    "The query is: {query}",
-    "To be right, the call has to be right in every part.",
-    "Each argument has a value, and each value matters.",
-    "Next time I will make sure that the call is the correct one.",
-    "If the call is not what was asked, then it is wrong.",
-)
-CALLING_DIAGNOSES = (
-    "My call was not", "I did not make", "The tool ", "I left out", "The value of", "I do not see",
-)  # fmt: skip
 COMPUTES = re.compile(r"[0-9] [-+*/] [0-9:]{1,12} = [0-9]")
 CHOOSES = re.compile(r"\b[a-z_]{1,40}: [^\n]{1,200}?[.] So [a-z]+_[a-z]+")
+HINTS = {
+    "countdown": re.compile("good first step is"),
+    "function_calling": re.compile(r"\AThe right tool is"),
+}
+DIAGNOSES = {
+    "countdown": re.compile(r"My equation (gives|was)|I used [0-9]|It is [0-9]+ too (big|small)"),
+    "function_calling": re.compile(
+        r"\A(My call was not|I did not make|The tool |I left out|The value of|I do not see)"
+    ),
+}
 
 
 def countdown(text: str) -> str:
@@ -59,7 +35,7 @@ def countdown(text: str) -> str:
     first step), "verbose" or "vague" (sentences that name no number of their own); "other" where
     most are of none.
     """
-    return "search" if COMPARED.search(text) else most_said(text, _countdown_sentence)
+    return "search" if COMPARED.search(text) else _most_said(text, "countdown")
 
 
 def function_calling(text: str) -> str:
@@ -70,37 +46,24 @@ def function_calling(text: str) -> str:
     (which part was wrong), "hint" (the right tool), "verbose" or "vague"; "other" where most are of
     none.
     """
-    worked = COMPUTES.search(text) or CHOOSES.search(text)
-    return "worked" if worked else most_said(text, _calling_sentence)
+    is_worked = COMPUTES.search(text) or CHOOSES.search(text)
+    return "worked" if is_worked else _most_said(text, "function_calling")
 
 
-def most_said(text: str, kind: Callable[[str], str]) -> str:
-    """The `kind` of most sentences of `text`, the first of equally many; "other" of none."""
+def _most_said(text: str, task: str) -> str:
+    """The style of most sentences of `text`, the first of equally many; "other" of none."""
     sentences = [s for s in SENTENCE_END.split(text.strip()) if s.strip(" .")]
-    counts = Counter(map(kind, sentences))
+    counts = Counter(_sentence_style(sentence, task) for sentence in sentences)
     return counts.most_common(1)[0][0] if counts else "other"
 
 
-def _countdown_sentence(sentence: str) -> str:
-    if "good first step is" in sentence:
+def _sentence_style(sentence: str, task: str) -> str:
+    if HINTS[task].search(sentence):
         return "hint"
-    if sentence.startswith(_openings(COUNTDOWN_VERBOSE)):
+    # what stands before the first placeholder
+    openings = tuple(written.split("{")[0] for written in SENTENCES[task]["verbose"])
+    if sentence.startswith(openings):
         return "verbose"
-    if DIAGNOSED.search(sentence):
+    if DIAGNOSES[task].search(sentence):
         return "diagnosis"
-    return "vague" if sentence in COUNTDOWN_VAGUE else "other"
-
-
-def _calling_sentence(sentence: str) -> str:
-    if sentence.startswith("The right tool is"):
-        return "hint"
-    if sentence.startswith(CALLING_DIAGNOSES):
-        return "diagnosis"
-    if sentence.startswith(_openings(CALLING_VERBOSE)):
-        return "verbose"
-    return "vague" if sentence in CALLING_VAGUE else "other"
-
-
-def _openings(sentences: tuple[str, ...]) -> tuple[str, ...]:
-    """What stands before the first placeholder of each sentence."""
-    return tuple(sentence.split("{")[0] for sentence in sentences)
+    return "vague" if sentence in SENTENCES[task]["vague"] else "other"

@@ -5,18 +5,18 @@ these are read:
 
 | syntax | families | example |
 |---|---|---|
-| JSON | most | `{"name": "f", "arguments": {"a": 1}}`, a list of these, or one after another |
+| JSON | most | `{"name": "f", "arguments": {"a": 1}}`, a list of these, or several |
 | | Llama | `{"name": "f", "parameters": {"a": 1}}` |
-| | Cohere | `[{"tool_call_id": "0", "tool_name": "f", "parameters": {"a": 1}}]` |
-| envelopes | OpenAI, xlam | `{"tool_calls": [...]}`, `{"function_call": {...}}`, `{"id", "type", "function": {...}}` |
+| | Cohere | `[{"tool_call_id": "0", "tool_name": "f", "parameters": {}}]` |
+| envelopes | OpenAI, xlam | `{"tool_calls": [...]}`, `{"function_call": {}}`, `{"function": {}}` |
 | name, then JSON | Llama | `<function=f>{"a": 1}</function>` |
 | | Mistral | `[TOOL_CALLS]f{"a": 1}`, `[TOOL_CALLS]f[CALL_ID]x[ARGS]{"a": 1}` |
-| | gpt-oss | `to=functions.f<\|channel\|>commentary json<\|message\|>{"a": 1}<\|call\|>`, or the channel first |
+| | gpt-oss | `to=functions.f<\|channel\|>commentary json<\|message\|>{"a": 1}` |
 | | DeepSeek | `<｜tool▁call▁begin｜>function<｜tool▁sep｜>f`, a line, the JSON in a fence |
-| | Kimi | `<\|tool_call_begin\|>functions.f:0<\|tool_call_argument_begin\|>{"a": 1}<\|tool_call_end\|>` |
+| | Kimi | `<\|tool_call_begin\|>functions.f:0<\|tool_call_argument_begin\|>{"a": 1}` |
 | | Gemma 4 | `<\|tool_call>call:f{a:1,b:<\|"\|>x<\|"\|>}<tool_call\|>` |
-| XML | Qwen3-Coder, Qwen3.5, Nemotron 3 | `<function=f><parameter=a>1</parameter></function>` |
-| | Muse, MiniMax | `<invoke name="f"><parameter name="a">1</parameter></invoke>`, also with a prefix |
+| XML | Qwen3-Coder, Nemotron 3 | `<function=f><parameter=a>1</parameter></function>` |
+| | Muse, MiniMax | `<invoke name="f"><parameter name="a">1</parameter></invoke>` |
 | | GLM | `<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>` |
 | Python | LFM2, Llama 3.2, Gemma 3 | `[f(a=1), g()]`, `f(a=1)` |
 
@@ -24,10 +24,10 @@ Which of them count:
 
 | in the text | rule |
 |---|---|
-| a mark before a call: `<tool_call>`, `<\|python_tag\|>` ..., else ` ```json ` ... | what is before it is not read |
+| a mark before a call, `<tool_call>` or else ` ```json ` ... | what is before it is not read |
 | several calls | all count, so the same call twice is two calls |
 | Python without a mark beside calls in another syntax | a mention, not read |
-| Python without a mark, alone | `[f(...)]`, a call that begins a line, or a declared tool's call with arguments |
+| Python without a mark, alone | `[f(...)]`, or a line, or a declared tool with arguments |
 | `{"name": "f"}` and no more | a call without arguments if `f` is a declared tool |
 | arguments `""` or `null`, or absent inside an envelope | no arguments, as `{}` |
 | arguments in a string | read as JSON, also if they were encoded twice |
@@ -48,7 +48,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from . import json_calls, python_calls, tagged_calls
-from .json_calls import MAX_DEPTH, Unread
+from .json_calls import Unread
 from .reasoning import answer_text
 
 MAX_TEXT, MAX_LENGTH, MAX_BLOCKS, MAX_BROKEN = 100_000, 10_000, 50, 3
@@ -56,15 +56,16 @@ MAX_UNCLOSED = 8  # blocks of data without an end: each is looked at to the end 
 
 _FENCE = r"```(?:json|python|tool_code|tool_call)"
 _TAG = (
-    r"<tool_calls?>|<\|tool_call\|>|<\|python_tag\|>|<\|tool_call_start\|>|<TOOLCALL>|\[TOOL_CALLS\]"
-    r"|<\|START_ACTION\|>|<\|action_start\|>|functools(?=\[)"
+    r"<tool_calls?>|<\|tool_call\|>|<\|python_tag\|>|<\|tool_call_start\|>|<TOOLCALL>"
+    r"|\[TOOL_CALLS\]|<\|START_ACTION\|>|<\|action_start\|>|functools(?=\[)"
 )
 _MARK = re.compile(
     rf"{_FENCE}|{_TAG}|<function=|<\|?tool_call|<｜tool▁call|<\w*:?invoke name=|to=functions\."
 )
+_LINE = r"^[ \t`]*+(?:\w+ ?= ?)?|(?<=\)[,;])\s*+"  # what a call that begins a line may follow
 _START = re.compile(
     rf"{tagged_calls.START}"
-    rf"|(?:(?P<tag>{_TAG})\s*+|(?P<fence>{_FENCE})\s*+|(?P<line>^[ \t`]*+(?:\w+ ?= ?)?|(?<=\)[,;])\s*+))?"
+    rf"|(?:(?P<tag>{_TAG})\s*+|(?P<fence>{_FENCE})\s*+|(?P<line>{_LINE}))?"
     r"""(?:(?P<json>\{(?=\s*+(?:["'{}\[]|name["']?\s*:))|\[(?=\s*+[\[\]{]))"""
     rf"|(?P<list>\[\s*+)?(?<![\w.\-])(?<!\bdef )(?P<python>{tagged_calls.WORD})\()",
     re.MULTILINE,
@@ -75,7 +76,8 @@ _UNOPENED = re.compile(
     r"""\s*["']?(?:arguments|parameters)["']?\s*:"""
 )
 _NAMED = re.compile(r"\s*+(?:[\w.\-]++\s*+=(?!=)|\Z)")  # what follows the parenthesis of a call
-_GOES_ON = re.compile(r"\(|\[[\d'\"]|\.[^\W\d]|\s*+[=!<>]=")  # a call that is part of a larger expression
+# what follows a call that is part of a larger expression
+_GOES_ON = re.compile(r"\(|\[[\d'\"]|\.[^\W\d]|\s*+[=!<>]=")
 
 
 @dataclass
@@ -88,8 +90,7 @@ class _Part:
 
 
 def calls(text: str | None, declared: Collection[str] = ()) -> list[dict]:
-    """Return the calls of `text` in order, each {"name": str, "arguments": dict}; none for the
-    text `[]`.
+    """Return the calls of `text` in order, each {"name": str, "arguments": dict}; none for `[]`.
 
     `declared` are the names of the tools. Raises Unread when nothing looks like a call or one
     cannot be read, TypeError for no string and not None.
@@ -128,8 +129,8 @@ def _counted(parts: list[_Part]) -> list[_Part]:
 
 def _parts(text: str, declared: Collection[str]) -> Iterator[_Part]:
     """Yield what `text` holds, from its start to its end."""
-    reader, position = _Reader(text, declared), 0
-    blocks, broken = 0, 0
+    reader = _Reader(text, declared)
+    position = blocks = broken = 0
     while position is not None and broken < MAX_BROKEN:
         start = reader.next(position)
         unopened = _UNOPENED.search(text, position, start.start() if start else len(text))
@@ -144,12 +145,13 @@ def _parts(text: str, declared: Collection[str]) -> Iterator[_Part]:
             return
         try:
             calls, position = reader.read(start)
-            if calls is not None:
-                yield _Part(calls, _mark_of(start), is_python)
         except Unread:
             broken += 1
             position = reader.next_mark(start.end())
             yield _Part(None, _mark_of(start), is_python)
+            continue
+        if calls is not None:
+            yield _Part(calls, _mark_of(start), is_python)
 
 
 def _mark_of(start: re.Match) -> str:
@@ -158,11 +160,17 @@ def _mark_of(start: re.Match) -> str:
     return "fence" if start["fence"] else ""
 
 
+def _stands_alone(start: re.Match) -> bool:
+    """Whether Python's syntax begins a line or list or follows a mark, not in a sentence."""
+    return any(start[group] is not None for group in ("tag", "fence", "list", "line"))
+
+
 class _Reader:
     """Reads the blocks of one text, each at most once."""
 
     def __init__(self, text: str, declared: Collection[str]):
-        self.text, self.declared = text, declared
+        self.text = text
+        self.declared = declared
         self.python_left = python_calls.MAX_LENGTH  # characters
         self.unclosed_left = MAX_UNCLOSED
 
@@ -178,8 +186,7 @@ class _Reader:
         return mark.start() if mark else None
 
     def read(self, start: re.Match) -> tuple[list[dict] | None, int | None]:
-        """Return the calls of a block, None if it is something else, and where it ends (None: at
-        the text's end)."""
+        """Return the calls of a block (None: other data) and its end (None: that of the text)."""
         if start.lastgroup == "json":
             return self._json(start.start("json"), start["tag"] is not None)
         if start.lastgroup == "python":
@@ -207,18 +214,13 @@ class _Reader:
         return calls, end
 
     def _may_be_python(self, start: re.Match) -> bool:
-        groups = ("tag", "fence", "list", "line")
-        is_likely = start["python"] in self.declared or any(
-            start[group] is not None for group in groups
-        )
-        return is_likely and (
-            self.python_left > 0 or _NAMED.match(self.text, start.end()) is not None
-        )
+        if not _stands_alone(start) and start["python"] not in self.declared:
+            return False
+        return self.python_left > 0 or _NAMED.match(self.text, start.end()) is not None
 
     def _python(self, start: re.Match) -> tuple[list[dict] | None, int]:
-        at = start.start("list") if start["list"] else start.start("python")
-        is_marked = start["tag"] is not None or start["fence"] is not None
-        is_alone = is_marked or start["list"] is not None or start["line"] is not None
+        at = start.start("python") if start["list"] is None else start.start("list")
+        is_alone = _stands_alone(start)
         try:
             calls, end = self._parsed(at)
         except ValueError:
@@ -232,10 +234,9 @@ class _Reader:
     def _parsed(self, at: int) -> tuple[list[dict], int]:
         if self.python_left <= 0:
             raise ValueError("too long")
-        end = python_calls.end_of(self.text, at, MAX_DEPTH)
-        self.python_left -= (
-            (end or len(self.text)) - at + 80
-        )  # a short one takes as long as 80 characters
+        end = json_calls.end_of(self.text, at, python_calls.TOKEN)
+        # a short one takes as long as 80 characters
+        self.python_left -= (end or len(self.text)) - at + 80
         if end is None or self.python_left < 0:
             raise ValueError("cut short, nested too deep or too long")
         if _GOES_ON.match(self.text, end):

@@ -1,20 +1,8 @@
-r"""Does a text solve a Countdown problem? A small parser reads it; nothing is evaluated as code.
+"""Does a text solve a Countdown problem? A small parser reads it; nothing is evaluated as code.
 
 The rule is the paper's: an equation with every given number exactly once, whose value is the
-target. What a careful reader would accept as that is accepted, in whatever notation:
-
-| | accepted | rejected |
-|---|---|---|
-| place | the last `<answer>...</answer>` with a digit, not in quotes if others are | `\boxed{}` without the tag |
-| numbers | `15`, `1,000`, fullwidth and mathematical digits | `007`, `1e1`, `1.5`, `1 2`, `½` |
-| operators | `+ - * /`, `× · • x`, `÷ ➗`, `− –`, the like, `\*` | `**`, `^`, `²`, `//`, `%`, `!` |
-| LaTeX | `\times \cdot \ast \div \frac{}{} \boxed{} \left( \right)`, spaces | other macros |
-| brackets | `( )`, and `[ ]` and `{ }` in their place | `(3]`, `3(5)`, `(3)(5)` |
-| signs | in a result: `3-5 = -2`, `3-5 = (-2)` | `-3+5`, `3*(-5)` |
-| equation | `3*5`, `3*5 = 15`, `15 = 3*5`, `(5-2)*5 = 3*5 = 15` | `3*5 =`, `==`, several |
-| results | `15`, `15.`, `15.0`, `1,000` | `3*5 = 99`, units |
-| marks | `$ $`, `\( \)`, `\[ \]`, backticks, a fence, bold, quotes, a full stop | words |
-| white space | between tokens, line breaks too; zero-width characters are nothing | in a number |
+target. What a careful reader would accept as that is accepted, in whatever notation: the table is
+in `docs/choices.md`.
 
 Every side of an equation must equal the target, and one must be made of the given numbers.
 Several lines of working must be one such equation. Reasoning, and what follows the end of the
@@ -81,7 +69,7 @@ def verify(text: str | None, nums: Iterable[int], target: int) -> Verdict:
     The reason is the first that applies of:
 
     - "no_answer": no well-formed answer tag outside reasoning, or `text` is None
-    - "invalid_expression": outside the table above, or a division by zero
+    - "invalid_expression": outside the table, or a division by zero
     - "wrong_numbers": no side of the equation has exactly the given numbers, as a multiset
     - "missed_target": a side of the equation has another value
     - "ok"
@@ -117,20 +105,25 @@ def answer(text: str | None) -> str | None:
     if not isinstance(text, str):
         raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
     text = answer_text(text)
-    contents, plain, start = [], [], None
+    contents, plain = [], []
+    start = None
     for tag in _TAG.finditer(text):
         if not tag[1]:
             start = tag
-        elif start is not None:
-            content = text[start.end() : tag.start()]
-            contents.append(content)
-            before = text[max(start.start() - 1, 0) : start.start()]
-            after = text[tag.end() : tag.end() + 1]
-            is_quoted = before in _QUOTES and after in _QUOTES
-            if not is_quoted:
-                plain.append(content)
-            start = None
-    return next(reversed(_given(plain) or _given(contents) or contents), None)
+            continue
+        if start is None:
+            continue
+        content = text[start.end() : tag.start()]
+        contents.append(content)
+        if not (_quotes(text, start.start() - 1) and _quotes(text, tag.end())):
+            plain.append(content)
+        start = None
+    answers = _given(plain) or _given(contents) or contents
+    return answers[-1] if answers else None
+
+
+def _quotes(text: str, place: int) -> bool:
+    return 0 <= place < len(text) and text[place] in _QUOTES
 
 
 def _given(contents: list[str]) -> list[str]:
@@ -141,7 +134,7 @@ def _given(contents: list[str]) -> list[str]:
 def read(expression: str) -> tuple[Fraction, list[int]]:
     """Return the exact value of `expression` (without `=`) and its numbers in order.
 
-    Raises ValueError for anything outside the table above and for a division by zero.
+    Raises ValueError for anything outside the table and for a division by zero.
     """
     return _read(_tokens(expression))
 
@@ -153,15 +146,16 @@ def _tokens(text: str) -> list[str]:
     text = _FULL_STOP.sub("", text.translate(_PLAIN))
     text = _FENCE.sub(_bracketed, text)
     text = _MACRO.sub(_replaced, text)
-    marked = None
+    marked = ""
     while marked != text:  # marks may stand in one another, as in **$3*5$**
-        marked, text = text, _AROUND.sub(_bracketed, text)
+        marked = text
+        text = _AROUND.sub(_bracketed, text)
     text = text.replace("{,}", ",")
     return _TOKEN.findall(_LETTER_X.sub("*", text))
 
 
 def _replaced(macro: re.Match) -> str:
-    """Return what a macro of LaTeX stands for; one for looks parts the digits that it is between."""
+    """Return what a macro of LaTeX stands for; one for looks parts digits that it is between."""
     plain = _MACROS.get(macro[1], macro[0])
     before = macro.string[macro.start() - 1 : macro.start()]
     return plain or (" " if before.isdigit() else "")
@@ -224,7 +218,7 @@ def _sum(tokens: list[str], depth: int) -> Fraction | int:
     """Read a sum off the end of `tokens`, which are reversed and begin with an end marker."""
     result = _product(tokens, depth)
     while tokens[-1] in ("+", "-"):
-        result = _OPERATIONS[tokens.pop()](result, _product(tokens, depth))
+        result = _operation(tokens.pop(), result, _product(tokens, depth))
     return result
 
 

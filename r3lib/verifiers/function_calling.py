@@ -10,8 +10,8 @@ calls with gold; the order of calls is free, and 1, "1" and true are three value
 | strings | exact | without case, spaces and `,./-_*^` | the same |
 | lists | exact | their items as above | the same |
 | objects | unordered | unordered, their values as above | the same, keys may be optional |
-| left out by the call only | missing_argument | ok if gold's value is the default | ok if "" is listed |
-| left out by gold only | unexpected_argument | ok if it is the default | unexpected_argument |
+| left out by the call | missing_argument | ok if gold's value is the default | ok if "" is listed |
+| left out by gold | unexpected_argument | ok if it is the default | unexpected_argument |
 
 The lenient rule is BFCL's AST checker, but for this: it pairs calls optimally instead of greedily,
 looks into nested values, takes integers in lists of floats, and lets "" stand for a required
@@ -24,20 +24,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..errors import R3Error
-from .calls_reader import MAX_BLOCKS, MAX_LENGTH, calls
-from .json_calls import MAX_DEPTH, Unread, calls_in
+from .calls_reader import calls
+from .json_calls import Unread, calls_in
 from .schemas import Argument, Type, declared_arguments
 from .tagged_calls import Untyped
 from .verdict import Verdict
 
-__all__ = [
-    "MAX_BLOCKS", "MAX_DEPTH", "MAX_LENGTH", "REASONS", "RULES", "Unread", "calls", "gold", "verify",
-]  # fmt: skip
-
-# Of several reasons the first is given. Those from "missing_argument" on are of the calls as paired with gold.
+# Of several reasons the first is given; from "missing_argument" on they are of paired calls.
 REASONS = ("ok", "no_call", "invalid_json", "wrong_function", "wrong_call_count")
 REASONS += ("missing_argument", "unexpected_argument", "wrong_type", "wrong_value")
 RULES = ("strict", "lenient")
+_FOLDED = str.maketrans("'", '"', " ,./-_*^")
 
 
 def verify(
@@ -66,22 +63,22 @@ def verify(
         return Verdict.of("wrong_function")
     if len(found) != len(expected):
         return Verdict.of("wrong_call_count")
-    from scipy.optimize import (
-        linear_sum_assignment,
-    )  # here: it takes a second that few processes need to wait
-
     judge = _strict if rule == "strict" else _lenient
     reasons = [
         [_pair(call, one, declared.get(call["name"], {}), judge) for one in expected]
         for call in found
     ]
-    ranks = np.array(
-        [[REASONS.index(reason) for reason in row] for row in reasons], dtype=int, ndmin=2
-    )
-    ranks = ranks[
-        linear_sum_assignment(np.where(ranks, 10 * len(found) - ranks, 0))
-    ]  # first of all, few wrong pairs
-    return Verdict.of(REASONS[min(ranks[ranks > 0], default=0)])
+    return Verdict.of(_paired(reasons))
+
+
+def _paired(reasons: list[list[str]]) -> str:
+    """Return the first reason among the pairs of a call (row) and one of gold (column)."""
+    from scipy.optimize import linear_sum_assignment  # takes a second, which few have to wait
+
+    ranks = np.array([list(map(REASONS.index, row)) for row in reasons], dtype=int, ndmin=2)
+    # first of all, few wrong pairs
+    ranks = ranks[linear_sum_assignment(np.where(ranks, 10 * len(ranks) - ranks, 0))]
+    return REASONS[min(ranks[ranks > 0], default=0)]
 
 
 def gold(answers: list | str) -> list[dict]:
@@ -117,36 +114,29 @@ def _loaded(value: list | str, what: str) -> list[dict]:
 
 
 def _answers(answers: list | str) -> Iterator[tuple[str, dict, bool]]:
-    """Yield of each answer the name, the arguments, and whether they are plain values or lists of
-    accepted ones."""
+    """Yield name and arguments of each answer, and if these are values, not accepted ones."""
     for answer in _loaded(answers, "answers"):
         try:
             plain = calls_in(answer) or []
         except Unread as error:
             raise R3Error(f"an answer cannot be read as a call: {answer}") from error
-        yield from ((call["name"], call["arguments"], True) for call in plain)
-        if not plain:
-            yield _possible_answer(answer)
-
-
-def _possible_answer(answer: dict) -> tuple[str, dict, bool]:
-    name, accepted = next(iter(answer.items()), ("", None))
-    if len(answer) != 1 or not isinstance(accepted, dict):
-        raise R3Error(f"an answer is neither a call nor BFCL's possible answers: {answer}")
-    return name, accepted, False
+        for call in plain:
+            yield call["name"], call["arguments"], True
+        if plain:
+            continue
+        if [*map(type, answer.values())] != [dict]:
+            raise R3Error(f"an answer is neither a call nor BFCL's possible answers: {answer}")
+        yield *next(iter(answer.items())), False
 
 
 def _first(value):
     """Return the first accepted value throughout a value in BFCL's form."""
-    if isinstance(value, dict):
-        firsts = {key: _options(options)[:1] for key, options in value.items()}
-        return {
-            key: _first(option)
-            for key, options in firsts.items()
-            for option in options
-            if option != ""
-        }
-    return [_first(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_first(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    firsts = [(key, _options(options)[:1]) for key, options in value.items()]
+    return {key: _first(first[0]) for key, first in firsts if first and first[0] != ""}
 
 
 def _options(options) -> list:
@@ -161,26 +151,22 @@ def _possible(value):
 
 
 def _expected(answers: list | str, declared: dict, rule: str) -> list[tuple[str, dict, set]]:
-    """Return name, accepted values of each argument, and the arguments that may be left out, of
-    each call."""
-    if rule == "strict":
-        return [
-            (call["name"], {a: [v] for a, v in call["arguments"].items()}, set())
-            for call in gold(answers)
-        ]
+    """Return of each call the name, each argument's accepted values, and what may be left out."""
     expected = []
-    for name, accepted, plain in _answers(answers):
-        if plain:
-            expected.append((name, *_with_defaults(accepted, declared.get(name, {}))))
+    for name, arguments, plain in _answers(answers):
+        if rule == "strict":
+            wanted = arguments if plain else _first(arguments)
+            expected.append((name, {arg: [value] for arg, value in wanted.items()}, set()))
+        elif plain:
+            expected.append((name, *_with_defaults(arguments, declared.get(name, {}))))
         else:
-            optional = {arg for arg, options in accepted.items() if "" in options or not options}
-            expected.append((name, accepted, optional))
+            optional = {arg for arg, options in arguments.items() if "" in options or not options}
+            expected.append((name, arguments, optional))
     return expected
 
 
 def _with_defaults(plain: dict, declared: dict[str, Argument]) -> tuple[dict, set]:
-    """Return the accepted values of a plain gold's arguments and of defaults, and what may be left
-    out."""
+    """Return the accepted values of gold's arguments and of defaults, and what may be left out."""
     accepted = {arg: [_possible(value)] for arg, value in plain.items()}
     optional = set()
     for arg, argument in declared.items():
@@ -192,9 +178,9 @@ def _with_defaults(plain: dict, declared: dict[str, Argument]) -> tuple[dict, se
 
 
 def _widened(declared: Type, values: list) -> Type:
-    """Return `declared` with the types of `values` (gold's) added, which not every tool declares
-    rightly."""
-    lists, items = [value for value in values if isinstance(value, list)], declared.items
+    """Return `declared` with the types of gold's `values`, which tools may declare wrongly."""
+    lists = [value for value in values if isinstance(value, list)]
+    items = declared.items
     if lists and (items or list not in declared.kinds):
         items = _widened(items or Type(), [item for value in lists for item in value])
     return Type(declared.kinds | set(map(type, values)), items)
@@ -203,12 +189,11 @@ def _widened(declared: Type, values: list) -> Type:
 def _allowed(values: list, types: Type) -> bool:
     """Whether all `values` are of `types`; level by level, as text may hold very many of them."""
     kinds = set(map(type, values)) - ({int} if float in types.kinds else set())
-    items = (
-        [item for value in values if isinstance(value, list) for item in value]
-        if types.items
-        else []
-    )
-    return kinds <= types.kinds and (not items or _allowed(items, types.items))
+    if not kinds <= types.kinds:
+        return False
+    lists = [value for value in values if isinstance(value, list)]
+    items = [item for value in lists for item in value]
+    return not (items and types.items) or _allowed(items, types.items)
 
 
 def _pair(call: dict, expected: tuple[str, dict, set], declared: dict, judge) -> str:
@@ -237,17 +222,13 @@ def _strict(value, accepted: list, declared: Type) -> str:
     (wanted,) = accepted
     if _same(value, wanted):
         return "ok"
-    return (
-        "wrong_value"
-        if value != wanted and _allowed([value], _widened(declared, accepted))
-        else "wrong_type"
-    )
+    is_typed = value != wanted and _allowed([value], _widened(declared, accepted))
+    return "wrong_value" if is_typed else "wrong_type"
 
 
 def _lenient(value, accepted: list, declared: Type) -> str:
-    if not _allowed(
-        [value], _widened(declared, [option for option in accepted if option != ""] or accepted)
-    ):
+    present = [option for option in accepted if option != ""]
+    if not _allowed([value], _widened(declared, present or accepted)):
         return "wrong_type"
     return "ok" if any(_match(value, option) for option in accepted) else "wrong_value"
 
@@ -261,25 +242,21 @@ def _same(a, b) -> bool:
 
 
 def _match(value, option) -> bool:
-    """Whether a value is an accepted one as BFCL compares them; an empty list is as good as
-    leaving it out."""
+    """Whether a value is an accepted one as BFCL compares them; [] is as good as leaving it out."""
     if isinstance(value, str) and isinstance(option, str):
         return _fold(value) == _fold(option)
     if isinstance(value, list) and isinstance(option, list):
         return len(value) == len(option) and all(map(_match, value, option))
     if isinstance(value, dict) and isinstance(option, dict):
-        return value.keys() <= option.keys() and all(
-            any(_match(value[key], one) for one in _options(options))
-            if key in value
-            else "" in _options(options)
-            for key, options in option.items()
+        given = {key: _options(options) for key, options in option.items()}
+        return value.keys() <= given.keys() and all(
+            any(_match(value[key], one) for one in options) if key in value else "" in options
+            for key, options in given.items()
         )
-    return value == ([] if option == "" else option) and isinstance(value, bool) == isinstance(
-        option, bool
-    )
+    if isinstance(value, bool) != isinstance(option, bool):
+        return False
+    return value == ([] if option == "" else option)
 
 
 def _fold(text: str) -> str:
-    for mark in " ,./-_*^":
-        text = text.replace(mark, "")
-    return text.lower().replace("'", '"')
+    return text.translate(_FOLDED).lower()

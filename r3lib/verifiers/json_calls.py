@@ -9,27 +9,28 @@ from collections.abc import Collection
 MAX_DEPTH = 50  # of nested brackets
 
 _TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*+"?|[\[\]{}]')
-_STEP = {"{": 1, "[": 1, "}": -1, "]": -1}
+_STEP = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
 _NAMES, _ARGUMENTS = ("name", "tool_name", "function"), ("arguments", "parameters")
 _BARE = {*_NAMES, "id", "type", "tool_call_id", "call_id"}
 _NAME = re.compile(r"\b(?:tool_)?name\b")
 _ARGUMENT = re.compile(r"\b(?:arguments|parameters)\b")
 _NAMED = re.compile(r"""\b(?:name|tool_name)["']\s*:\s*["']([^"'\n]{1,200})["']""")
 _FORM = re.compile(r"""["']?name["']?\s*:\s*<[\w -]{1,40}>""")  # a prompt's form of a call, echoed
-_CUT = re.compile(
-    r"""\{\s*["']?(?:name|tool_name)\b[^,]*,?\s*["']?\w*$"""
-)  # before its second key is complete
+# before its second key is complete
+_CUT = re.compile(r"""\{\s*["']?(?:name|tool_name)\b[^,]*,?\s*["']?\w*$""")
 
 
 class Unread(ValueError):
     """No calls can be read from a text; the message is the reason, "no_call" or "invalid_json"."""
 
 
-def end_of(text: str, start: int) -> int | None:
-    """Return where the first bracket from `start` on is closed; None without one, unclosed or
-    nested too deep."""
+def end_of(text: str, start: int, tokens: re.Pattern = _TOKEN) -> int | None:
+    """Return where the first bracket from `start` on is closed; `tokens` are brackets and strings.
+
+    None without one, unclosed, or with more than `MAX_DEPTH` in one another.
+    """
     depth = 0
-    for token in _TOKEN.finditer(text, start):
+    for token in tokens.finditer(text, start):
         depth += _STEP.get(token[0], 0)
         if not 0 < depth <= MAX_DEPTH:
             return None if depth else token.end()
@@ -37,15 +38,13 @@ def end_of(text: str, start: int) -> int | None:
 
 
 def parse(text: str):
-    """Return the JSON value that `text` is; raises Unread for others, repeated keys, NaN and
-    infinities."""
+    """Return the JSON value of `text`; raises Unread for others, repeated keys, NaN, infinities."""
     text = text.strip()
     if text[:1] in ("{", "[") and end_of(text, 0) is None:
         raise Unread("invalid_json")
+    hooks = dict(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     try:
-        return json.loads(
-            text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
-        )
+        return json.loads(text, **hooks)
     except ValueError:
         raise Unread("invalid_json") from None
 
@@ -80,10 +79,8 @@ def calls_in(value, declared: Collection[str] = ()) -> list[dict] | None:
 
     Raises Unread for what is meant as calls but cannot be read as such.
     """
-    if isinstance(value, dict):
-        return _calls_in_object(value, declared)
     if not isinstance(value, list):
-        return None
+        return _calls_in_object(value, declared)
     if not value:
         return []
     made = [calls_in(item, declared) for item in value]
@@ -94,15 +91,12 @@ def calls_in(value, declared: Collection[str] = ()) -> list[dict] | None:
     return [call for calls in made for call in calls]
 
 
-def _calls_in_object(
-    item: dict, declared: Collection[str], enveloped: bool = False
-) -> list[dict] | None:
+def _calls_in_object(item, declared: Collection[str], enveloped: bool = False) -> list[dict] | None:
+    if not isinstance(item, dict):
+        return None
     listed = item.get("tool_calls")
     if isinstance(listed, list):
-        made = [
-            _calls_in_object(one, declared, True) if isinstance(one, dict) else None
-            for one in listed
-        ]
+        made = [_calls_in_object(one, declared, enveloped=True) for one in listed]
         if None in made:
             raise Unread("invalid_json")
         return [call for calls in made for call in calls]
@@ -122,15 +116,14 @@ def _call(item: dict, declared: Collection[str], enveloped: bool) -> list[dict] 
     if not given:
         is_bare = isinstance(name, str) and item.keys() <= _BARE and (enveloped or name in declared)
         return [{"name": name, "arguments": {}}] if is_bare else None
-    arguments = decoded(given[0])
+    arguments = _decoded(given[0])
     if not isinstance(name, str) or not isinstance(arguments, dict):
         raise Unread("invalid_json")
     return [{"name": name, "arguments": arguments}]
 
 
-def decoded(arguments):
-    """Return arguments that may be JSON in a string, encoded once or twice; "" and null are no
-    arguments."""
+def _decoded(arguments):
+    """Return arguments that may be JSON in a string, also encoded twice; "" and null are none."""
     for _ in range(2):
         if isinstance(arguments, str):
             arguments = parse(arguments) if arguments.strip() else None

@@ -6,35 +6,24 @@ import math
 import re
 import warnings
 
-MAX_LENGTH = (
-    4_000  # characters of all Python-style calls in a text; the parser takes a microsecond for each
-)
+# characters of all Python-style calls in a text; the parser takes a microsecond for each
+MAX_LENGTH = 4_000
 
-_TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?|[()\[\]{}]""", re.DOTALL)
+TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*+'?|"(?:[^"\\]|\\.)*+"?|[()\[\]{}]""", re.DOTALL)
 _PART = re.compile(
-    r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|(?<![\w.-])[\w.-]++(?=\s*[=(])|\b(?:true|false|null)\b""",
+    r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|(?<![\w.-])[\w.-]++(?=\s*[=(])"""
+    r"|\b(?:true|false|null)\b",
     re.DOTALL,
 )
 _CONSTANTS = {"true": "True", "false": "False", "null": "None"}
 
 
-def end_of(text: str, start: int, max_depth: int) -> int | None:
-    """Return where the first bracket from `start` on is closed; None without one, unclosed or
-    nested too deep."""
-    depth = 0
-    for token in _TOKEN.finditer(text, start):
-        depth += ("([{".find(token[0]) >= 0) - (")]}".find(token[0]) >= 0)
-        if not 0 < depth <= max_depth:
-            return None if depth else token.end()
-    return None
-
-
 def parse(text: str) -> list[dict]:
-    """Return the calls of `text`, one call or a list of them, each {"name", "arguments"}; raises
-    ValueError for others.
+    """Return the calls of `text`, one call or a list of them, each {"name", "arguments"}.
 
     Arguments are named and literal. The constants of JSON are read as well as Python's, and a name
-    may be one that Python does not allow ("from", "user-id"). Tuples are lists.
+    may be one that Python does not allow ("from", "user-id"). Tuples are lists. Raises ValueError
+    for all else.
     """
     names: list[str] = []
 

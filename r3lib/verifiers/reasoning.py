@@ -22,13 +22,15 @@ The rules, for all families alike:
   `<|end|>` and `<|eom|>` do not where another message of the assistant follows, as in gpt-oss.
 - A tag between quotation marks or backticks is only mentioned and counts for nothing. Without
   them it counts, so what follows a bare and unclosed `<think>` is no answer.
+- Nor does a tag count inside a string of a JSON object, as of a call (in the last `MAX_JSON`
+  characters of the text).
 - A text of more than `MAX_LENGTH` characters, or `MAX_TAGS` brackets that may begin a tag, is no
   answer at all.
 """
 
 import re
 
-MAX_LENGTH, MAX_TAGS = 400_000, 4_000
+MAX_LENGTH, MAX_TAGS, MAX_JSON = 400_000, 4_000, 100_000
 
 # Patterns of tags without their first character, "<" or "[": a common start makes the search fast.
 _XML = ("think", "thinking", "thought", "reasoning", "reasoning_content")
@@ -67,28 +69,25 @@ _ANY = _tag(
     + f"|(?P<end>{'|'.join(_ENDS)})"
 )
 _QUOTES = "`'\"“”‘’"
+# An object of JSON as far as its tokens go: a key, then strings, brackets, numbers and constants.
+_STRING = r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"\s*+'
+_OBJECT = re.compile(
+    rf"\{{\s*+{_STRING}:(?:{_STRING}[,:}}\]]|[\s{{}}\]:,]++|\[(?![A-Z/])"
+    r"|-?\d[\d.eE+-]*+|true|false|null)*+"
+)
 
 
 def answer_text(text: str) -> str:
     """Return `text` without its reasoning, up to the end of the model's turn."""
-    return _split(text)[0]
-
-
-def without_reasoning(text: str) -> str:
-    """Return `text` without its reasoning; what follows the end of the turn is left as it is."""
-    return "".join(_split(text))
-
-
-def _split(text: str) -> tuple[str, str]:
-    """Split `text` into the answer, without reasoning, and the rest from the end of turn on."""
     if len(text) > MAX_LENGTH or text.count("<") + text.count("[") > MAX_TAGS:
-        return "", ""
+        return ""
+    searched = text[:-MAX_JSON] + _OBJECT.sub(_without_tags, text[-MAX_JSON:])
     kept: list[str] = []
     outermost = nested = position = 0
-    while tag := _find(_ANY, text, position):
-        if tag.lastgroup == "end":
-            return "".join(kept) + text[position : tag.start()], text[tag.start() :]
+    while tag := _find(_ANY, searched, position):
         kept.append(text[position : tag.start()])
+        if tag.lastgroup == "end":
+            return "".join(kept)
         if tag.lastgroup == "closing":
             del kept[outermost if nested else 0 :]
             nested = max(nested - 1, 0)
@@ -96,12 +95,17 @@ def _split(text: str) -> tuple[str, str]:
             continue
         if not nested:
             outermost = len(kept)
-        closing = _find(_CLOSING[tag.lastgroup], text, tag.end())
+        closing = _find(_CLOSING[tag.lastgroup], searched, tag.end())
         if closing is None:
-            return "".join(kept), ""
-        nested += len(_OPENING[tag.lastgroup].findall(text, tag.end(), closing.start()))
+            return "".join(kept)
+        nested += len(_OPENING[tag.lastgroup].findall(searched, tag.end(), closing.start()))
         position = closing.start() if tag.lastgroup in _MESSAGES else closing.end()
-    return "".join(kept) + text[position:], ""
+    return "".join(kept) + text[position:]
+
+
+def _without_tags(json_object: re.Match) -> str:
+    """Return an object of JSON, in the same length, without what begins a tag."""
+    return json_object[0].replace("<", "_").replace("[", "_")
 
 
 def _find(pattern: re.Pattern, text: str, start: int) -> re.Match | None:

@@ -2,7 +2,7 @@ r"""The arguments that a tool declares: their types, defaults, and which may be 
 
 | form | example of `parameters` |
 |---|---|
-| xlam | `{"days": {"type": "int, optional", "default": 1}}`, also with the bare type `{"days": "int"}` |
+| xlam | `{"days": {"type": "int, optional", "default": 1}}`, or a bare type, `{"days": "int"}` |
 | JSON Schema | `{"type": "object", "properties": {"days": {"type": "integer"}}, "required": []}` |
 
 `parameters` is a JSON Schema if its type is or includes "object" or "dict", or if it has
@@ -14,7 +14,7 @@ One reading of types holds for prompts, verifiers and records:
 |---|---|---|
 | `int`, `integer`, `long` (any case, also `typing.X`, `np.X`) | integer | no |
 | `List[int]`, `list of int`, `{"type": "array", "items": ...}` | a list of integers | no |
-| `int or str`, `int \| str`, `Union[int, str]`, `["integer", "string"]`, `anyOf`, `oneOf` | either | no |
+| `int or str`, `Union[int, str]`, `["integer", "string"]`, `anyOf`, `oneOf` | either | no |
 | `Optional[int]`, `int \| None`, `int or null`, `Union[int, None]` | integer or null | yes |
 | `int, optional`, a default, not among `required` | integer | yes |
 | no type, `Any`, `Callable[...]`, `true`, an unknown `$ref` | anything | no |
@@ -25,31 +25,22 @@ is checked.
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import R3Error
 
 MAX_DEPTH = 50  # of nested schemas; what is deeper may be anything
-JSON_TYPES = {
-    str: "string",
-    int: "integer",
-    float: "number",
-    bool: "boolean",
-    list: "array",
-    dict: "object",
-}
+# The words for each type of JSON's values; the first is JSON Schema's.
 _WORDS = {
-    str: "str string text char date datetime",
-    int: "int integer long",
-    float: "float number double decimal complex",
-    bool: "bool boolean",
-    list: "list array tuple set sequence iterable ndarray",
-    dict: "dict object map mapping hashmap json",
-    type(None): "none null",
+    str: "string str text char date datetime",
+    int: "integer int long",
+    float: "number float double decimal complex",
+    bool: "boolean bool",
+    list: "array list tuple set sequence iterable ndarray",
+    dict: "object dict map mapping hashmap json",
+    type(None): "null none",
 }
 KINDS = {word: kind for kind, words in _WORDS.items() for word in words.split()}
-ANY = ("any", "union", "callable")
 _KEYWORDS = ("$schema", "$ref", "$defs", "anyOf", "oneOf", "allOf")
 
 
@@ -83,18 +74,24 @@ def declared_arguments(tool: dict) -> dict[str, Argument]:
 
     Raises R3Error where `parameters` is no object or `required` no list.
     """
-    parameters, name = parameters_of(tool), tool.get("name")
+    parameters = specs = parameters_of(tool)
+    required = tool.get("required")
     if is_schema(tool):
-        specs, required = parameters.get("properties") or {}, parameters.get("required")
+        specs = parameters.get("properties") or {}
+        required = parameters.get("required")
         required = () if required is None else required
-    else:
-        specs, required = parameters, tool.get("required")
     if not isinstance(specs, dict):
-        raise R3Error(f"the properties of tool {name!r} must be an object")
+        raise R3Error(f"the properties of tool {tool.get('name')!r} must be an object")
     if not isinstance(required, list | tuple | None):
-        raise R3Error(f"`required` of tool {name!r} must be a list of names, not {required!r}")
+        what = f"`required` of tool {tool.get('name')!r}"
+        raise R3Error(f"{what} must be a list of names, not {required!r}")
     root = {**tool, **parameters}
-    return {name: _argument(name, spec, required, root) for name, spec in specs.items()}
+    made = {}
+    for argument, spec in specs.items():
+        declared = type_of(spec, root)
+        optional = is_optional(spec) if required is None else argument not in required
+        made[argument] = Argument(declared, optional, _default(spec, declared))
+    return made
 
 
 def parameters_of(tool: dict) -> dict:
@@ -123,15 +120,8 @@ def is_schema(tool: dict) -> bool:
     return not isinstance(properties, str) and not is_argument
 
 
-def _argument(name: str, spec, required: Iterable | None, root: dict) -> Argument:
-    declared = type_of(spec, root)
-    optional = is_optional(spec) if required is None else name not in required
-    return Argument(declared, optional, _default(spec, declared))
-
-
 def _default(spec, declared: Type) -> list:
-    """Return the declared default; the text "10" is the integer 10 where only an integer is
-    allowed."""
+    """Return the declared default; the text "10" is the integer 10 where no text is allowed."""
     if not isinstance(spec, dict) or "default" not in spec:
         return []
     default = spec["default"]
@@ -139,7 +129,7 @@ def _default(spec, declared: Type) -> list:
         try:
             return [json.loads(default)]
         except (ValueError, RecursionError):
-            return [default]
+            pass  # text all the same
     return [default]
 
 
@@ -148,44 +138,35 @@ def is_optional(spec) -> bool:
     if isinstance(spec, dict) and "default" in spec:
         return True
     written = spec.get("type") if isinstance(spec, dict) else spec
-    return isinstance(written, str) and (
-        "optional" in written.lower() or type(None) in read_type(written).kinds
-    )
+    if not isinstance(written, str):
+        return False
+    return "optional" in written.lower() or type(None) in read_type(written).kinds
 
 
-def type_of(spec, root: dict) -> Type:
+def type_of(spec, root: dict, followed: set[str] | None = None, depth: int = 0) -> Type:
     """Return the type that `spec` declares: the text of a type, or a JSON Schema with its
     definitions in `root`."""
-    return _schema_type(spec, root, set(), 0)
-
-
-def _schema_type(spec, root: dict, followed: set[str], depth: int) -> Type:
     if isinstance(spec, str):
         return read_type(spec)
     if not isinstance(spec, dict) or depth > MAX_DEPTH:
         return Type()
-
-    def inner(part) -> Type:
-        return _schema_type(part, root, followed, depth + 1)
-
-    made = Type()
-    branches = [
-        branch for key in ("type", "anyOf", "oneOf", "allOf") for branch in _list(spec.get(key))
-    ]
+    followed = set() if followed is None else followed
+    keys = ("type", "anyOf", "oneOf", "allOf")
+    branches = [branch for key in keys for branch in _list(spec.get(key))]
     reference = spec.get("$ref")
     if isinstance(reference, str) and reference not in followed:
         followed.add(reference)  # only once, as definitions may refer to one another
         branches.append(_definition(reference, root))
+    made = Type()
     for branch in branches:
-        made.add(inner(branch))
+        made.add(type_of(branch, root, followed, depth + 1))
     if not made.kinds:
-        made.kinds = set(
-            map(type, [*_list(spec.get("enum")), *([spec["const"]] if "const" in spec else [])])
-        )
+        constant = [spec["const"]] if "const" in spec else []
+        made.kinds = set(map(type, [*_list(spec.get("enum")), *constant]))
     if spec.get("nullable") is True:
         made.kinds.add(type(None))
     for item in (*_list(spec.get("items")), *_list(spec.get("prefixItems"))):
-        made.add(Type(items=inner(item)))
+        made.add(Type(items=type_of(item, root, followed, depth + 1)))
     return made
 
 
@@ -197,7 +178,9 @@ def _definition(reference: str, root: dict):
 
 
 def _list(value) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def read_type(written: str) -> Type:
@@ -223,21 +206,18 @@ def read_type(written: str) -> Type:
 
 
 def unknown_word(written) -> bool:
-    """Whether the text of a type names no type that is known; other forms of a type are legal as
-    they are."""
+    """Whether the text of a type names no type that is known; other forms of a type are legal."""
     if not isinstance(written, str):
         return False
-    words = [
-        word
-        for word in re.findall("[a-z]+", written.lower())
-        if word not in ("typing", "optional", "np")
-    ]
-    return not words or words[0] not in KINDS and words[0] not in ANY
+    words = re.findall("[a-z]+", written.lower())
+    words = [word for word in words if word not in ("typing", "optional", "np")]
+    return not words or words[0] not in (*KINDS, "any", "union", "callable")
 
 
 def json_schema(declared: Type) -> dict:
     """Return `declared` in JSON Schema's words; null is left to what may be left out."""
-    kinds = [name for kind, name in JSON_TYPES.items() if kind in declared.kinds]
+    known = declared.kinds - {type(None)}
+    kinds = [words.split()[0] for kind, words in _WORDS.items() if kind in known]
     if not kinds:
         return {}
     made = {"type": kinds[0] if len(kinds) == 1 else kinds}

@@ -10,15 +10,14 @@ import re
 from .json_calls import Unread, end_of, parse
 
 WORD = r"\w[\w.\-]{0,199}+"
-_NAMES_BEFORE_JSON = (
-    r"<function=(?P<h1>[^>\n]{1,200}+)>\s*+(?=\{)",  # Llama
-    rf"\[TOOL_CALLS\]\s*(?P<h2>{WORD})(?:\[CALL_ID\]\w{{1,99}})?(?:\[ARGS\])?\s*+(?=\{{)",  # Mistral
-    rf"\bto=functions\.(?P<h3>{WORD})(?=[\s<])[^{{}}]{{0,99}}+(?=\{{)",  # gpt-oss
-    rf"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<h4>{WORD})(?:<｜tool▁sep｜>)?\s*+(?:```json)?\s*+(?=\{{)",
-    rf"<\|tool_call_begin\|>(?:functions\.)?(?P<h5>{WORD})(?::\d{{1,9}})?\s*+<\|tool_call_argument_begin\|>\s*+(?=\{{)",
-)
+_DEEPSEEK = r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?"
 START = "|".join((
-    *_NAMES_BEFORE_JSON,
+    r"<function=(?P<llama>[^>\n]{1,200}+)>\s*+(?=\{)",
+    rf"\[TOOL_CALLS\]\s*(?P<mistral>{WORD})(?:\[CALL_ID\]\w{{1,99}})?(?:\[ARGS\])?\s*+(?=\{{)",
+    rf"\bto=functions\.(?P<gptoss>{WORD})(?=[\s<])[^{{}}]{{0,99}}+(?=\{{)",
+    rf"{_DEEPSEEK}(?P<deepseek>{WORD})(?:<｜tool▁sep｜>)?\s*+(?:```json)?\s*+(?=\{{)",
+    rf"<\|tool_call_begin\|>(?:functions\.)?(?P<kimi>{WORD})(?::\d{{1,9}})?"
+    r"\s*+<\|tool_call_argument_begin\|>\s*+(?=\{)",
     rf"(?:<\|tool_call>|<start_function_call>)call:(?P<gemma>{WORD})(?=\{{)",
     r"""<(?:\w{1,20}:)?(?:function|invoke)(?:=|\s+name=)["']?(?P<xml>[^>"'\n]{1,200}+)["']?>""",
     rf"<tool_call>\n?(?P<glm>{WORD})\s*+(?=<arg_key>|</tool_call>|\Z)",
@@ -31,7 +30,8 @@ _GLM = re.compile(r"\s*+<arg_key>(?P<key>[^<]+)</arg_key>\s*+<(?P<tag>arg_value)
 _CLOSED = re.compile(r"\s*+</(?:\w{1,20}:)?(?:function|invoke|tool_call)>")
 _GEMMA_END = re.compile(r"<tool_call\|>|<end_function_call>")
 _GEMMA = re.compile(
-    r'<\|"\|>(?P<a>.*?)<\|"\|>|<escape>(?P<b>.*?)<escape>|(?<=[{,])\s*+(?P<key>[^\s{}\[\]:,"]++)(?=\s*:)',
+    r'<\|"\|>(?P<a>.*?)<\|"\|>|<escape>(?P<b>.*?)<escape>'
+    r'|(?<=[{,])\s*+(?P<key>[^\s{}\[\]:,"]++)(?=\s*:)',
     re.DOTALL,
 )
 _SURPLUS = re.compile(r"\s*+[\]}]")
@@ -54,11 +54,12 @@ class Untyped(str):
 
 
 def read(text: str, start: re.Match) -> tuple[list[dict], int]:
-    """Return the call that begins with `start`, a match of `START`, and where it ends; raises
-    Unread if broken."""
+    """Return the call of `start`, a match of `START`, and its end; raises Unread if broken."""
     kind = start.lastgroup
-    if kind in ("xml", "glm"):
-        arguments, end = _elements(text, start.end(), _XML if kind == "xml" else _GLM)
+    if kind == "xml":
+        arguments, end = _elements(text, start.end(), _XML)
+    elif kind == "glm":
+        arguments, end = _elements(text, start.end(), _GLM)
     elif kind == "gemma":
         stop = _GEMMA_END.search(text, start.end())
         end = stop.start() if stop else len(text)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Verdict:
     """`ok`, and the reason in one word: "ok" exactly when `ok`, else the name of the error.
 
-    `score`, from 0 to 1, is the reward of a graded verifier; without one it is 1 or 0, as the paper's.
+    `score`, from 0 to 1, is the reward of a graded verifier; without one it is 1 or 0.
     """
 
     ok: bool

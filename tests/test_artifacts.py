@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from r3lib import store
+from r3lib import artifacts, files
+from r3lib.artifacts import Recorder
 from r3lib.errors import R3Error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +33,8 @@ class Bench:
         self.source.write_text("one")
         self.builds, self.said = 0, []
 
-    def run(self, config=None, version=1):
-        return store.stage(self.target, config or {"n": 1}, [self.source], self.build, version, self.said.append)
+    def run(self, config=None):
+        return artifacts.stage(self.target, config or {"n": 1}, [self.source], self.build, self.said.append)
 
     def build(self, work):
         self.builds += 1
@@ -65,12 +66,6 @@ def test_changed_input_is_named(bench):
     assert bench.said[-1] == "running table.csv: input changed: ../source.txt"
 
 
-def test_new_version_runs_again(bench):
-    bench.run()
-    bench.run(version=2)
-    assert bench.said[-1] == "running table.csv: version changed" and bench.builds == 2
-
-
 @pytest.mark.parametrize("damage", [lambda p: p.write_text("bui"), lambda p: p.unlink()])
 def test_truncated_or_missing_file_is_computed_again_and_named(bench, damage):
     bench.run()
@@ -95,7 +90,7 @@ def test_folder_is_replaced_as_a_whole_and_checked_file_by_file(tmp_path):
             (work / "adapter").mkdir(exist_ok=True)
             (work / "adapter" / name).write_text(name)
 
-        return store.stage(tmp_path / "adapter", {"name": name}, [], build, say=said.append)
+        return artifacts.stage(tmp_path / "adapter", {"name": name}, [], build, log=said.append)
 
     run("old")
     assert [p.name for p in run("new").iterdir()] == ["new"]
@@ -114,7 +109,7 @@ def test_missing_input_is_named_before_anything_is_built(bench):
 def test_stage_that_makes_nothing_keeps_the_old_result(bench):
     bench.run()
     with pytest.raises(R3Error, match="table.csv is missing"):
-        store.stage(bench.target, {"n": 2}, [bench.source], lambda work: None, say=bench.said.append)
+        artifacts.stage(bench.target, {"n": 2}, [bench.source], lambda work: None, log=bench.said.append)
     assert bench.target.read_text() == "build 1\n"
     bench.run()
     assert bench.said[-1] == "cached  table.csv"
@@ -144,16 +139,16 @@ def test_fresh_run_does_not_take_over_shards_of_a_killed_one(tmp_path, monkeypat
         (work / "t").write_text("done")
 
     with pytest.raises(KeyboardInterrupt):
-        store.stage(tmp_path / "t", {}, [], build)
+        artifacts.stage(tmp_path / "t", {}, [], build)
     monkeypatch.setenv("R3_FRESH", "run 3")
-    store.stage(tmp_path / "t", {}, [], build)
+    artifacts.stage(tmp_path / "t", {}, [], build)
     assert seen == [0, 0]
 
 
 SHARDS = """
 import os, signal, sys
 from pathlib import Path
-from r3lib.store import stage
+from r3lib.artifacts import stage
 
 def build(work):
     for name in "abc":
@@ -182,7 +177,7 @@ def test_killed_build_goes_on_from_its_own_shards(tmp_path):
 
 def test_kill_between_the_result_and_its_marker_claims_nothing(bench, monkeypatch):
     bench.run()
-    monkeypatch.setattr(store, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(artifacts, "write_atomic", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         bench.run({"n": 2})
     monkeypatch.undo()
@@ -197,15 +192,15 @@ def test_full_disk_is_one_line_and_the_next_run_resumes(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(R3Error, match=r"no space left to write .*t: free disk space"):
-        store.stage(tmp_path / "t", {}, [], full)
-    store.stage(tmp_path / "t", {}, [], lambda work: (work / "shard").rename(work / "t"))
+        artifacts.stage(tmp_path / "t", {}, [], full)
+    artifacts.stage(tmp_path / "t", {}, [], lambda work: (work / "shard").rename(work / "t"))
     assert (tmp_path / "t").read_text() == "1"
 
 
 def test_other_write_errors_are_not_called_a_full_disk(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError):
-        store.write_atomic(tmp_path / "file" / "below", "x")
+        files.write_atomic(tmp_path / "file" / "below", "x")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
@@ -215,29 +210,29 @@ def test_a_folder_that_cannot_be_written_is_one_line_with_the_fix(tmp_path, monk
 
     monkeypatch.setattr(Path, "write_bytes", denied)
     with pytest.raises(R3Error, match="cannot write .*a.txt.* another folder with --results") as error:
-        store.write_atomic(tmp_path / "a.txt", "x")
+        files.write_atomic(tmp_path / "a.txt", "x")
     assert "\n" not in str(error.value)
     monkeypatch.setattr(Path, "mkdir", denied)
-    with pytest.raises(R3Error, match=f"cannot write {tmp_path / 'new'} "), store.claimed(tmp_path / "new"):
+    with pytest.raises(R3Error, match=f"cannot write {tmp_path / 'new'} "), files.claimed(tmp_path / "new"):
         pass
 
 
 def test_a_folder_without_write_permission_is_not_claimed(tmp_path, monkeypatch):
     """Asked of the system, since a root user may write whatever the bits say."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(R3Error, match=f"cannot write {tmp_path} .Permission denied"), store.claimed(tmp_path):
+    with pytest.raises(R3Error, match=f"cannot write {tmp_path} .Permission denied"), files.claimed(tmp_path):
         pass
 
 
 def test_a_file_elsewhere_that_is_denied_is_not_blamed_on_the_results(tmp_path):
-    with pytest.raises(PermissionError), store.room_for(tmp_path / "results" / "a.txt"):
+    with pytest.raises(PermissionError), files.disk_full_as_error(tmp_path / "results" / "a.txt"):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/model.safetensors")
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from r3lib.store import claimed
+from r3lib.files import claimed
 with claimed(Path(sys.argv[1]), sys.argv[2] == "shared"):
     print("held", flush=True)
     time.sleep(60)
@@ -260,23 +255,23 @@ def test_a_second_run_is_told_which_process_holds_the_folder_and_a_dead_one_hold
     folder = tmp_path / "results" / "nano"
     with held(folder) as first:
         for shared in (False, True):
-            with pytest.raises(R3Error) as error, store.claimed(folder, shared):
+            with pytest.raises(R3Error) as error, files.claimed(folder, shared):
                 pass
             words = str(error.value)
             assert str(folder) in words and f"process {first.pid} " in words and "--set name=" in words
-        with store.claimed(tmp_path / "results" / "other"):
+        with files.claimed(tmp_path / "results" / "other"):
             pass
         first.kill()
         first.wait()
-        with store.claimed(folder):
-            assert (folder / store.LOCK).read_text() == str(os.getpid())
+        with files.claimed(folder):
+            assert (folder / files.LOCK).read_text() == str(os.getpid())
 
 
 def test_processes_of_one_run_share_a_folder_and_keep_others_out(tmp_path):
-    with held(tmp_path, "shared"), store.claimed(tmp_path, shared=True):
-        with pytest.raises(R3Error, match="is running in"), store.claimed(tmp_path):
+    with held(tmp_path, "shared"), files.claimed(tmp_path, shared=True):
+        with pytest.raises(R3Error, match="is running in"), files.claimed(tmp_path):
             pass
-    with store.claimed(tmp_path):
+    with files.claimed(tmp_path):
         pass
 
 
@@ -284,24 +279,24 @@ def test_a_disk_without_locks_is_used_without_one(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(store.fcntl, "flock", unsupported)
-    with store.claimed(tmp_path), store.claimed(tmp_path):
+    monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    with files.claimed(tmp_path), files.claimed(tmp_path):
         pass
 
 
 def test_an_error_inside_the_block_frees_the_folder(tmp_path):
-    with pytest.raises(KeyboardInterrupt), store.claimed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.claimed(tmp_path):
         raise KeyboardInterrupt
-    with store.claimed(tmp_path):
+    with files.claimed(tmp_path):
         pass
 
 
 def test_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    store.write_atomic(path, "old")
+    files.write_atomic(path, "old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(R3Error, match="no space left"):
-        store.write_atomic(path, "new")
+        files.write_atomic(path, "new")
     assert path.read_text() == "old"
 
 
@@ -311,12 +306,13 @@ def test_figure_is_saved_three_ways_and_the_manifest_says_where_it_came_from(tmp
     data = pd.DataFrame({"seed": ["0", "1", "all"], "rate": [0.1, 0.2, 0.15]})
     figure = Figure()
     figure.subplots().plot(data.rate)
-    png = store.save_figure(tmp_path, figure, "rates", data, "04_evaluation", "Rates", [source], seconds=3)
+    image = Recorder(tmp_path, "04_evaluation", [source]).figure(figure, data, "rates", "Rates")
     artefacts = json.loads((tmp_path / "manifest.json").read_text())["artefacts"]
     assert sorted(artefacts) == ["figures/rates.csv", "figures/rates.png", "figures/rates.svg"]
-    entry = artefacts["figures/rates.png"]
-    assert entry["sha256"] == store.sha256(png) and entry["inputs"] == {"episodes.parquet": store.sha256(source)}
-    assert entry["notebook"] == "04_evaluation" and entry["cell"] == "Rates" and entry["seconds"] == 3
+    entry, png = artefacts["figures/rates.png"], tmp_path / "figures" / "rates.png"
+    assert image.data == png.read_bytes() and entry["sha256"] == files.sha256(png)
+    assert entry["inputs"] == {"episodes.parquet": files.sha256(source)}
+    assert entry["notebook"] == "04_evaluation" and entry["cell"] == "Rates" and entry["seconds"] > 0
     assert entry["seeds"] == ["0", "1", "all"] and entry["packages"]["pandas"] == pd.__version__
     assert entry["hardware"]["cpus"] == os.cpu_count() and {"commit", "dirty"} <= entry.keys()
 
@@ -325,22 +321,24 @@ def test_equal_data_give_equal_images(tmp_path):
     def digests(name):
         figure = Figure()
         figure.subplots().plot([1, 2])
-        store.save_figure(tmp_path / name, figure, "f", pd.DataFrame({"x": [1, 2]}), "nb", "cell")
-        return [store.sha256(tmp_path / name / "figures" / f"f.{kind}") for kind in ("png", "svg", "csv")]
+        Recorder(tmp_path / name, "nb").figure(figure, pd.DataFrame({"x": [1, 2]}), "f", "cell")
+        return [files.sha256(tmp_path / name / "figures" / f"f.{kind}") for kind in ("png", "svg", "csv")]
 
     assert digests("a") == digests("b")
 
 
 def test_registering_again_updates_one_entry_and_keeps_the_others(tmp_path):
-    store.save_table(tmp_path, pd.DataFrame({"a": [1]}), "one", "nb", "first")
-    store.save_table(tmp_path, pd.DataFrame({"a": [1]}), "two", "nb", "first")
-    path = store.save_table(tmp_path, pd.DataFrame({"a": [2]}), "one", "nb", "second")
+    keep = Recorder(tmp_path, "nb")
+    keep.table(pd.DataFrame({"a": [1]}), "one", "first")
+    keep.table(pd.DataFrame({"a": [1]}), "two", "first")
+    shown = keep.table(pd.DataFrame({"a": [2]}), "one", "second")
     artefacts = json.loads((tmp_path / "manifest.json").read_text())["artefacts"]
     assert {name: e["cell"] for name, e in artefacts.items()} == {"tables/one.csv": "second", "tables/two.csv": "first"}
-    assert artefacts["tables/one.csv"]["sha256"] == store.sha256(path)
+    assert artefacts["tables/one.csv"]["sha256"] == files.sha256(tmp_path / "tables" / "one.csv")
+    assert shown.a.tolist() == [2]
 
 
 def test_damaged_manifest_is_reported_not_overwritten(tmp_path):
     (tmp_path / "manifest.json").write_text('{"artefacts": {')
     with pytest.raises(R3Error, match="manifest.json is damaged: delete it"):
-        store.save_table(tmp_path, pd.DataFrame({"a": [1]}), "one", "nb", "cell")
+        Recorder(tmp_path, "nb").table(pd.DataFrame({"a": [1]}), "one", "cell")

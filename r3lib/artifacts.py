@@ -1,0 +1,199 @@
+"""Results that are made once: a stage cache that says why it runs, and the manifest of tables and figures."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from glob import escape, glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .chat import DATE
+from .errors import R3Error
+from .files import disk_full_as_error, sha256, write_atomic
+from .provenance import machine
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from IPython.display import Image
+    from matplotlib.figure import Figure
+
+STARTED = time.time()
+
+
+def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, log=print) -> Path:
+    """Make `target` (file or folder) unless the same config and inputs have made it before.
+
+    `build(work: Path)` writes `work/<target.name>`; `work` survives a kill, so that a build can resume. The
+    marker `<target>.stage.json` comes last. R3Error: an input or the output is missing, the disk is full.
+    """
+    wanted = _wanted(config, inputs, target)
+    marker = _marker(target)
+    run = os.environ.get("R3_FRESH", "")
+    why = _why(marker, wanted, run)
+    if why is None:
+        log(f"cached  {target.name}")
+        return target
+    work = work_folder(target, config, inputs)
+    unfinished = work.exists() and any(work.iterdir()) and not run
+    log(f"running {target.name}: {'goes on where it stopped' if unfinished else why}")
+    started = time.time()
+    main = os.environ.get("RANK", "0") == "0"  # of several processes one keeps the books
+    with disk_full_as_error(target):
+        if main:
+            _remove_others(target, work, run)
+        work.mkdir(parents=True, exist_ok=True)
+        if run:
+            (work / f".{run}").touch()
+        if main and "WORLD_SIZE" in os.environ:
+            marker.unlink(missing_ok=True)  # for which the other processes then wait
+        build(work)
+    if not main:
+        return _made_by_main(target, marker, wanted)
+    record = {**wanted, "files": _hashes(work / target.name, work), "run": run}
+    record["seconds"] = round(time.time() - started, 2)
+    record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    marker.unlink(missing_ok=True)  # from here on a kill leaves no marker that claims too much
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+    (work / target.name).rename(target)
+    write_atomic(marker, json.dumps(record, indent=1))
+    shutil.rmtree(work)
+    return target
+
+
+def up_to_date(target: Path, config: dict, inputs: Iterable[Path]) -> bool:
+    """Whether `stage` would take `target` as it is."""
+    run = os.environ.get("R3_FRESH", "")
+    return _why(_marker(target), _wanted(config, inputs, target), run) is None
+
+
+def key_of(config: dict, inputs: Iterable[Path], target: Path) -> str:
+    """Hex digest of all that decides what `stage` makes of these arguments."""
+    wanted = json.dumps(_wanted(config, inputs, target), sort_keys=True)
+    return hashlib.sha256(wanted.encode()).hexdigest()
+
+
+def work_folder(target: Path, config: dict, inputs: Iterable[Path]) -> Path:
+    """Where `stage` builds `target`."""
+    return target.with_name(f".work-{target.name}-{key_of(config, inputs, target)[:12]}")
+
+
+class Recorder:
+    """Saves one notebook's tables and figures in `results`, and where each came from in its manifest.
+
+    `inputs`: the files that they are drawn from, which the manifest names with their hashes.
+    """
+
+    def __init__(self, results: Path, notebook: str, inputs: Iterable[Path] = ()):
+        self.results = results
+        self.notebook = notebook
+        self.inputs = list(inputs)
+
+    def table(self, frame: "pd.DataFrame", name: str, cell: str) -> "pd.DataFrame":
+        """Save `frame` as tables/<name>.csv, made under the heading `cell`; return it to be shown."""
+        path = self.results / "tables" / f"{name}.csv"
+        write_atomic(path, frame.to_csv(index=False))
+        self._register([path], cell, frame)
+        return frame
+
+    def figure(self, figure: "Figure", data: "pd.DataFrame", name: str, cell: str) -> "Image":
+        """Save `figure` as figures/<name>.png and .svg and the `data` it draws as .csv; return the image."""
+        from IPython.display import Image
+        from matplotlib import rc_context
+
+        base = self.results / "figures" / name
+        for kind in ("png", "svg"):
+            image = io.BytesIO()
+            with rc_context({"svg.hashsalt": name}):  # with no date: equal data, equal bytes
+                figure.savefig(image, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None})
+            write_atomic(base.with_suffix(f".{kind}"), image.getvalue())
+        write_atomic(base.with_suffix(".csv"), data.to_csv(index=False))
+        self._register([base.with_suffix(f".{kind}") for kind in ("png", "svg", "csv")], cell, data)
+        return Image(str(base.with_suffix(".png")))
+
+    def _register(self, paths: list[Path], cell: str, data: "pd.DataFrame") -> None:
+        """Enter `paths` into the manifest with all that they came from."""
+        manifest = self.results / "manifest.json"
+        try:
+            entries = json.loads(manifest.read_text())["artefacts"] if manifest.exists() else {}
+        except (ValueError, KeyError) as error:
+            raise R3Error(f"{manifest} is damaged: delete it and run again") from error
+        made = machine() | {"prompt_date": DATE}
+        origin = {"notebook": self.notebook, "cell": cell, "inputs": _hashes(self.inputs, self.results)}
+        origin["seconds"] = round(time.time() - STARTED, 1)  # since the notebook began
+        origin["seeds"] = sorted(data["seed"].dropna().astype(str).unique()) if "seed" in data else []
+        for name, digest in _hashes(paths, self.results).items():
+            entries[name] = {"sha256": digest, **origin, **made}
+        write_atomic(manifest, json.dumps({**made, "artefacts": entries}, indent=1, sort_keys=True))
+
+
+def _marker(target: Path) -> Path:
+    return target.with_name(f"{target.name}.stage.json")
+
+
+def _wanted(config: dict, inputs: Iterable[Path], target: Path) -> dict:
+    return json.loads(json.dumps({"config": config, "inputs": _hashes(inputs, target.parent)}, default=str))
+
+
+def _remove_others(target: Path, work: Path, run: str) -> None:
+    """Remove what other configurations, or an earlier fresh run, left unfinished."""
+    for other in target.parent.glob(f".work-{escape(target.name)}-*"):
+        if other != work or (run and not (work / f".{run}").exists()):
+            shutil.rmtree(other)
+
+
+def _made_by_main(target: Path, marker: Path, wanted: dict) -> Path:
+    """Wait until the main process has put `target` into its place."""
+    deadline = time.time() + 600
+    while _why(marker, wanted, "") is not None:
+        if time.time() > deadline:
+            raise R3Error(f"{target} was not finished by the main process: see its log")
+        time.sleep(0.2)
+    return target
+
+
+def _hashes(paths: Path | Iterable[Path], base: Path) -> dict[str, str]:
+    """Digest of each file by its name relative to `base`; of folders, without hidden files and markers."""
+    found = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        if not path.exists():
+            raise R3Error(f"{path} is missing: run the step that writes it first (r3 reproduce)")
+        names = glob("**", root_dir=path, recursive=True) if path.is_dir() else [""]
+        files = [path / name for name in sorted(names) if not name.endswith(".stage.json")]
+        found |= {Path(os.path.relpath(f, base)).as_posix(): sha256(f) for f in files if f.is_file()}
+    return found
+
+
+def _why(marker: Path, wanted: dict, run: str) -> str | None:
+    """Why a stage has to run; None when what it made is there, up to date and intact."""
+    try:
+        old = json.loads(marker.read_text())
+    except (FileNotFoundError, ValueError):
+        return f"file missing or damaged: {marker.name}" if marker.exists() else "not there yet"
+    if run and old["run"] != run:
+        return "fresh run"
+    before, now = old["config"], wanted["config"]
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    if changed:
+        return "config changed: " + "; ".join(_change(key, before.get(key), now.get(key)) for key in changed)
+    inputs = dict(old["inputs"].items() ^ wanted["inputs"].items())
+    if inputs:
+        return f"input changed: {', '.join(sorted(inputs))}"
+    kept = {marker.parent / name: digest for name, digest in old["files"].items()}
+    lost = [file.name for file, digest in kept.items() if not file.is_file() or sha256(file) != digest]
+    return f"file missing or damaged: {', '.join(lost)}" if lost else None
+
+
+def _change(key: str, before, now) -> str:
+    """What changed in a setting; of a block, only the entries that did."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        inner = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+        return ", ".join(_change(name, before.get(name), now.get(name)) for name in inner)
+    if key == "code":
+        return "the code of task, sampler or trainer"
+    return f"{key} {before} -> {now}"

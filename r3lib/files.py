@@ -1,0 +1,106 @@
+"""Files: written whole or not at all, hashed, and a folder of results held by one run."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import R3Error
+
+ROOM = 2**20  # bytes; with less than that free, a failed write is blamed on the disk
+NO_EFFECT = (".pyc", ".md", ".pt")  # endings of files that change no result
+SCRIPTS = (".py",)  # beside the weights of a model they change none either
+LOCK = ".r3.lock"  # in a folder of results; holds the id of the process that took it last
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(*paths: Path, without: tuple[str, ...] = ()) -> str:
+    """Hex digest of files and of what folders hold, less what has no effect; "" when nothing is there.
+
+    `without`: endings of further files that have none.
+    """
+    found = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+    lines = [f"{f.name} {sha256(f)}" for f in found if f.suffix not in (*NO_EFFECT, *without)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write aside, then rename: `path` holds the old or the new content, never a part. R3Error: disk full."""
+    with disk_full_as_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)
+        aside.replace(path)
+
+
+@contextmanager
+def claimed(folder: Path, shared: bool = False):
+    """Make a `folder` of results and hold it for the block: alone, or `shared` with others that share.
+
+    The lock ends with the process, however it ends. On a disk without locks there is none. Raises
+    R3Error when the folder cannot be written, or another run holds it.
+    """
+    with _lock_file(folder) as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            why = f"process {file.read().strip() or 'unknown'} is running in {folder}"
+            fix = "wait for it, or give this run another folder with --set name=..."
+            raise R3Error(f"{why}: {fix}") from error
+        except OSError:  # a disk that knows no locks
+            pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _lock_file(folder: Path):
+    """The open lock of `folder`, which is made; R3Error unless this process may write there."""
+    with disk_full_as_error(folder / LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return open(folder / LOCK, "a+")
+
+
+@contextmanager
+def disk_full_as_error(path: Path):
+    """Turn what a full disk, or one without write permission, raises in the block into one R3Error.
+
+    Any library may raise what tells of a full disk; the R3Error of a denial names file or folder.
+    """
+    try:
+        yield
+    except Exception as error:  # torch and safetensors do not raise OSError
+        if isinstance(error, OSError) and error.errno in DENIED and _is_beside(path, error.filename):
+            what, why = error.filename or path, os.strerror(error.errno)
+            fix = "give yourself permission to write there, or name another folder with --results"
+            raise R3Error(f"cannot write {what} ({why}): {fix}") from error
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        if not full and (isinstance(error, R3Error) or _free(path) >= ROOM):
+            raise
+        raise R3Error(f"no space left to write {path}: free disk space and run again; it resumes") from error
+
+
+def _is_beside(path: Path, denied: str | None) -> bool:
+    """Whether what was `denied` is the folder of `path`, above it or in it; also if not known."""
+    if not isinstance(denied, str):
+        return True
+    folder, denied = path.absolute().parent, Path(denied).absolute()
+    return denied.is_relative_to(folder) or folder.is_relative_to(denied)
+
+
+def _free(path: Path) -> int:
+    """Bytes free on the disk of `path` or of its nearest parent that exists."""
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
