@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -34,7 +34,6 @@ QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
 MINUTE = 60_000  # milliseconds
 TALLEST = 16_000  # pixels that Chromium draws on one screenshot
 
-ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
 SCROLL_UP = "() => document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)"
 BOTTOM = "cells => cells.at(-1).getBoundingClientRect().bottom"
 WIDTHS = "images => images.map(image => image.complete ? image.naturalWidth : 0)"
@@ -112,16 +111,32 @@ def browser(tmp_path_factory):
         context.close()
 
 
-def run_all_cells(page, address):
-    """Open a notebook, click Run > Run All Cells, and wait for its last cell or one that fails."""
-    page.goto(address, timeout=MINUTE)
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=MINUTE)
+def run_all_cells(page, lab, path):
+    """Open a notebook, click Run > Run All Cells, save; return the notebook as it was saved."""
+    page.goto(f"{lab['url']}lab/tree/{path.name}?reset&token={lab['token']}", timeout=MINUTE)
+    idle = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    idle.wait_for(timeout=MINUTE)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    last = page.locator(".jp-CodeCell").last
-    numbered = last.locator(".jp-InputPrompt", has_text=re.compile(r"\d"))
-    ended = numbered.or_(page.locator(ERROR)).first
-    ended.wait_for(state="attached", timeout=5 * MINUTE)
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
+    expect(prompts.first).not_to_have_text("[ ]:")
+    expect(prompts.filter(has_text="*")).to_have_count(0, timeout=5 * MINUTE)
+    idle.wait_for(timeout=MINUTE)
+    page.keyboard.press("Control+s")
+    expect(page.locator(".jp-mod-dirty")).to_have_count(0, timeout=MINUTE)
+    return nbformat.read(path, as_version=4)
+
+
+def errors(notebook):
+    """What the cells of a notebook raised."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"]
+
+
+def not_run(notebook):
+    """The code cells of a notebook that were not run."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell.source for cell in cells if not cell.execution_count]
 
 
 def screenshot(page, name):
@@ -141,14 +156,23 @@ def test_a_user_opens_a_notebook_runs_all_cells_and_sees_its_figures_and_tables(
 ):
     page = browser.new_page()
     try:
-        run_all_cells(page, f"{lab['url']}lab/tree/{name}.ipynb?reset&token={lab['token']}")
+        notebook = run_all_cells(page, lab, copies / f"{name}.ipynb")
     finally:
         screenshot(page, name)
-    assert page.locator(ERROR).all_text_contents() == []
-    prompts = page.locator(".jp-CodeCell .jp-InputPrompt").all_text_contents()
-    assert prompts == [f"[{number}]:" for number in range(1, len(prompts) + 1)]
+    assert not errors(notebook) and not not_run(notebook)
     output = page.locator(".jp-OutputArea-output")
     images, tables = output.locator("img"), output.locator("table")
     assert all(images.evaluate_all(WIDTHS)) and all(tables.evaluate_all(WORDS))
     figures_at_least, tables_at_least = SHOWN[name]
     assert images.count() >= figures_at_least and tables.count() >= tables_at_least
+
+
+def test_a_cell_that_fails_and_those_after_it_are_found(copies, lab, browser):
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in ("1", "1 / 0", "2")]
+    path = copies / "fails.ipynb"
+    nbformat.write(notebook, path)
+    saved = run_all_cells(browser.new_page(), lab, path)
+    assert errors(saved) == ["ZeroDivisionError: division by zero"]
+    assert not_run(saved) == ["2"]
