@@ -1,4 +1,4 @@
-"""JupyterLab in headless Chromium: a user opens a notebook, runs all cells and sees its figures and tables.
+"""JupyterLab in headless Chromium: all cells of a notebook run; its figures and tables show.
 
 Screenshots of the whole notebooks, also of one that fails, are kept in `.lab/`.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -34,16 +34,6 @@ QUIET = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
 MINUTE = 60_000  # milliseconds
 TALLEST = 16_000  # pixels that Chromium draws on one screenshot
 
-CELLS = """cells => cells.map(cell => ({
-  code: cell.querySelector('.cm-content').innerText.trim(),
-  prompt: cell.querySelector('.jp-InputPrompt').innerText.trim(),
-  error: cell.querySelector('[data-mime-type="application/vnd.jupyter.error"]')?.innerText ?? '',
-}))"""
-ENDED = """() => {
-  const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')];
-  const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.error"]');
-  return failed || /\\d/.test(prompts.at(-1).innerText);
-}"""
 SCROLL_UP = "() => document.querySelector('.jp-WindowedPanel-outer').scrollTo(0, 0)"
 BOTTOM = "cells => cells.at(-1).getBoundingClientRect().bottom"
 WIDTHS = "images => images.map(image => image.complete ? image.naturalWidth : 0)"
@@ -83,32 +73,31 @@ def lab(copies, tmp_path_factory):
     """A JupyterLab on the copies, with nobody's own settings; yields its address and token."""
     home = tmp_path_factory.mktemp("home")
     (home / "overrides.json").write_text(json.dumps(QUIET))
-    places = {
-        f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")
-    }
-    settings = [f"--LabApp.{name}_dir={home}" for name in ("user_settings", "workspaces")]
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
         "--ServerApp.port=0", f"--ServerApp.root_dir={copies}", f"--LabApp.app_settings_dir={home}",
-        *settings,
+        f"--LabApp.user_settings_dir={home}", f"--LabApp.workspaces_dir={home}",
     ]  # fmt: skip
-    env = os.environ | places | {"PYTHONPATH": str(ROOT)}
+    env = {f"JUPYTER_{name}_DIR": str(home) for name in ("CONFIG", "DATA", "RUNTIME")}
+    env |= {"PYTHONPATH": str(ROOT)}
     with (home / "server.log").open("w") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log)
     try:
-        yield started(server, home / "runtime", home / "server.log")
+        yield started(server, home, home / "server.log")
     finally:
         server.terminate()
         server.wait(timeout=60)
 
 
 def started(server, runtime, log):
-    """Wait for what a server writes of itself once it listens."""
+    """Wait for the file in which a server writes its address and token once it listens."""
     deadline = time.monotonic() + 120
-    while not (notes := list(runtime.glob("jpserver-*.json"))):
+    while True:
+        for note in runtime.glob("jpserver-*.json"):
+            if note.stat().st_size:
+                return json.loads(note.read_text())
         assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
         time.sleep(0.1)
-    return json.loads(notes[0].read_text())
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +111,32 @@ def browser(tmp_path_factory):
         context.close()
 
 
-def run_all_cells(page, address):
-    """Open a notebook and click Run > Run All Cells, then wait for the last cell, or one that fails."""
-    page.goto(address, timeout=MINUTE)
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=MINUTE)
+def run_all_cells(page, lab, path):
+    """Open a notebook, click Run > Run All Cells, save; return the notebook as it was saved."""
+    page.goto(f"{lab['url']}lab/tree/{path.name}?reset&token={lab['token']}", timeout=MINUTE)
+    idle = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    idle.wait_for(timeout=MINUTE)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_function(ENDED, timeout=5 * MINUTE)
+    prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
+    expect(prompts.first).not_to_have_text("[ ]:")
+    expect(prompts.filter(has_text="*")).to_have_count(0, timeout=5 * MINUTE)
+    idle.wait_for(timeout=MINUTE)
+    page.keyboard.press("Control+s")
+    expect(page.locator(".jp-mod-dirty")).to_have_count(0, timeout=MINUTE)
+    return nbformat.read(path, as_version=4)
+
+
+def errors(notebook):
+    """What the cells of a notebook raised."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return [f"{o.ename}: {o.evalue}" for o in outputs if o.output_type == "error"]
+
+
+def not_run(notebook):
+    """The code cells of a notebook that were not run."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell.source for cell in cells if not cell.execution_count]
 
 
 def screenshot(page, name):
@@ -148,14 +156,23 @@ def test_a_user_opens_a_notebook_runs_all_cells_and_sees_its_figures_and_tables(
 ):
     page = browser.new_page()
     try:
-        run_all_cells(page, f"{lab['url']}lab/tree/{name}.ipynb?reset&token={lab['token']}")
+        notebook = run_all_cells(page, lab, copies / f"{name}.ipynb")
     finally:
         screenshot(page, name)
-    cells = page.locator(".jp-CodeCell").evaluate_all(CELLS)
-    assert not [cell["error"] for cell in cells if cell["error"]]
-    assert [cell["prompt"] for cell in cells] == [f"[{i}]:" for i in range(1, len(cells) + 1)]
+    assert not errors(notebook) and not not_run(notebook)
     output = page.locator(".jp-OutputArea-output")
     images, tables = output.locator("img"), output.locator("table")
     assert all(images.evaluate_all(WIDTHS)) and all(tables.evaluate_all(WORDS))
     figures_at_least, tables_at_least = SHOWN[name]
     assert images.count() >= figures_at_least and tables.count() >= tables_at_least
+
+
+def test_a_cell_that_fails_and_those_after_it_are_found(copies, lab, browser):
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in ("1", "1 / 0", "2")]
+    path = copies / "fails.ipynb"
+    nbformat.write(notebook, path)
+    saved = run_all_cells(browser.new_page(), lab, path)
+    assert errors(saved) == ["ZeroDivisionError: division by zero"]
+    assert not_run(saved) == ["2"]
