@@ -5,7 +5,9 @@ import warnings
 from importlib import import_module
 
 warnings.filterwarnings("ignore", "IProgress not found")  # plain progress bars do in notebooks
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that it would fetch from the hub
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # it warns of a kernel that it would fetch from the hub
 
 PUBLIC = {  # name: the module that it is in
     "Chat": "chat",

@@ -1,4 +1,4 @@
-"""Results that are made once: a stage cache that says why it runs, and the manifest of tables and figures."""
+"""Results that are made once: a cache that says why it runs, and the manifest of what was drawn."""
 
 import hashlib
 import io
@@ -27,8 +27,9 @@ STARTED = time.time()
 def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, log=print) -> Path:
     """Make `target` (file or folder) unless the same config and inputs have made it before.
 
-    `build(work: Path)` writes `work/<target.name>`; `work` survives a kill, so that a build can resume. The
-    marker `<target>.stage.json` comes last. R3Error: an input or the output is missing, the disk is full.
+    `build(work: Path)` writes `work/<target.name>`; `work` survives a kill, so that a build can
+    resume. The marker `<target>.stage.json` comes last. R3Error: an input or the output is missing,
+    the disk is full.
     """
     wanted = _wanted(config, inputs, target)
     marker = _marker(target)
@@ -84,7 +85,7 @@ def work_folder(target: Path, config: dict, inputs: Iterable[Path]) -> Path:
 
 
 class Recorder:
-    """Saves one notebook's tables and figures in `results`, and where each came from in its manifest.
+    """Saves a notebook's tables and figures in `results`, and in its manifest their origin.
 
     `inputs`: the files that they are drawn from, which the manifest names with their hashes.
     """
@@ -95,14 +96,14 @@ class Recorder:
         self.inputs = list(inputs)
 
     def table(self, frame: "pd.DataFrame", name: str, cell: str) -> "pd.DataFrame":
-        """Save `frame` as tables/<name>.csv, made under the heading `cell`; return it to be shown."""
+        """Save `frame` as tables/<name>.csv, made under the heading `cell`; return it."""
         path = self.results / "tables" / f"{name}.csv"
         write_atomic(path, frame.to_csv(index=False))
         self._register([path], cell, frame)
         return frame
 
     def figure(self, figure: "Figure", data: "pd.DataFrame", name: str, cell: str) -> "Image":
-        """Save `figure` as figures/<name>.png and .svg and the `data` it draws as .csv; return the image."""
+        """Save `figure` as figures/<name>.png, .svg, and its `data` as .csv; return the image."""
         from IPython.display import Image
         from matplotlib import rc_context
 
@@ -110,7 +111,9 @@ class Recorder:
         for kind in ("png", "svg"):
             image = io.BytesIO()
             with rc_context({"svg.hashsalt": name}):  # with no date: equal data, equal bytes
-                figure.savefig(image, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None})
+                figure.savefig(
+                    image, format=kind, dpi=160, bbox_inches="tight", metadata={"Date": None}
+                )
             write_atomic(base.with_suffix(f".{kind}"), image.getvalue())
         write_atomic(base.with_suffix(".csv"), data.to_csv(index=False))
         self._register([base.with_suffix(f".{kind}") for kind in ("png", "svg", "csv")], cell, data)
@@ -124,9 +127,15 @@ class Recorder:
         except (ValueError, KeyError) as error:
             raise R3Error(f"{manifest} is damaged: delete it and run again") from error
         made = machine() | {"prompt_date": DATE}
-        origin = {"notebook": self.notebook, "cell": cell, "inputs": _hashes(self.inputs, self.results)}
+        origin = {
+            "notebook": self.notebook,
+            "cell": cell,
+            "inputs": _hashes(self.inputs, self.results),
+        }
         origin["seconds"] = round(time.time() - STARTED, 1)  # since the notebook began
-        origin["seeds"] = sorted(data["seed"].dropna().astype(str).unique()) if "seed" in data else []
+        origin["seeds"] = (
+            sorted(data["seed"].dropna().astype(str).unique()) if "seed" in data else []
+        )
         for name, digest in _hashes(paths, self.results).items():
             entries[name] = {"sha256": digest, **origin, **made}
         write_atomic(manifest, json.dumps({**made, "artefacts": entries}, indent=1, sort_keys=True))
@@ -137,7 +146,9 @@ def _marker(target: Path) -> Path:
 
 
 def _wanted(config: dict, inputs: Iterable[Path], target: Path) -> dict:
-    return json.loads(json.dumps({"config": config, "inputs": _hashes(inputs, target.parent)}, default=str))
+    return json.loads(
+        json.dumps({"config": config, "inputs": _hashes(inputs, target.parent)}, default=str)
+    )
 
 
 def _remove_others(target: Path, work: Path, run: str) -> None:
@@ -158,14 +169,16 @@ def _made_by_main(target: Path, marker: Path, wanted: dict) -> Path:
 
 
 def _hashes(paths: Path | Iterable[Path], base: Path) -> dict[str, str]:
-    """Digest of each file by its name relative to `base`; of folders, without hidden files and markers."""
+    """Digest of each file by its name relative to `base`; hidden files and markers left out."""
     found = {}
     for path in [paths] if isinstance(paths, Path) else paths:
         if not path.exists():
             raise R3Error(f"{path} is missing: run the step that writes it first (r3 reproduce)")
         names = glob("**", root_dir=path, recursive=True) if path.is_dir() else [""]
         files = [path / name for name in sorted(names) if not name.endswith(".stage.json")]
-        found |= {Path(os.path.relpath(f, base)).as_posix(): sha256(f) for f in files if f.is_file()}
+        found |= {
+            Path(os.path.relpath(f, base)).as_posix(): sha256(f) for f in files if f.is_file()
+        }
     return found
 
 
@@ -180,12 +193,16 @@ def _why(marker: Path, wanted: dict, run: str) -> str | None:
     before, now = old["config"], wanted["config"]
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     if changed:
-        return "config changed: " + "; ".join(_change(key, before.get(key), now.get(key)) for key in changed)
+        return "config changed: " + "; ".join(
+            _change(key, before.get(key), now.get(key)) for key in changed
+        )
     inputs = dict(old["inputs"].items() ^ wanted["inputs"].items())
     if inputs:
         return f"input changed: {', '.join(sorted(inputs))}"
     kept = {marker.parent / name: digest for name, digest in old["files"].items()}
-    lost = [file.name for file, digest in kept.items() if not file.is_file() or sha256(file) != digest]
+    lost = [
+        file.name for file, digest in kept.items() if not file.is_file() or sha256(file) != digest
+    ]
     return f"file missing or damaged: {', '.join(lost)}" if lost else None
 
 

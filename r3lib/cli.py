@@ -12,7 +12,7 @@ STAGES = ("baseline", "mine", "evaluate")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; return 0, 1 (the doctor found a failure), 2 (a stated error) or 130 (interrupted)."""
+    """Run one command; return 0, 1 (a check failed), 2 (a stated error) or 130 (interrupted)."""
     options = parser().parse_args(argv)
     try:
         return options.run(options)
@@ -20,7 +20,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"r3: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("r3: interrupted: the same command, without --fresh, goes on from what is finished", file=sys.stderr)
+        print(
+            "r3: interrupted: the same command, without --fresh, goes on from what is finished",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -36,23 +39,43 @@ def parser() -> argparse.ArgumentParser:
             add_study(one)
         return one
 
-    one = command("reproduce", reproduce, "Run the notebooks; write every table, every figure and the report.")
-    one.add_argument("--from", dest="start", metavar="NN", help="first notebook to run, for example 03")
+    one = command(
+        "reproduce", reproduce, "Run the notebooks; write every table, every figure and the report."
+    )
+    one.add_argument(
+        "--from", dest="start", metavar="NN", help="first notebook to run, for example 03"
+    )
     one.add_argument("--only", metavar="NN", help="the one notebook to run")
     one.add_argument("--fresh", action="store_true", help="compute everything again")
     one.add_argument("--verbose", action="store_true", help="show what the notebooks print")
 
-    one = command("sample", sample, "Sample one step of a task: all of it, or the share of one of several processes.")
+    one = command(
+        "sample",
+        sample,
+        "Sample one step of a task: all of it, or the share of one of several processes.",
+    )
     one.add_argument("stage", choices=STAGES, help="what to sample")
-    one.add_argument("--shard", type=_shard, metavar="I/N", help="share I (from 0) of N; without, what is left")
-    one.add_argument("--seed", type=int, default=0, help="of the training that `evaluate` evaluates")
+    one.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="share I (from 0) of N; without, what is left"
+    )
+    one.add_argument(
+        "--seed", type=int, default=0, help="of the training that `evaluate` evaluates"
+    )
 
-    one = command("doctor", doctor, "Check this machine for a profile, with a suggested fix for each problem.")
-    one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="estimate for a GPU of so many GiB")
+    one = command(
+        "doctor", doctor, "Check this machine for a profile, with a suggested fix for each problem."
+    )
+    one.add_argument(
+        "--gpu-memory", type=_gib, metavar="GIB", help="estimate for a GPU of so many GiB"
+    )
 
     command("report", report, "Write report.html again from the results that are there.")
 
-    one = command("base-model", base_model, "Pretrain the embedded model from a seed (hours; resumes after a kill).")
+    one = command(
+        "base-model",
+        base_model,
+        "Pretrain the embedded model from a seed (hours; resumes after a kill).",
+    )
     one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
@@ -61,10 +84,23 @@ def parser() -> argparse.ArgumentParser:
 
 def add_study(one: argparse.ArgumentParser) -> None:
     """Add the options that name a study: --profile, --task, --set, --results."""
-    one.add_argument("--profile", default="nano", help="nano (default), smoke, or a .yaml file of your own")
-    one.add_argument("--task", default="all", help="all (default), one task, or your own as file.py:Class")
-    one.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a setting")
-    one.add_argument("--results", type=_folder, default=Path("results"), help="folder of the results")
+    one.add_argument(
+        "--profile", default="nano", help="nano (default), smoke, or a .yaml file of your own"
+    )
+    one.add_argument(
+        "--task", default="all", help="all (default), one task, or your own as file.py:Class"
+    )
+    one.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a setting",
+    )
+    one.add_argument(
+        "--results", type=_folder, default=Path("results"), help="folder of the results"
+    )
 
 
 def reproduce(options) -> int:
@@ -91,7 +127,10 @@ def doctor(options) -> int:
     from . import doctor
 
     return doctor.report(
-        options.profile, gpu_memory=options.gpu_memory, overrides=_overrides(options.set), task=options.task
+        options.profile,
+        gpu_memory=options.gpu_memory,
+        overrides=_overrides(options.set),
+        task=options.task,
     )
 
 
@@ -99,7 +138,11 @@ def report(options) -> int:
     from .config import ROOT, load_profile
     from .report import write_report
 
-    print(write_report(ROOT / options.results / load_profile(options.profile, **_overrides(options.set)).name))
+    print(
+        write_report(
+            ROOT / options.results / load_profile(options.profile, **_overrides(options.set)).name
+        )
+    )
     return 0
 
 
@@ -125,7 +168,9 @@ def study_of(options):
 def _shard(text: str) -> tuple[int, int]:
     i, _, n = text.partition("/")
     if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with I from 0 to N - 1, for example 0/4")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write I/N with I from 0 to N - 1, for example 0/4"
+        )
     return int(i), int(n)
 
 

@@ -63,7 +63,7 @@ class Profile:
         return self.engine == "vllm" and not self.servers
 
     def vllm_option(self, *names: str) -> str | None:
-        """What `vllm_options` gives for an option, under any of its `names`; None where it does not name it."""
+        """What `vllm_options` gives for an option, under any of its `names`; None: nothing."""
         words = self.vllm_options.replace("=", " ").split()
         words = [word.replace("_", "-") if word.startswith("--") else word for word in words]
         given = dict(zip(words, [*words[1:], ""]))
@@ -71,7 +71,7 @@ class Profile:
 
 
 def load_profile(name: str, /, **overrides) -> Profile:
-    """Read the profile called `name`, or your own .yaml file, with `overrides` (values, or text as typed).
+    """Read the profile called `name`, or your own .yaml file, with `overrides`, values or text.
 
     An override is a key of the profile, of one of its blocks (`max_steps`), or both with a dot
     (`training.optim`). R3Error: an unknown profile or key (naming the nearest), a value of wrong
@@ -83,7 +83,9 @@ def load_profile(name: str, /, **overrides) -> Profile:
         _merge(values, {block: {inner: value}} if block else {inner: value}, name)
     if not isinstance(values.get("name"), str) or not _names_a_folder(values["name"]):
         given = values.get("name")
-        raise R3Error(f"name={given!r} cannot name a folder of results: use letters, digits, - and _")
+        raise R3Error(
+            f"name={given!r} cannot name a folder of results: use letters, digits, - and _"
+        )
     profile = Profile(**values)
     check_settings({**values, **profile.sampling, **profile.training})
     training = profile.training
@@ -125,9 +127,10 @@ def check_settings(settings: Mapping) -> None:
 
 
 def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1) -> int:
-    """Learning forwards of one process in a step: its share of `failures` x `group` rows, `batch` rows in each.
+    """Learning forwards of one process in a step, `batch` rows in each.
 
-    Raises R3Error unless they come out even and every process has whole groups.
+    It has its share of `failures` x `group` rows. R3Error unless they come out even and every
+    process has whole groups.
     """
     rows, local = failures * group, batch * processes
     if rows % local or (rows // processes) % group:
@@ -187,7 +190,7 @@ def _place(key: str) -> str:
         return f"{homes[key]}.{key}"
     known = [*homes, *(field.name for field in fields(Profile))]
     raise R3Error(
-        f"unknown setting {key!r}: {nearest(key, known)} (any other of R3Config: training.{key}=...)"
+        f"unknown setting {key!r}: {nearest(key, known)} (others of R3Config: training.{key}=...)"
     )
 
 

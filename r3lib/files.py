@@ -24,7 +24,7 @@ def sha256(path: Path) -> str:
 
 
 def folder_hash(*paths: Path, without: tuple[str, ...] = ()) -> str:
-    """Hex digest of files and of what folders hold, less what has no effect; "" when nothing is there.
+    """Hex digest of files and what folders hold, less what has no effect; "": nothing is there.
 
     `without`: endings of further files that have none.
     """
@@ -34,7 +34,7 @@ def folder_hash(*paths: Path, without: tuple[str, ...] = ()) -> str:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write aside, then rename: `path` holds the old or the new content, never a part. R3Error: disk full."""
+    """Write aside, then rename: `path` never holds a part. R3Error: the disk is full."""
     with disk_full_as_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -44,7 +44,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def claimed(folder: Path, shared: bool = False):
-    """Make a `folder` of results and hold it for the block: alone, or `shared` with others that share.
+    """Make a `folder` of results and hold it for the block: alone, or `shared` with others.
 
     The lock ends with the process, however it ends. On a disk without locks there is none. Raises
     R3Error when the folder cannot be written, or another run holds it.
@@ -83,14 +83,20 @@ def disk_full_as_error(path: Path):
     try:
         yield
     except Exception as error:  # torch and safetensors do not raise OSError
-        if isinstance(error, OSError) and error.errno in DENIED and _is_beside(path, error.filename):
+        if (
+            isinstance(error, OSError)
+            and error.errno in DENIED
+            and _is_beside(path, error.filename)
+        ):
             what, why = error.filename or path, os.strerror(error.errno)
             fix = "give yourself permission to write there, or name another folder with --results"
             raise R3Error(f"cannot write {what} ({why}): {fix}") from error
         full = getattr(error, "errno", None) == errno.ENOSPC
         if not full and (isinstance(error, R3Error) or _free(path) >= ROOM):
             raise
-        raise R3Error(f"no space left to write {path}: free disk space and run again; it resumes") from error
+        raise R3Error(
+            f"no space left to write {path}: free disk space and run again; it resumes"
+        ) from error
 
 
 def _is_beside(path: Path, denied: str | None) -> bool:

@@ -24,7 +24,9 @@ from .render import render
 
 NOTEBOOKS = ROOT / "notebooks"
 STUDY = "05"  # its last notebook; a later one runs alone
-NEWS = re.compile(r"(cached|running|step) .+|.*no group has variance.+")  # lines of a notebook shown at once
+NEWS = re.compile(
+    r"(cached|running|step) .+|.*no group has variance.+"
+)  # lines of a notebook shown at once
 
 
 def reproduce(
@@ -38,20 +40,21 @@ def reproduce(
     log=print,
     verbose: bool = False,
 ) -> Path:
-    """Run notebooks 00 to 05 (from `start`, or `only` one) under a profile; return the path of the report.
+    """Run notebooks 00 to 05 (from `start`, or `only` one); return the path of the report.
 
     Before notebook 04 has ever run there is no report, and the path is that of the results.
-    `results`, if relative, lies beside the notebooks, as does the kernels' working directory. Executed copies go
-    to `results/<profile>/executed` (also of a notebook that fails), pages of them to `notebooks`. Raises R3Error
-    before anything runs for an unknown profile, setting, task, notebook or parameter, for what
-    `doctor.check_run` refuses, and a folder of results that cannot be written or that another run holds; and for
-    the cell that fails. Warns on stderr of what else `check_run` finds: memory or disk that may be short.
+    `results`, if relative, lies beside the notebooks, as does the kernels' working directory.
+    Executed copies go to `results/<profile>/executed`, pages of them to `notebooks`. R3Error before
+    anything runs: an unknown profile, setting, task, notebook or parameter, what `check_run`
+    refuses, a folder that cannot be written or that another run holds. R3Error later: a cell fails.
     """
     settings = load_profile(profile, **(overrides or {}))
     profile = str(Path(profile).resolve()) if profile.endswith(".yaml") else profile
     if ".py:" in task:
         task = str(Path(task).resolve())
-    given = dict(profile=profile, task=task, overrides=json.dumps(overrides or {}), results=str(results))
+    given = dict(
+        profile=profile, task=task, overrides=json.dumps(overrides or {}), results=str(results)
+    )
     notebooks = choose(start, only)
     for notebook in notebooks:
         check_parameters(notebook, given)
@@ -79,7 +82,9 @@ def choose(start: str | None, only: str | None) -> list[Path]:
     """The notebooks to run, in the order of their numbers."""
     found = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
     if not found:
-        raise R3Error(f"no notebooks in {NOTEBOOKS}: run r3 from a source checkout (pip install -e .)")
+        raise R3Error(
+            f"no notebooks in {NOTEBOOKS}: run r3 from a source checkout (pip install -e .)"
+        )
     wanted = (only or start or "00").zfill(2)
     if (only or start) and wanted not in found:
         raise R3Error(f"no notebook {wanted!r}: known: {', '.join(found)}")
@@ -89,24 +94,41 @@ def choose(start: str | None, only: str | None) -> list[Path]:
 
 
 def check_parameters(notebook: Path, given: dict) -> None:
-    """Raise R3Error unless the parameters cell declares all of `given`, which papermill would only warn of."""
+    """R3Error unless the parameters cell declares all of `given`: papermill would only warn."""
     declared = papermill.inspect_notebook(str(notebook))
     absent = [name for name in given if name not in declared]
     if absent:
-        raise R3Error(f"{notebook.name}: its parameters cell does not declare {', '.join(absent)}: add it there")
+        raise R3Error(
+            f"{notebook.name}: its parameters cell does not declare {', '.join(absent)}: add it"
+        )
 
 
 def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:
-    """A manager of kernels that run this very interpreter, whichever kernel specs the machine has."""
-    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    """A manager of kernels that run this very interpreter, whatever kernel specs there are."""
+    env = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
     needs_hub = profile.model != "base_model" or '"hub"' in json.dumps(profile.task_options)
-    if not needs_hub or not reaches_hub():  # what is in the cache is then taken at once, without retries
+    if (
+        not needs_hub or not reaches_hub()
+    ):  # what is in the cache is then taken at once, without retries
         env["HF_HUB_OFFLINE"] = "1"
     if TCMALLOC:
         env["LD_PRELOAD"] = f"{TCMALLOC}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
     if fresh or os.environ.get("R3_FRESH") == "1":
-        env["R3_FRESH"] = str(time.time_ns())  # one run: what an earlier notebook made afresh counts as cached
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        env["R3_FRESH"] = str(
+            time.time_ns()
+        )  # one run: what an earlier notebook made afresh counts as cached
+    command = [
+        sys.executable,
+        "-m",
+        "ipykernel_launcher",
+        "-f",
+        "{connection_file}",
+        "--log-level=ERROR",
+    ]
 
     class ThisInterpreter(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=command, env=env, display_name="Python 3", language="python")
@@ -115,7 +137,7 @@ def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:
 
 
 def execute(notebook: Path, copy: Path, given: dict, kernel: type, news: "News") -> None:
-    """Run one notebook into its executed copy; R3Error names the notebook and the cell that fails."""
+    """Run one notebook into its executed copy; R3Error names the cell that fails."""
     sources = [cell.source for cell in read(notebook, 4).cells]
     try:
         with disk_full_as_error(copy):
@@ -123,18 +145,23 @@ def execute(notebook: Path, copy: Path, given: dict, kernel: type, news: "News")
             papermill.execute_notebook(
                 notebook, copy, given, kernel_name="python3", language="python",
                 progress_bar={"leave": False, "disable": None},  # none where there is no terminal
-                cwd=NOTEBOOKS.parent, stdout_file=news, stderr_file=news, kernel_manager_class=kernel,
+                cwd=NOTEBOOKS.parent, stdout_file=news, stderr_file=news,
+                kernel_manager_class=kernel,
             )  # fmt: skip
     except PapermillExecutionError as error:
         place = sources.index(error.source) + 1 if error.source in sources else "of parameters"
         line, why = error.source.strip().split("\n")[0], error.evalue.strip().split("\n")[-1]
-        raise R3Error(f"{notebook.name}, cell {place} (`{line}`): {error.ename}: {why} [see {copy}]") from error
+        raise R3Error(
+            f"{notebook.name}, cell {place} (`{line}`): {error.ename}: {why} [see {copy}]"
+        ) from error
     except RuntimeError as error:
-        raise R3Error(f"{notebook.name}: the kernel died ({error}): is memory short? a rerun resumes") from error
+        raise R3Error(
+            f"{notebook.name}: the kernel died ({error}): is memory short? a rerun resumes"
+        ) from error
 
 
 class News(io.TextIOBase):
-    """Shows what matters of what a notebook prints, above papermill's bar of cells; all of it if `verbose`."""
+    """Shows what matters of what a notebook prints, all of it if `verbose`."""
 
     def __init__(self, log, verbose: bool):
         self.log = log

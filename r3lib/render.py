@@ -15,7 +15,9 @@ LEFT_OUT = {"parameters", "parameters-note", "injected-parameters", "colab"}  # 
 def render(notebook: Path, folder: Path) -> Path:
     """Write the executed `notebook` as a page of `folder`, its images beside it; return the page."""
     cells = read(notebook, 4)
-    cells.cells = [cell for cell in cells.cells if not LEFT_OUT & set(cell.metadata.get("tags", ()))]
+    cells.cells = [
+        cell for cell in cells.cells if not LEFT_OUT & set(cell.metadata.get("tags", ()))
+    ]
     text, resources = MarkdownExporter().from_notebook_node(cells)
     text = STYLE.sub("", text)
     for name, image in resources["outputs"].items():

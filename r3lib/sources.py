@@ -1,4 +1,4 @@
-"""Which sources of the package decide an episode or an adapter: when one changes, results are made again."""
+"""Which sources of the package decide a result: when one changes, results are made again."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from .files import folder_hash
 from .tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
-WITHOUT_EFFECT = set(  # modules that decide neither an episode nor an adapter; a new module is not one of them
+WITHOUT_EFFECT = set(  # modules that decide no episode and no adapter; a new one is not among them
     """__init__ __main__ artifacts card cli colab config doctor errors evaluate failures figures files
     pipeline preflight provenance render report sources stats study train training_log view""".split()
 )

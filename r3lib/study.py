@@ -1,7 +1,7 @@
-"""The study's expensive steps, cached: baseline, mining, training, evaluation. Notebooks call these.
+"""The study's expensive steps, cached: baseline, mining, training, evaluation.
 
-Torch, transformers, peft and trl are imported where a model is used: they take ten seconds, and a cached study
-needs none of them.
+Torch, transformers, peft and trl are imported where a model is used: they take ten seconds, and a
+cached study needs none of them.
 """
 
 import os
@@ -39,12 +39,13 @@ if TYPE_CHECKING:
 LENGTHS = ("max_attempt_length", "max_completion_length", "max_retry_length")
 Part = tuple[int, int] | None  # (i, n): the shards of process i of n
 
+
 class Study:
     """One task under one profile; each step returns the path of its result, which is made once.
 
-    `task` is a name ("countdown"), a Task of your own, or where its class is ("package.module:Class" or
-    "file.py:Class"). `overrides` are settings of the profile. A step is made again when anything that
-    decides its result has changed: it then says what.
+    `task` is a name ("countdown"), a Task of your own, or where its class is: "file.py:Class" or
+    "package.module:Class". `overrides` are settings of the profile. A step is made again when
+    anything that decides its result has changed: it then says what.
     """
 
     def __init__(self, profile: Profile | str, task: Task | str, results="results", **overrides):
@@ -81,7 +82,7 @@ class Study:
         return load(self.model_path, self.profile.quantization, adapter, trainable)
 
     def sampler(self, adapter: Path | None = None, progress: bool = True) -> RolloutSampler:
-        """Samples first tries, reflections and second tries from the model under the profile's limits."""
+        """Samples tries and reflections from the model, under the profile's limits."""
         settings = self.profile.sampling
         engine = self.remote_engine()
         if engine:
@@ -147,10 +148,10 @@ class Study:
         return MinedFailures(self.mine(), problems, self.chat, self.task)
 
     def train(self, seed: int, trainer: "R3Trainer | None" = None) -> Path:
-        """An adapter, trained with R3 on the mined failures; a killed run resumes from its last checkpoint.
+        """An adapter, trained with R3 on the mined failures; a killed run resumes.
 
         `trainer`: yours, in place of the one that `Study.trainer` makes; it must have the profile's
-        settings and write to `training_folder(seed)`. R3Error, naming it, for a setting that differs.
+        settings and write to `training_folder(seed)`. R3Error, naming a setting that differs.
         """
         if trainer is not None:
             self._check_trainer(trainer, seed)
@@ -177,11 +178,16 @@ class Study:
         """The profile's settings of a training."""
         from .r3_config import R3Config
 
-        folder, settings = str(self.training_folder(seed)), self.profile.sampling | self.profile.training
+        folder, settings = (
+            str(self.training_folder(seed)),
+            self.profile.sampling | self.profile.training,
+        )
         try:
             return R3Config(folder, seed=seed, **settings)
         except TypeError as error:  # a setting that R3Config does not have
-            unknown = next((key for key in settings if key not in R3Config.__dataclass_fields__), None)
+            unknown = next(
+                (key for key in settings if key not in R3Config.__dataclass_fields__), None
+            )
             if unknown is None:
                 raise
             hint = nearest(unknown, R3Config.__dataclass_fields__)
@@ -225,8 +231,10 @@ class Study:
     # What they leave
 
     def episodes(self, others: Sequence["Study"] = ()) -> pd.DataFrame:
-        """Every episode of this task under this profile's seeds; also by policies trained on the tasks of `others`."""
-        return pd.concat([pd.read_parquet(path) for path in self.episode_files(others)], ignore_index=True)
+        """Every episode of this task; also by policies trained on the tasks of `others`."""
+        return pd.concat(
+            [pd.read_parquet(path) for path in self.episode_files(others)], ignore_index=True
+        )
 
     def episode_files(self, others: Sequence["Study"] = ()) -> list[Path]:
         """The files that `episodes` reads."""
@@ -236,14 +244,17 @@ class Study:
 
     def metrics(self) -> pd.DataFrame:
         """One row a training step and seed."""
-        parts = [pd.read_json(self.train(seed) / "metrics.jsonl", lines=True) for seed in range(self.profile.seeds)]
+        parts = [
+            pd.read_json(self.train(seed) / "metrics.jsonl", lines=True)
+            for seed in range(self.profile.seeds)
+        ]
         return pd.concat(parts, ignore_index=True)
 
     # The cache
 
     @cached_property
     def model_hash(self) -> str:
-        """Hash of a local model's files; for a hub id "id@commit", or the id alone where no commit is known."""
+        """Hash of a local model's files; for a hub id "id@commit", or the id alone."""
         found = folder_hash(Path(self.model_path), without=SCRIPTS)
         if found:
             return found
@@ -251,7 +262,7 @@ class Study:
         return f"{self.model_path}@{known}" if known else self.model_path
 
     def _config(self, *keys, **extra) -> dict:
-        """What a stage depends on besides its input files: task, model, sampling, and the profile's `keys`."""
+        """What a stage depends on besides its inputs: task, model, sampling, the profile's `keys`."""
         profile = asdict(self.profile)
         same = {"task": self.task.name, "task_facts": task_facts(self.task)}
         same["code"] = sources_hash(self.task.name, self.profile.engine)
@@ -272,17 +283,22 @@ class Study:
         def sample(out: Path, part: tuple[int, int]) -> None:
             problems = self.problems("test", self.profile.test_problems)
             size = self.profile.shard_size
-            run_episodes(self.sampler(adapter), problems, policy, out, shard=size, say=print, part=part)
+            run_episodes(
+                self.sampler(adapter), problems, policy, out, shard=size, say=print, part=part
+            )
 
         target = self.results / "episodes" / f"{self.task.name}-{policy.name}-{policy.seed}.parquet"
         conditions = [c.name for c in CONDITIONS]
         config = self._config("test_problems", "shard_size", conditions=conditions)
         return self._sampled(target, config, [adapter] if adapter else [], sample, part)
 
-    def _sampled(self, target: Path, config: dict, inputs: list[Path], sample: Callable, part: Part) -> Path:
-        """A table that is sampled in shards. With `part` (i, n) only those of process i of n, into a folder for all.
+    def _sampled(
+        self, target: Path, config: dict, inputs: list[Path], sample: Callable, part: Part
+    ) -> Path:
+        """A table that is sampled in shards.
 
-        Without, the table: the shards that such processes have left are taken, and what is missing is sampled.
+        With `part` (i, n) only those of process i of n, into a folder for all. Without, the table:
+        the shards that such processes have left are taken, and what is missing is sampled.
         """
         shards = self.results / "parts" / f"{target.stem}-{key_of(config, inputs, target)[:12]}"
         if part:
@@ -311,7 +327,9 @@ class Study:
         for name, options in self.profile.task_options.items():
             if name not in known or not isinstance(options, dict):
                 hint = nearest(name, known)
-                raise R3Error(f"task_options of {name!r}: write {{option: value}} of a task; {hint}")
+                raise R3Error(
+                    f"task_options of {name!r}: write {{option: value}} of a task; {hint}"
+                )
 
     def _check_trainer(self, trainer: "R3Trainer", seed: int) -> None:
         """R3Error unless `trainer` is the one that the cache would take its adapter to be of."""
@@ -320,7 +338,9 @@ class Study:
         args, settings = trainer.args, self.profile.sampling | self.profile.training
         differs = differing(args, settings)
         if differs:
-            raise R3Error(f"not the profile's settings: {differs}: change them in overrides instead")
+            raise R3Error(
+                f"not the profile's settings: {differs}: change them in overrides instead"
+            )
         if args.seed != seed or Path(args.output_dir) != self.training_folder(seed):
             raise R3Error(f"give R3Config output_dir=study.training_folder({seed}) and seed={seed}")
 
@@ -338,10 +358,13 @@ def open_studies(
 ) -> list[Study]:
     """A study for `task`, or for every task that ships with the package.
 
-    `overrides`: settings of the profile, as a mapping or as its text: '{"seeds": 3}'. R3Error: it is none.
+    `overrides`: settings of the profile, as a mapping or its text. R3Error: it is none.
     """
     try:
         settings = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
-        return [Study(profile, name, results, **settings) for name in (TASKS if task == "all" else [task])]
+        return [
+            Study(profile, name, results, **settings)
+            for name in (TASKS if task == "all" else [task])
+        ]
     except (yaml.YAMLError, TypeError) as error:
         raise R3Error(f"overrides={overrides!r} is no mapping: write '{{\"seeds\": 3}}'") from error

@@ -1,4 +1,4 @@
-"""Train with several processes: `accelerate launch --config_file configs/ddp.yaml -m r3lib.train --task countdown`."""
+"""Train with several processes: `accelerate launch -m r3lib.train --task countdown`."""
 
 import argparse
 import sys
@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         if state.is_main_process and not spreads_weights():
             warn(memory, Run(study.profile))
         with claimed(study.results, shared=True):
-            with state.main_process_first():  # one process mines, the others find it; `r3 sample mine` is for many
+            with (
+                state.main_process_first()
+            ):  # one process mines, the others find it; `r3 sample mine` is for many
                 study.mine()
             path = study.train(options.seed)
     except R3Error as error:
