@@ -69,8 +69,8 @@ def pooled(accuracy: pd.DataFrame) -> pd.DataFrame:
     return table[table.seed.astype(str) == "all"]
 
 
-def comparisons_table(episodes: pd.DataFrame) -> pd.DataFrame:
-    """The study's questions, each a difference of rates a - b with a 95% interval.
+def comparisons_table(episodes: pd.DataFrame, conditions=CONDITIONS) -> pd.DataFrame:
+    """The questions of `conditions`, each a difference of rates a - b with a 95% interval.
 
     `a`, `b` are "policy/condition"; "both_tries": right at once or rescued by reflect_retry
     (oracle-gated, as in the paper). `n` counts distinct problems, `seeds` those of a. Both sides
@@ -89,7 +89,7 @@ def comparisons_table(episodes: pd.DataFrame) -> pd.DataFrame:
             if {(policy, FIRST), (policy, REFLECT)} <= set(cells):
                 tries = cells[policy, FIRST], cells[policy, REFLECT]
                 cells[policy, BOTH] = _both_tries(policy, *tries)
-        for text, a, b in _questions(policies):
+        for text, a, b in _questions(policies, conditions):
             if a in cells and b in cells:
                 rows.append([text, task, "/".join(a), "/".join(b), *_compare(cells, a, b)])
     table = pd.DataFrame(rows, columns=COMPARISONS)
@@ -121,12 +121,13 @@ def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=VIEW)
 
 
-def _questions(policies):
+def _questions(policies, conditions):
     """(question, (policy, condition) a, (policy, condition) b) for every question."""
     for policy in sorted(policies, key=UNTRAINED.__eq__):
         if policy != UNTRAINED:
             yield from ((text, (policy, c), (UNTRAINED, c)) for c, text in TRAINING.items())
-        yield from ((text, (policy, REFLECT), (policy, c)) for c, text in CONTROLS.items())
+        controls = ((c.control, c.name) for c in conditions if c.control)
+        yield from ((text, (policy, REFLECT), (policy, name)) for text, name in controls)
 
 
 def _both_tries(policy, first, second) -> pd.DataFrame:

@@ -16,7 +16,6 @@ from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY
 from .episodes import UNTRAINED
 from .evaluate import pooled
 
-COLORS = {c.name: c.color for c in CONDITIONS}
 GREY, BLUE, PINK, DARK = "#777777", "#0072B2", "#CC79A7", "#444444"
 SEEDS = [BLUE, "#D55E00", "#009E73", PINK, "#E69F00", "#56B4E9"]
 POLICIES = {UNTRAINED: (GREY, "o", "untrained"), "r3": (BLUE, "o", "trained (R3)")}
@@ -45,11 +44,12 @@ OTHER = "#eef1f5"
 ROLES = {"task": "#e4ebf7", "attempt": "#f8e0e0", "reflection": "#dff1e4", "retry": "#fdf0d5"}
 
 
-def conditions_figure(accuracy: pd.DataFrame) -> Figure:
+def conditions_figure(accuracy: pd.DataFrame, conditions=CONDITIONS) -> Figure:
     """Second tries under each condition, a panel a task; from `evaluate.accuracy_table`."""
     own = (accuracy.train_task == "") | (accuracy.train_task == accuracy.task)
     second = accuracy.condition != FIRST_TRY.name
-    return _conditions(accuracy[own & second], "second tries that succeed, of failures")
+    label = "second tries that succeed, of failures"
+    return _conditions(accuracy[own & second], label, conditions)
 
 
 def transfer_figure(accuracy: pd.DataFrame) -> Figure:
@@ -57,10 +57,11 @@ def transfer_figure(accuracy: pd.DataFrame) -> Figure:
     return _conditions(accuracy, "tries that succeed: first of all problems, second of failures")
 
 
-def _conditions(accuracy, label) -> Figure:
+def _conditions(accuracy, label, conditions=CONDITIONS) -> Figure:
     """A panel a task, one below the other; a row a condition, a dot a policy."""
     table = pooled(accuracy)
-    order = [name for name in COLORS if name in set(table.condition)]
+    colors = {c.name: c.color for c in conditions}
+    order = [name for name in colors if name in set(table.condition)]
     order += [name for name in table.condition.unique() if name not in order]
     tasks = list(table.task.unique())
     policies = [table[table.task == task].policy.nunique() for task in tasks]
@@ -68,7 +69,7 @@ def _conditions(accuracy, label) -> Figure:
     fig, axes = _figure(1, sum(heights), rows=heights)
     for ax, task in zip(axes, tasks, strict=True):
         part = table[table.task == task]
-        _dots(ax, part, "condition", order, RATE, colors=COLORS)
+        _dots(ax, part, "condition", order, RATE, colors=colors)
         _legend(ax, part[part.condition != FIRST_TRY.name], "failures", title=task, color="#222222")
     axes[-1].set_xlabel(label)
     return fig
