@@ -3,13 +3,14 @@
 import json
 from random import Random
 
+import pandas as pd
 import pytest
 from conftest import CoinTask, ScriptedEngine, coin_failures, small_config, tiny_model
 from fake_vllm import EOS, FakeServer
-from r3lib.store import register
 from test_chat import PLAIN, with_marks, with_template
 from transformers import GenerationConfig
 
+from r3lib.artifacts import Recorder
 from r3lib.chat import DATE, Chat
 from r3lib.engines import Completion, SamplingParams
 from r3lib.engines.transformers import TransformersEngine
@@ -135,8 +136,7 @@ def test_the_trainer_takes_the_arguments_of_the_template(tokenizer, tmp_path):
 
 
 def test_the_manifest_names_the_date_that_prompts_have(tmp_path):
-    (tmp_path / "table.csv").write_text("a\n")
-    register(tmp_path, tmp_path / "table.csv", "01", "cell")
+    Recorder(tmp_path, "01").table(pd.DataFrame({"a": [1]}), "table", "cell")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["prompt_date"] == manifest["artefacts"]["table.csv"]["prompt_date"] == DATE
+    assert manifest["prompt_date"] == manifest["artefacts"]["tables/table.csv"]["prompt_date"] == DATE
 

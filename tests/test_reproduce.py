@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_where_it_stopped_to_the_tables_of_another_run(smok
     assert "cached  countdown.parquet" in printed(folder)
     made, whole = of_countdown(folder), of_countdown(smoke)
     assert {"accuracy.csv", "training.csv"} <= made.keys() and made == {name: whole[name] for name in made}
-    assert load_profile("smoke").steps == len((folder / "metrics.jsonl").read_text().splitlines())
+    assert load_profile("smoke").training["max_steps"] == len((folder / "metrics.jsonl").read_text().splitlines())
 
 
 def kernels_below(pid):

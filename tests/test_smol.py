@@ -16,8 +16,8 @@ from r3lib.weights import SMOLLM2_INSTALL
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 SHORTEST = (
-    "test_problems=3 train_problems=2 group_size=2 "
-    "attempt_tokens=8 reflection_tokens=16 retry_tokens=8"
+    "test_problems=3 train_problems=2 num_generations=2 "
+    "max_attempt_length=8 max_completion_length=16 max_retry_length=8"
 ).split()
 
 
