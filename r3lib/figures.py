@@ -242,8 +242,8 @@ def mask_html(tokens: list[str], mask: list[int], roles: list[str]) -> str:
     """
     spans, key = [], []
     for token, trained, role in zip(tokens, mask, roles, strict=True):
-        line = "font-weight:bold;border-bottom:2px solid #00734F" if trained else ""
-        spans.append(_span(token, role, line))
+        span = _span(token, role)
+        spans.append(f"<b><u>{span}</u></b>" if trained else span)  # shown also without styles
     for role in dict.fromkeys(roles):
         key.append(_span(role, role))
     key.append("· bold and underlined: trained; everything else has advantage 0")
@@ -252,8 +252,8 @@ def mask_html(tokens: list[str], mask: list[int], roles: list[str]) -> str:
     return f'<div class="{LITERAL}" style="{box};padding:8px">{text}</div>'
 
 
-def _span(text, role, line="") -> str:
-    style = f"background:{ROLES.get(role, OTHER)};{line}"
+def _span(text, role) -> str:
+    style = f"background:{ROLES.get(role, OTHER)}"
     return f'<span style="{style}" title="{escape(role)}">{escape(text)}</span>'
 
 

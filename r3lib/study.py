@@ -348,7 +348,7 @@ class Study:
         """Keep results/<profile>/metrics.jsonl equal to the logs of this profile's adapters."""
         if os.environ.get("RANK", "0") != "0":
             return
-        logs = sorted((self.results / "adapters").glob("*-r3-*/metrics.jsonl"))
+        logs = sorted((self.results / "adapters").glob("[!.]*-r3-*/metrics.jsonl"))
         ours = [log for log in logs if int(log.parent.name.rpartition("-")[2]) < self.profile.seeds]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in ours))
 
