@@ -11,11 +11,7 @@ from .errors import R3Error
 from .files import write_atomic
 
 PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
-UNLIKE = {
-    "_name_or_path",
-    "transformers_version",
-    "base_model_name_or_path",
-}  # no part of the model
+UNLIKE = {"_name_or_path", "transformers_version", "base_model_name_or_path"}  # no part of the model
 SHOWN = 60  # characters of a value that a message shows
 
 

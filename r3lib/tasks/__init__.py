@@ -37,15 +37,11 @@ def _class_at(place: str) -> type[Task]:
     """The class at "package.module:Class" or "file.py:Class"."""
     module, _, name = place.rpartition(":")
     if not module:
-        raise R3Error(
-            f"unknown task {place!r}: {_hint(place, TASKS)}, or your own as file.py:Class"
-        )
+        raise R3Error(f"unknown task {place!r}: {_hint(place, TASKS)}, or your own as file.py:Class")
     try:
         found = getattr(_module(module), name)
     except (ImportError, OSError, AttributeError) as error:
-        raise R3Error(
-            f"no task at {place!r} ({error}): write file.py:Class or package.module:Class"
-        ) from error
+        raise R3Error(f"no task at {place!r} ({error}): write file.py:Class or package.module:Class") from error
     if not (inspect.isclass(found) and issubclass(found, Task)):
         raise R3Error(f"{place!r} is no task: let the class inherit from r3lib.Task")
     return found
@@ -67,11 +63,4 @@ def _hint(word, known) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
-__all__ = [
-    "CountdownProblem",
-    "CountdownTask",
-    "FunctionCallingProblem",
-    "FunctionCallingTask",
-    "Task",
-    "load_task",
-]
+__all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingProblem", "FunctionCallingTask", "Task", "load_task"]

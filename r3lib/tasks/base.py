@@ -4,10 +4,7 @@ from pathlib import Path
 
 from ..verifiers.verdict import Verdict
 
-RETRY_TURNS = (
-    "restate",
-    "reminder",
-)  # a second try asks the question again (the paper's), or only to try again
+RETRY_TURNS = ("restate", "reminder")  # a second try asks the question again (the paper's), or only to try again
 
 
 class Task:
@@ -23,12 +20,10 @@ class Task:
     blind_retry_prompt = "That answer is wrong. Try the problem again."
     generic_reflection = "I should read the problem again and be more careful."
     reasons: tuple[str, ...] = ("wrong",)
-    categories: dict[
-        str, str
-    ] = {}  # the paper's category of each reason, where it has coarser ones
+    categories: dict[str, str] = {}  # the paper's category of each reason, where it has coarser ones
 
     def problems(self, split: str, n: int, seed: int) -> list:
-        """Return `n` problems of a split ("train", "validation", "test"), always the same ones."""
+        """Return `n` problems of `split` ("train", "validation" or "test"), a function of the arguments alone."""
         raise TypeError(f"task {type(self).__name__} does not define problems(split, n, seed)")
 
     def messages(self, problem) -> list[dict]:
@@ -40,11 +35,11 @@ class Task:
         return next(m["content"] for m in reversed(self.messages(problem)) if m["role"] == "user")
 
     def second_turn(self, told: str, problem, retry_turn: str = "restate") -> str:
-        """Return the user turn before a second try: `told`, then, for "restate", the question."""
+        """Return the user turn before a second try: what is `told`, then (`retry_turn`) the question again or not."""
         return f"{told}\n{self.question(problem)}" if retry_turn == "restate" else told
 
     def tools(self, problem) -> list[dict] | None:
-        """Return the tools for the chat template, as JSON Schema functions; None: no tools."""
+        """Return the tools that the chat template presents, as JSON Schema functions; None for a task without."""
         return None
 
     def bare_messages(self, problem) -> list[dict]:
@@ -52,7 +47,7 @@ class Task:
         return self.messages(problem)
 
     def files(self) -> list[Path]:
-        """Return the local files that problems are read from: when they change, so do results."""
+        """Return the local files and folders that problems are read from: when they change, so do results."""
         return []
 
     def verify(self, text: str, problem) -> Verdict:
@@ -64,5 +59,5 @@ class Task:
         return "other"
 
     def part(self, problem_id: str) -> str:
-        """Name the part of the test problems that a problem is in; "" for a task without parts."""
+        """Name the part of the test problems that a problem is in, for results by part; "" for a task without."""
         return ""
