@@ -173,7 +173,7 @@ class Parts(HTMLParser):
 def test_a_mask_view_shows_model_text_as_it_is():
     tokens = [HOSTILE, "<answer>", "&lt;"]
     page = Parts(figures.mask_html(tokens, [0, 1, 0], ["<b>task</b>", "reflection", "retry"]))
-    assert page.tags == {"div", "span", "br", "small"}
+    assert page.tags == {"div", "span", "br", "small", "b", "u"}
     assert "".join(tokens) in page.text and "<b>task</b>" in page.text
 
 
