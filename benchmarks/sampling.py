@@ -45,7 +45,7 @@ def main() -> None:
             "generate": lambda seed: by_generate(model, tokenizer, prompts, options, seed),
         }
         if server is not None:
-            vllm = VLLMEngine([server], tokenizer)
+            vllm = VLLMEngine([server.url], tokenizer)
             by_engine(vllm, prompts, options, 0)  # a server's first batch is slower
             sample["vllm"] = lambda seed: by_engine(vllm, prompts, options, seed)
         report([turn(sample, repeat) for repeat in range(options.repeats)], options)

@@ -62,12 +62,11 @@ class Profile:
         """Whether a vLLM server is started for the run."""
         return self.engine == "vllm" and not self.servers
 
-    def vllm_option(self, *names: str) -> str | None:
-        """What `vllm_options` gives for an option, under any of its `names`; None: nothing."""
+    @property
+    def quantized_server(self) -> bool:
+        """Whether `vllm_options` has the server quantize its weights."""
         words = self.vllm_options.replace("=", " ").split()
-        words = [word.replace("_", "-") if word.startswith("--") else word for word in words]
-        given = dict(zip(words, [*words[1:], ""]))
-        return next((given[name] for name in names if name in given), None)
+        return "--quantization" in words or "-q" in words
 
 
 def load_profile(name: str, /, **overrides) -> Profile:
@@ -223,8 +222,8 @@ def _names_a_folder(name: str) -> bool:
 
 def _check_server(profile: Profile) -> None:
     """R3Error where a vLLM server of our own would sample from other weights than are trained."""
-    packed = profile.vllm_option("--quantization", "-q") is not None
-    if profile.own_server and profile.quantization == "nf4" and not packed:
+    unpacked = profile.own_server and not profile.quantized_server
+    if unpacked and profile.quantization == "nf4":
         raise R3Error(
             "engine=vllm would sample from unquantised weights while quantization=nf4 trains on "
             f"4 bits: set quantization=none, or {VLLM_NF4}"

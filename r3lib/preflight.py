@@ -113,8 +113,7 @@ def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
     rows = min(sampling["sample_batch"], profile.train_problems * profile.mine_samples)
     if profile.own_server:  # which needs a group's cache to run at all, and takes what is left
         rows = training["num_generations"]
-        quantized = profile.vllm_option("--quantization", "-q") is not None
-        found["vLLM's weights"] = packed if quantized else plain
+        found["vLLM's weights"] = packed if profile.quantized_server else plain
     if profile.own_server or profile.engine == "transformers":
         found["KV cache"] = rows * length * s["cache"] * number
     return {name: size / provenance.GIB for name, size in found.items()}

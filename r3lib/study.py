@@ -104,14 +104,7 @@ class Study:
         log, ends = self.results / "vllm.log", self.chat.end_ids
         from .engines.vllm_server import vllm_engine
 
-        return vllm_engine(self.model_path, p.servers, self.server_options, p.lora["r"], log, ends)
-
-    @cached_property
-    def server_options(self) -> str:
-        """Arguments for a vLLM server of our own, see `vllm_server.server_options`."""
-        from .engines.vllm_server import server_options
-
-        return server_options(self.profile) if self.profile.own_server else ""
+        return vllm_engine(self.model_path, p.servers, p.vllm_options, p.lora["r"], log, ends)
 
     def problems(self, split: str, n: int) -> list:
         """`n` problems of a split: the same for every policy and seed, drawn once a study."""

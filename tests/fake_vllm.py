@@ -70,11 +70,6 @@ class Handler(BaseHTTPRequestHandler):
         self.server.adapters[name] = path
         self.reply(200, None)
 
-    def unload_lora_adapter(self, body):
-        if self.server.adapters.pop(body["lora_name"], None) is None:
-            return self.refuse(404, "The lora adapter cannot be found.")
-        self.reply(200, None)
-
     def completions(self, body):
         server = self.server
         with server.lock:
@@ -89,11 +84,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body, fault):
         server = self.server
-        if fault == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
         if fault == "hang":
             time.sleep(1.5)
-        if fault in (400, 404, 429, 500, 503):
+        if fault in (400, 500):
             return self.refuse(fault, "told to fail\non two lines")
         if body["model"] != "base" and body["model"] not in server.adapters:
             return self.refuse(404, f"The model `{body['model']}` does not exist.")
@@ -104,8 +97,6 @@ class Handler(BaseHTTPRequestHandler):
             choices[-1] |= {"finish_reason": "abort", "token_ids": choices[-1]["token_ids"][:1]}
         if fault == "no ids":
             choices[0]["token_ids"] = None
-        if fault == "short":
-            choices.pop()
         if fault is None:
             server.answered.append(body["prompt"])
         self.reply(200, {"choices": choices[::-1]}, cut=fault == "drop")
@@ -136,7 +127,6 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
     parser.add_argument("--pids", type=Path, help="file that gets our pid and that of a child, a line a start")
-    parser.add_argument("--fault-file", type=Path, help="while it exists, it is removed and the next request kills us")
     parser.add_argument("--broken", action="store_true", help="end at once, as a server that cannot load its model")
     parser.add_argument("--silent", action="store_true", help="never answer")
     parser.add_argument("--stubborn", action="store_true", help="ignore SIGTERM")
@@ -153,11 +143,7 @@ def main():
     print("runtime updating", os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING"), flush=True)
     print("multiprocessing", os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING"), flush=True)
     if not options.silent:
-        faults = []
-        if options.fault_file and options.fault_file.exists():
-            options.fault_file.unlink()
-            faults = [None] * 5 + ["die"]
-        FakeServer(options.port, faults, delay=0.02)
+        FakeServer(options.port)
     time.sleep(60)
 
 

@@ -140,18 +140,17 @@ def test_a_server_of_our_own_has_the_trainers_weights():
 
 
 @pytest.mark.parametrize(
-    "text, value",
+    "text, quantized",
     [
-        ("", None),
-        ("--max-model-len 512 --seed 1", "512"),
-        ("--seed 1 --max_model_len=512", "512"),
-        ("--max-model-len 512 --max-model-len 1k", "1k"),
-        ("--seed 1 --max-model-len", ""),
-        ("--max-model-length 512", None),
+        ("", False),
+        ("--seed 1 --quantization bitsandbytes", True),
+        ("--quantization=fp8", True),
+        ("-q fp8", True),
+        ("--quantize 8", False),
     ],
 )
-def test_an_option_of_vllm_is_found_as_vllm_would(text, value):
-    assert load_profile("nano", vllm_options=text).vllm_option("--max-model-len", "-m") == value
+def test_whether_our_server_quantizes_is_read_from_its_options(text, quantized):
+    assert load_profile("nano", vllm_options=text).quantized_server == quantized
 
 
 def test_unknown_profile_names_the_nearest():

@@ -1,4 +1,4 @@
-"""The vLLM engine against servers that only imitate vLLM: what is asked, what is sent again, who starts and stops."""
+"""The vLLM engine against servers that only imitate vLLM: what is asked, what fails, who starts and stops."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from r3lib.chat import Chat
-from r3lib.engines import SamplingParams
+from r3lib.engines import SamplingParams, vllm, vllm_server
 from r3lib.engines.base import RemoteEngine
-from r3lib.engines.vllm import Address, VLLMEngine
-from r3lib.engines.vllm_server import Server, interpreter
+from r3lib.engines.vllm import VLLMEngine
+from r3lib.engines.vllm_server import Server, interpreter, vllm_engine
 from r3lib.errors import R3Error
 from r3lib.trainer import R3Trainer, metrics_file
 
@@ -47,13 +47,10 @@ def serve():
 
 @pytest.fixture
 def connect(tokenizer):
-    """A function of fake servers or addresses: an engine on them that does not wait long."""
+    """A function of fake servers or addresses: an engine on them."""
 
-    def engine(*servers, **options):
-        options = {"pause": 0.01, "timeout": 60.0, "workers": 8} | options
-        return VLLMEngine(
-            [s if isinstance(s, str) else s.url for s in servers], tokenizer, **options
-        )
+    def engine(*servers):
+        return VLLMEngine([s if isinstance(s, str) else s.url for s in servers], tokenizer)
 
     return engine
 
@@ -134,9 +131,9 @@ def test_greedy_samples_are_asked_for_once_and_repeated(serve, connect):
 
 
 def test_at_most_so_many_samples_at_once(serve, connect, monkeypatch):
-    monkeypatch.setattr("r3lib.engines.vllm.IN_FLIGHT", 8)
+    monkeypatch.setattr(vllm, "IN_FLIGHT", 8)
     server = serve(delay=0.02)
-    connect(server, workers=8).generate(PROMPTS, 4, SamplingParams(4))
+    connect(server).generate(PROMPTS, 4, SamplingParams(4))
     assert server.busiest == 2
 
 
@@ -160,34 +157,27 @@ def test_bad_input_is_refused_before_anything_is_asked(serve, connect, bad, mess
 # what goes wrong
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, "drop", "abort", "short"])
-def test_what_is_lost_is_asked_again_and_counted_once(serve, connect, tokenizer, fault):
-    server = serve(faults=[None, fault, fault, None, fault])
-    assert pairs(connect(server).generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
-    assert sorted(server.answered) == PROMPTS and len(server.asked) == len(PROMPTS) + 3
-
-
-def test_a_silent_server_is_asked_again(serve, connect, tokenizer):
-    server = serve(faults=["hang"])
-    [group] = connect(server, timeout=0.8).generate(PROMPTS[:1], 3, SamplingParams(12))
-    assert pairs([group]) == expected(tokenizer)[:1] and len(server.asked) >= 2
-
-
-def test_a_request_that_the_server_calls_wrong_is_an_error_at_once(serve, connect):
-    server = serve(faults=[None, 400])
-    with pytest.raises(
-        R3Error, match=r"/v1/completions answers 400: .*told to fail.*on two lines"
-    ) as caught:
-        connect(server, workers=1).generate(PROMPTS, 1, SamplingParams(4))
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (400, r"answers 400: .*told to fail.*on two lines"),
+        (500, "answers 500"),
+        ("drop", r"does not answer \(RemoteProtocolError"),
+        ("hang", r"does not answer \(ReadTimeout"),
+        ("abort", r"ended a sample early \(abort\)"),
+    ],
+)
+def test_what_fails_is_one_error_that_says_how_to_go_on(
+    serve, connect, monkeypatch, fault, message
+):
+    monkeypatch.setattr(vllm, "TIMEOUT", 0.8)
+    monkeypatch.setattr(vllm, "IN_FLIGHT", 1)
+    server = serve(faults=[None, fault])
+    how = "see the server's log.* start it or give another address, and run again"
+    with pytest.raises(R3Error, match=f"/v1/completions {message}.*: {how}") as caught:
+        connect(server).generate(PROMPTS, 1, SamplingParams(4))
     assert "\n" not in str(caught.value)
-    assert len(server.asked) <= 3, "what was queued is not sent"
-
-
-def test_a_server_that_only_fails_is_given_up(serve, connect):
-    server = serve(faults=[500] * 1000)
-    with pytest.raises(R3Error, match="answers 500.*after 3 tries: see the server's log"):
-        connect(server, attempts=3).generate(PROMPTS[:2], 1, SamplingParams(4))
-    assert len(server.asked) <= 6
+    assert len(server.asked) < len(PROMPTS) / 2, "what was queued is not sent"
 
 
 def test_a_server_without_token_ids_is_refused(serve, connect):
@@ -197,7 +187,7 @@ def test_a_server_without_token_ids_is_refused(serve, connect):
 
 def test_nobody_answers(connect):
     with pytest.raises(R3Error, match="does not answer.*start it or give another address"):
-        connect(dead_address(), attempts=2)
+        connect(dead_address())
 
 
 @pytest.mark.parametrize(
@@ -219,81 +209,58 @@ def test_prompts_are_spread_over_the_servers(serve, connect, tokenizer):
     assert len(one.asked) == len(two.asked) == len(PROMPTS) / 2
 
 
-def test_a_dead_servers_work_goes_to_the_other(serve, connect, tokenizer):
-    server = serve()
-    engine = connect(dead_address(), server, workers=4)
-    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
-    assert sorted(server.answered) == PROMPTS
-
-
 # adapters
 
 
-def test_sync_loads_a_new_name_and_unloads_the_old_one(serve, connect, tokenizer, tmp_path):
-    server, first, second = serve(), adapter(tmp_path / "a", "a"), adapter(tmp_path / "b", "b")
-    engine = connect(server)
-    assert isinstance(engine, RemoteEngine) and not isinstance(
-        ScriptedEngine(tokenizer), RemoteEngine
-    )
-    engine.sync(first)
-    [before] = server.adapters
-    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
-        tokenizer, model=str(first)
-    )
-    engine.sync(second)
-    assert server.adapters == {engine.policy: str(second)} and before != engine.policy
-    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
-        tokenizer, model=str(second)
-    )
+def test_each_sync_loads_a_new_name_everywhere(serve, connect, tokenizer, tmp_path):
+    servers, folders = [serve(), serve()], [adapter(tmp_path / x, x) for x in "ab"]
+    engine = connect(*servers)
+    assert isinstance(engine, RemoteEngine)
+    assert not isinstance(ScriptedEngine(tokenizer), RemoteEngine)
+    for count, folder in enumerate(folders, 1):
+        engine.sync(folder)
+        wanted = expected(tokenizer, model=str(folder))
+        assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == wanted
+        assert all(len(server.adapters) == count for server in servers)
 
 
-def test_sync_without_an_adapter_samples_from_the_model_and_the_next_adapter_takes_the_olds_place(
-    serve, connect, tokenizer, tmp_path
-):
-    server, first, second = serve(), adapter(tmp_path / "a", "a"), adapter(tmp_path / "b", "b")
-    engine = connect(server)
-    engine.sync(first)
+def test_sync_without_an_adapter_samples_from_the_model(serve, connect, tokenizer, tmp_path):
+    engine = connect(serve())
+    before = engine.identity()
+    engine.sync(adapter(tmp_path / "a"))
+    assert engine.identity() != before
     engine.sync(None)
+    assert engine.identity() == before
     assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(tokenizer)
-    engine.sync(second)
-    assert list(server.adapters.values()) == [str(second)]
 
 
-def test_the_name_follows_the_weights_so_two_processes_may_sync_the_same(serve, connect, tmp_path):
+def test_new_weights_in_a_folder_and_a_copy_elsewhere_have_names_of_their_own(
+    serve, connect, tmp_path
+):
+    """A server that forgot an adapter reads it again from where its name says."""
+    server, folder, copy = serve(), adapter(tmp_path / "a"), adapter(tmp_path / "copy")
+    engine = connect(server)
+    names, identities = [], []
+    for now, weights in ((folder, "a"), (copy, "a"), (folder, "b")):
+        (now / "adapter_model.safetensors").write_text(weights)
+        engine.sync(now)
+        names.append(engine.policy)
+        identities.append(engine.identity())
+    assert list(server.adapters) == names and len(set(names)) == 3
+    assert identities[0] == identities[1] != identities[2]
+
+
+def test_two_processes_may_sync_the_same(serve, connect, tmp_path):
     server, folder = serve(), adapter(tmp_path / "a")
     one, two = connect(server), connect(server)
-    one.sync(folder)
-    two.sync(folder)
-    one.sync(folder)
+    for engine in (one, two, one):
+        engine.sync(folder)
     assert list(server.adapters) == [one.policy] == [two.policy]
-    for engine in (one, two):
-        engine.sync(adapter(tmp_path / engine.policy / str(id(engine)), "new"))
-    assert list(server.adapters) == [one.policy] == [two.policy]
-
-
-def test_a_server_without_the_adapter_gets_it_before_it_samples(
-    serve, connect, tokenizer, tmp_path
-):
-    server, folder = serve(), adapter(tmp_path / "a")
-    engine = connect(server)
-    engine.sync(folder)
-    server.adapters.clear()  # as after a restart
-    assert pairs(engine.generate(PROMPTS, 3, SamplingParams(12))) == expected(
-        tokenizer, model=str(folder)
-    )
 
 
 def test_a_folder_without_an_adapter_is_refused(serve, connect, tmp_path):
-    with pytest.raises(R3Error, match="adapter_config.json: give a folder"):
-        connect(serve()).sync(tmp_path)
-
-
-def test_an_adapter_that_the_server_cannot_find_is_an_error_at_once(serve, connect, tmp_path):
-    engine, folder = connect(serve()), adapter(tmp_path / "a")
-    engine.sync(folder)
-    engine.servers[0], _ = Address(serve().url), (folder / "adapter_config.json").unlink()
     with pytest.raises(R3Error, match="load_lora_adapter answers 404: .*No adapter found"):
-        engine.generate(PROMPTS, 1, SamplingParams(4))
+        connect(serve()).sync(tmp_path)
 
 
 # a server of our own
@@ -310,13 +277,12 @@ def command(tmp_path):
 
 @pytest.fixture
 def own(command, tmp_path):
-    """A function of options: a Server of the fake, stopped after the test."""
+    """A function of arguments: a Server of the fake, stopped after the test."""
     servers = []
 
-    def make(*options, **settings):
+    def make(*options):
         options = ["--pids", str(tmp_path / "pids"), *options]
-        settings = {"rank": 8, "log": tmp_path / "logs" / "vllm.log", "timeout": 120.0} | settings
-        servers.append(Server("some/model", command, options=options, **settings))
+        servers.append(Server("some/model", command, 8, tmp_path / "logs" / "vllm.log", options))
         return servers[-1]
 
     yield make
@@ -329,9 +295,11 @@ def pids(folder):
     return [tuple(map(int, line.split())) for line in (folder / "pids").read_text().splitlines()]
 
 
-def test_a_server_starts_on_first_use_and_leaves_nothing_behind(own, tokenizer, tmp_path):
+def test_a_server_starts_once_and_leaves_nothing_behind(own, tokenizer, tmp_path):
     server = own("--dtype", "float32")
-    got = VLLMEngine([server], tokenizer).generate(PROMPTS, 3, SamplingParams(12))
+    for _ in range(2):
+        server.start()
+    got = VLLMEngine([server.url], tokenizer).generate(PROMPTS, 3, SamplingParams(12))
     assert pairs(got) == expected(tokenizer)
     [found] = pids(tmp_path)
     assert all(map(alive, found))
@@ -349,25 +317,24 @@ def test_a_server_starts_on_first_use_and_leaves_nothing_behind(own, tokenizer, 
     assert setting.endswith("True")
 
 
-@pytest.mark.parametrize(
-    "place, multiprocessing, splits_prompts", [("cpu", "0", False), ("cuda:0", None, True)]
-)
-def test_what_only_a_cpu_needs_is_set_on_a_cpu(
-    own, monkeypatch, place, multiprocessing, splits_prompts
-):
-    monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: place)
+@pytest.mark.parametrize("place, multiprocessing", [("cpu", "0"), ("cuda:0", None)])
+def test_what_only_a_cpu_or_a_gpu_needs_is_set_there(own, monkeypatch, place, multiprocessing):
+    monkeypatch.setattr(vllm_server, "device", lambda: place)
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
-    with own() as server:
+    with own("--gpu-memory-utilization", "0.4") as server:
         arguments, _, setting, *_ = server.log.read_text().splitlines()
-    assert ("--no-enable-chunked-prefill" not in arguments) == splits_prompts
     assert setting == f"multiprocessing {multiprocessing}"
+    on_gpu = place != "cpu"
+    assert ("--no-enable-chunked-prefill" in arguments) != on_gpu
+    assert ("--gpu-memory-utilization 0.5 --max-model-len auto" in arguments) == on_gpu
+    assert "--gpu-memory-utilization 0.4 --host" in arguments, "the last is what vLLM takes"
 
 
 def test_the_interpreter_is_the_named_one_or_the_first_that_has_vllm(monkeypatch):
     monkeypatch.delenv("R3_VLLM_PYTHON", raising=False)
-    monkeypatch.setattr("r3lib.engines.vllm_server.find_spec", lambda name: None)
+    monkeypatch.setattr(vllm_server, "find_spec", lambda name: None)
     assert interpreter() == str(HERE.parent / ".venv-vllm" / "bin" / "python")
-    monkeypatch.setattr("r3lib.engines.vllm_server.find_spec", lambda name: object())
+    monkeypatch.setattr(vllm_server, "find_spec", lambda name: object())
     assert interpreter() == sys.executable
     monkeypatch.setenv("R3_VLLM_PYTHON", "/some/python")
     assert interpreter() == "/some/python"
@@ -375,59 +342,50 @@ def test_the_interpreter_is_the_named_one_or_the_first_that_has_vllm(monkeypatch
 
 def test_a_server_that_will_not_stop_is_killed(own, tmp_path, monkeypatch):
     server = own("--stubborn")
-    server.ensure()
-    monkeypatch.setattr(
-        "r3lib.engines.vllm_server.GRACE", -4.5
-    )  # do not wait for the watcher's own patience
+    server.start()
+    monkeypatch.setattr(vllm_server, "GRACE", -4.5)  # do not wait for the watcher's own patience
     server.stop()
     assert gone(pids(tmp_path)[0])
 
 
 @pytest.mark.parametrize("victim", ["server", "watcher"])
-def test_a_server_killed_by_hand_is_restarted_with_nothing_left_of_the_first(own, tmp_path, victim):
-    server = own()
-    server.ensure()
+def test_a_dead_server_is_an_error_and_the_next_engine_starts_it_again(
+    command, tmp_path, monkeypatch, victim
+):
+    monkeypatch.setenv("R3_VLLM_PYTHON", str(command))
+    ends, log = frozenset([3]), tmp_path / "vllm.log"
+    ours = ("some/model", "", f"--pids {tmp_path / 'pids'}", 8, log, ends)
+    engine, server = vllm_engine(*ours), vllm_server.own_server(*ours[:1], *ours[2:5])
     [first] = pids(tmp_path)
     os.kill(first[0] if victim == "server" else server.process.pid, signal.SIGKILL)
     server.process.wait(30)
-    server.ensure()
-    assert gone(first) and len(pids(tmp_path)) == 2 and all(map(alive, pids(tmp_path)[1]))
+    if victim == "server":
+        with pytest.raises(R3Error, match="does not answer.*run again: the run resumes"):
+            engine.generate(PROMPTS, 1, SamplingParams(4))
+    vllm_engine(*ours).generate(PROMPTS, 1, SamplingParams(4))
+    assert gone(first) and len(pids(tmp_path)) == 2
+    server.stop()
 
 
-def test_a_server_that_dies_in_mid_batch_resumes_it_with_its_adapter(own, tokenizer, tmp_path):
-    folder, fuse = adapter(tmp_path / "a"), tmp_path / "fuse"
-    fuse.touch()
-    engine = VLLMEngine([own("--fault-file", str(fuse))], tokenizer, workers=4, pause=0.05)
-    engine.sync(folder)
-    got = engine.generate(PROMPTS, 3, SamplingParams(12))
-    assert pairs(got) == expected(tokenizer, model=str(folder)) and len(pids(tmp_path)) == 2
-
-
-def test_a_server_that_keeps_dying_is_given_up_with_the_end_of_its_log(own, tokenizer, tmp_path):
-    server = own(restarts=1)
-    for _ in range(2):
-        server.ensure()
-        os.kill(pids(tmp_path)[-1][0], signal.SIGKILL)
-        server.process.wait(30)
-    with pytest.raises(
-        R3Error,
-        match=r"the vLLM server died 2 times, the last lines of .*vllm.log: .*updating True",
-    ):
-        server.ensure()
+def test_several_processes_start_no_server_each(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(R3Error, match="several processes share vLLM servers.*servers=ADDRESS"):
+        vllm_engine("some/model", "", "", 8, tmp_path / "log", frozenset([3]))
 
 
 def test_a_server_that_cannot_start_says_why(own):
     with pytest.raises(
         R3Error, match=r"does not start, the last lines of .*no weights \| Engine core"
     ) as caught:
-        own("--broken").ensure()
+        own("--broken").start()
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_is_never_ready_is_stopped(own):
-    server = own("--silent", timeout=1.0)
-    with pytest.raises(R3Error, match="not up after 1 s: raise timeout"):
-        server.ensure()
+def test_a_server_that_is_never_ready_is_stopped(own, monkeypatch):
+    monkeypatch.setattr(vllm_server, "STARTUP", 1.0)
+    server = own("--silent")
+    with pytest.raises(R3Error, match="not up after 1 s: see .*vllm.log"):
+        server.start()
     assert server.process is None
 
 
@@ -440,7 +398,7 @@ def test_a_missing_interpreter_is_refused():
 
 def test_the_server_ends_when_we_are_killed(command, tmp_path):
     code = "import sys, time; from r3lib.engines.vllm_server import Server\n"
-    code += "Server('m', sys.argv[1], log=sys.argv[2], options=['--pids', sys.argv[3]]).ensure(); time.sleep(60)"
+    code += "Server('m', sys.argv[1], log=sys.argv[2], options=['--pids', sys.argv[3]]).start(); time.sleep(60)"
     arguments = [str(command), str(tmp_path / "log"), str(tmp_path / "pids")]
     parent = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=HERE.parent)
     deadline = time.monotonic() + 120

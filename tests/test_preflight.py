@@ -9,8 +9,6 @@ from peft import LoraConfig, get_peft_model
 
 from r3lib import provenance, weights
 from r3lib.config import load_profile
-from r3lib.engines import vllm_server
-from r3lib.engines.vllm_server import server_options
 from r3lib.errors import R3Error
 from r3lib.preflight import NF4, estimate, parts, read_config, sizes
 
@@ -121,32 +119,3 @@ def test_what_cannot_be_estimated_is_one_clear_line(config, words, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(R3Error, match=f"memory is not estimated.*{words}"):
         estimate(load_profile("colab", model=str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    "name, gib, share",
-    [("colab", 14.6, 0.57), ("colab", 40, 0.84), ("paper", 40, 0.8), ("paper", 80, 0.9)],
-)
-def test_a_vllm_server_gets_what_the_trainer_leaves_of_a_gpu(qwen, monkeypatch, name, gib, share):
-    profile = load_profile(
-        name, model=qwen, engine="vllm", quantization="none", vllm_options="--seed 1"
-    )
-    assert server_options(profile) == "--seed 1"  # on a CPU
-    monkeypatch.setattr(vllm_server, "device", lambda: "cuda:0")
-    monkeypatch.setattr(vllm_server, "gpu_gib", lambda: gib)
-    words = server_options(profile).split()
-    assert words[0] == "--gpu-memory-utilization" and float(words[1]) == pytest.approx(
-        share, abs=0.03
-    )
-    assert words[2:] == ["--max-model-len", "auto", "--seed", "1"]
-
-
-def test_what_the_profile_says_of_a_server_wins_and_an_unknown_model_is_left_to_vllm(
-    qwen, monkeypatch
-):
-    monkeypatch.setattr(vllm_server, "device", lambda: "cuda:0")
-    monkeypatch.setattr(vllm_server, "gpu_gib", lambda: 40)
-    given = "--gpu-memory-utilization 0.5 --max-model-len 8k"
-    assert server_options(load_profile("paper", model=qwen, vllm_options=given)) == given
-    monkeypatch.setattr(provenance, "reaches_hub", lambda: False)
-    assert server_options(load_profile("paper", model="some/model")) == "--max-model-len auto"

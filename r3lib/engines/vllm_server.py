@@ -1,4 +1,4 @@
-"""A vLLM server in an environment of its own: restarted when it dies, stopped on exit."""
+"""A vLLM server in an environment of its own, stopped on exit."""
 
 import atexit
 import os
@@ -12,31 +12,30 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
-from math import floor
 from pathlib import Path
-from threading import Lock
 
-from ..config import ROOT, Profile
+from ..config import ROOT
 from ..errors import R3Error
-from ..preflight import OVERHEAD, parts, read_config
-from ..provenance import GIB
 from ..weights import compute_dtype, device
-from .vllm import Lost, Refused, VLLMEngine, ask
+from .vllm import VLLMEngine, ask
 from .watch import GRACE
 
 INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # for GPUs
 INSTALL_CPU = "make .venv-vllm/.installed"
-SHARE = 0.92  # of a GPU, vLLM's own default
-UTILIZATION = "--gpu-memory-utilization"
+STARTUP = 1800.0  # seconds in which a server must be up
 WATCH = Path(__file__).with_name("watch.py")
-ON_CPU = {  # the environment's own values win
+GPU_OPTIONS = (
+    *("--gpu-memory-utilization", "0.5"),  # the other half is the trainer's
+    *("--max-model-len", "auto"),  # else vLLM wants cache for a whole context, or does not start
+)
+# without it vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") of a seeded sample whose
+# prompt it reads in two steps
+CPU_OPTIONS = ("--no-enable-chunked-prefill",)
+CPU_ENVIRONMENT = {  # the environment's own values win
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # every core: vLLM would keep one for its scheduler
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: a second one would wait busily
 }
-# without it vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") of a seeded sample whose
-# prompt it reads in two steps
-CPU_OPTIONS = ("--no-enable-chunked-prefill",)
 
 
 def interpreter() -> str:
@@ -53,127 +52,53 @@ def install() -> str:
     return f"run `{command}` in {ROOT}, or name another Python that has vLLM in R3_VLLM_PYTHON"
 
 
-def server_options(profile: Profile) -> str:
-    """Arguments for a server of ours: what a GPU asks for, then the profile's `vllm_options`.
-
-    On a GPU that is the share that the trainer leaves, and a context that fits vLLM's cache.
-    """
-    if device() == "cpu":
-        return profile.vllm_options
-    ours = {}
-    with suppress(R3Error):  # nothing to estimate with: vLLM decides
-        ours[UTILIZATION] = f"{server_share(profile):g}"
-    ours["--max-model-len"] = "auto"  # else vLLM wants cache for a whole context, or does not start
-    added = [f"{name} {value}" for name, value in ours.items() if profile.vllm_option(name) is None]
-    return " ".join([*added, profile.vllm_options]).strip()
-
-
-def server_share(profile: Profile) -> float:
-    """The share of this GPU, from 0.1 to SHARE, that the trainer's estimate leaves to a server."""
-    found = parts(profile, read_config(profile.model), gpu=True)
-    own = ("weights", "adapters", "activations", "logits")
-    left = 1 - OVERHEAD * sum(found[name] for name in own) / gpu_gib()
-    return max(0.1, min(SHARE, floor(100 * left) / 100))
-
-
-def gpu_gib() -> float:
-    """Memory of this process's GPU in GiB."""
-    import torch
-
-    return torch.cuda.get_device_properties(device()).total_memory / GIB
-
-
 class Server:
     """Serves `model` on a free loopback port with `python`, an interpreter that has vLLM.
 
-    Starts on first use or on entering a `with` block, and is then up within `timeout` seconds or an
-    error; restarts up to `restarts` times when it dies. `rank` is the largest LoRA rank, one that
-    vLLM takes: 1, 8, 16, 32, 64, 128, 256, 320, 512. `options` are further arguments, such as
-    ("--dtype", "float32"). Its output goes to the file `log`.
+    `start` makes its `url` answer; it stops with `stop`, a `with` block or this process. `rank` is
+    the largest LoRA rank, one that vLLM takes: 1, 8, 16, 32, 64, 128, 256, 320, 512. `options` are
+    further arguments, such as ("--dtype", "float32"), and win over ours: by default it computes in
+    the trainer's precision and leaves half of a GPU to it. Its output goes to the file `log`.
     """
 
-    def __init__(
-        self, model, python, rank=64, log="vllm.log", options: Sequence[str] = (), timeout=900.0,
-        restarts=2,
-    ):  # fmt: skip
+    def __init__(self, model, python, rank=64, log="vllm.log", options: Sequence[str] = ()):
         if not shutil.which(python):
             raise R3Error(f"no Python interpreter at {python}: {install()}")
         self.command = [
             str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
             "--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2",
             "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+            "--dtype", str(compute_dtype()).removeprefix("torch."),
+            *(CPU_OPTIONS if device() == "cpu" else GPU_OPTIONS), *options,
         ]  # fmt: skip
-        if device() == "cpu":
-            self.command += CPU_OPTIONS
-        self.command += options
         self.log = Path(log)
-        self.timeout = timeout
-        self.restarts = restarts
         self.url = ""
         self.process = None
-        self.starts = 0
-        self._lock = Lock()
         atexit.register(self.stop)
 
-    def ensure(self) -> None:
-        """Start the server unless it runs. R3Error: it does not start, or has died too often."""
-        with self._lock:
-            if self.process and self.process.poll() is None:
-                return
-            self._end()
-            if self.starts > self.restarts:
-                raise R3Error(f"the vLLM server died {self.starts} times, {self._tail()}")
-            self.starts += 1
-            try:
-                self._start()
-            except BaseException:
-                self._end()
-                raise
-
-    def stop(self) -> None:
-        """End the server and all that it started; `ensure` may start it again."""
-        with self._lock:
-            self._end()
-            self.starts = 0
-
-    def __enter__(self) -> "Server":
-        self.ensure()
-        return self
-
-    def __exit__(self, *_) -> None:
+    def start(self) -> None:
+        """Start the server unless it runs; R3Error if it is not up within `STARTUP` seconds."""
+        if self.process and self.process.poll() is None:
+            return
         self.stop()
-
-    def _start(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, str(WATCH), *self.command]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        address = ["--host", "127.0.0.1", "--port", str(port)]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment(),
+                [sys.executable, str(WATCH), *self.command, *address],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment(),
                 start_new_session=True,
             )  # fmt: skip
-        deadline = time.monotonic() + self.timeout
-        while not self._answers():
-            if self.process.poll() is not None:
-                raise R3Error(f"the vLLM server does not start, {self._tail()}")
-            if time.monotonic() > deadline:
-                raise R3Error(
-                    f"the vLLM server is not up after {self.timeout:.0f} s: raise timeout, or see "
-                    f"{self.log}"
-                )
-            time.sleep(0.2)
-
-    def _answers(self) -> bool:
         try:
-            ask(f"{self.url}/health", None, 5.0)
-        except (Lost, Refused):
-            return False
-        return True
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
 
-    def _end(self) -> None:
+    def stop(self) -> None:
         """Let the watcher end the server, then kill what is left if the watcher was killed."""
         if self.process is None:
             return
@@ -185,28 +110,57 @@ class Server:
         self.process.wait()
         self.process = None
 
-    def _tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-5:]
-        return f"the last lines of {self.log}: {' | '.join(lines)}"
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def _wait(self) -> None:
+        """Return when the server answers."""
+        deadline = time.monotonic() + STARTUP
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                tail = " | ".join(self.log.read_text(errors="replace").splitlines()[-5:])
+                why = f"the last lines of {self.log}: {tail}"
+                raise R3Error(f"the vLLM server does not start, {why}")
+            with suppress(R3Error):
+                ask(f"{self.url}/health", timeout=5.0)
+                return
+            time.sleep(0.2)
+        raise R3Error(f"the vLLM server is not up after {STARTUP:.0f} s: see {self.log}")
 
 
 def environment() -> dict[str, str]:
     """A server's environment variables."""
-    ours = {"VLLM_NO_USAGE_STATS": "1"}
-    if device() == "cpu":
-        ours |= ON_CPU
-    return ours | os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    ours = CPU_ENVIRONMENT if device() == "cpu" else {}
+    fixed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    return {"VLLM_NO_USAGE_STATS": "1"} | ours | os.environ | fixed
 
 
 @cache
-def vllm_engine(model: str, servers: str, options: str, rank: int, log: Path, end_ids: frozenset):
-    """An engine over `servers`, or over one of our own for `model`, which ends with this process.
+def own_server(model: str, options: str, rank: int, log: Path) -> Server:
+    """This process's server for `model`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise R3Error(
+            "several processes share vLLM servers: start them on GPUs of their own and give "
+            "servers=ADDRESS"
+        )
+    return Server(model, interpreter(), rank, log, options.split())
 
-    Ours computes in the precision in which the trainer computes: vLLM's own choice for weights in fp32 would be lower.
-    It holds the weights in it too, where `options` name no quantization: see `config.VLLM_NF4`.
+
+def vllm_engine(
+    model: str, servers: str, options: str, rank: int, log: Path, end_ids: frozenset
+) -> VLLMEngine:
+    """An engine over `servers`, addresses with commas; for "", over our own, started if it is not up.
+
+    Our own holds the weights in the trainer's precision, where `options` name no quantization:
+    see `config.VLLM_NF4`.
     """
-    if not servers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise R3Error("several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS")
-    ours = ["--dtype", str(compute_dtype()).removeprefix("torch.")]
-    own = [] if servers else [Server(model, interpreter(), rank, log, [*ours, *options.split()])]
-    return VLLMEngine(servers.replace(",", " ").split() or own, None, end_ids=end_ids)
+    addresses = servers.replace(",", " ").split()
+    if not addresses:
+        server = own_server(model, options, rank, log)
+        server.start()
+        addresses = [server.url]
+    return VLLMEngine(addresses, None, end_ids)
