@@ -76,11 +76,9 @@ class Handler(BaseHTTPRequestHandler):
             server.busy, fault = server.busy + 1, server.faults.pop(0) if server.faults else None
             server.busiest = max(server.busy, server.busiest)
         time.sleep(server.delay)
-        try:
-            self.complete(body, fault)
-        finally:
-            with server.lock:
-                server.busy -= 1
+        with server.lock:
+            server.busy -= 1  # before the answer, after which the next request may come
+        self.complete(body, fault)
 
     def complete(self, body, fault):
         server = self.server
