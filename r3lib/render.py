@@ -13,12 +13,16 @@ LEFT_OUT = {"parameters", "parameters-note", "injected-parameters", "colab"}  # 
 
 
 def render(notebook: Path, folder: Path) -> Path:
-    """Write the executed `notebook` as a page of `folder`, its images beside it; return the page."""
-    cells = read(notebook, 4)
-    cells.cells = [
-        cell for cell in cells.cells if not LEFT_OUT & set(cell.metadata.get("tags", ()))
-    ]
-    text, resources = MarkdownExporter().from_notebook_node(cells)
+    """Write the executed `notebook` as a page of `folder`, its images beside it; return the page.
+
+    Left out: parameters, and what went to stderr (progress, warnings of the machine).
+    """
+    shown = read(notebook, 4)
+    shown.cells = [c for c in shown.cells if not LEFT_OUT & set(c.metadata.get("tags", ()))]
+    for cell in shown.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    text, resources = MarkdownExporter().from_notebook_node(shown)
     text = STYLE.sub("", text)
     for name, image in resources["outputs"].items():
         own = f"{notebook.stem}_{Path(name).name}"
