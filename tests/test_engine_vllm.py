@@ -1,4 +1,4 @@
-"""The vLLM engine against servers that only imitate vLLM: what is asked, what fails, who starts and stops."""
+"""The vLLM engine against servers that only imitate vLLM: requests, failures, starts and stops."""
 
 import json
 import os

@@ -91,7 +91,7 @@ class VLLMEngine:
 
         threads = max(1, IN_FLIGHT // samples) * len(self.servers)
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(ask_one, range(len(prompts))))  # the first failure cancels the rest
+            return list(pool.map(ask_one, range(len(prompts))))  # a failure cancels the rest
 
     def sync(self, adapter: Path | None) -> None:
         """See `RemoteEngine`. R3Error: a server refuses the folder, as where it holds no adapter.

@@ -153,7 +153,7 @@ def own_server(model: str, options: str, rank: int, log: Path) -> Server:
 def vllm_engine(
     model: str, servers: str, options: str, rank: int, log: Path, end_ids: frozenset
 ) -> VLLMEngine:
-    """An engine over `servers`, addresses with commas; for "", over our own, started if it is not up.
+    """An engine over `servers`, addresses with commas; for "", over our own, started if needed.
 
     Our own holds the weights in the trainer's precision, where `options` name no quantization:
     see `config.VLLM_NF4`.
