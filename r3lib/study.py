@@ -21,14 +21,14 @@ from .conditions import CONDITIONS
 from .config import ROOT, Profile, load_profile, nearest
 from .episodes import UNTRAINED, Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
-from .files import SCRIPTS, folder_hash
+from .files import folder_hash
 from .identity import task_facts
 from .mining import MinedFailures, failures_table
 from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
 from .sources import sources_hash
-from .tasks import TASKS, Task, load_task
-from .weights import commit, generation_config, load, locate, reading
+from .tasks import TASKS, Task, check_options, load_task
+from .weights import generation_config, hash_of, load, locate, reading
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -51,7 +51,7 @@ class Study:
     def __init__(self, profile: Profile | str, task: Task | str, results="results", **overrides):
         self.profile = load_profile(profile, **overrides) if isinstance(profile, str) else profile
         self.task = task if isinstance(task, Task) else load_task(task, self.profile.task_options)
-        self._check_task_options()
+        check_options(self.profile.task_options, self.task.name)
         self.results = (ROOT / results) / self.profile.name
         self._made: set[Path] = set()
         self._drawn: dict[tuple[str, int], list] = {}
@@ -247,12 +247,8 @@ class Study:
 
     @cached_property
     def model_hash(self) -> str:
-        """Hash of a local model's files; for a hub id "id@commit", or the id alone."""
-        found = folder_hash(Path(self.model_path), without=SCRIPTS)
-        if found:
-            return found
-        known = commit(self.model_path)
-        return f"{self.model_path}@{known}" if known else self.model_path
+        """What tells the model from another: see `weights.hash_of`."""
+        return hash_of(self.model_path)
 
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its inputs: task, model, sampling, the profile's `keys`."""
@@ -314,15 +310,6 @@ class Study:
             stage(target, config, inputs, build)
             self._made.add(target)
         return target
-
-    def _check_task_options(self) -> None:
-        known = {*TASKS, self.task.name}
-        for name, options in self.profile.task_options.items():
-            if name not in known or not isinstance(options, dict):
-                hint = nearest(name, known)
-                raise R3Error(
-                    f"task_options of {name!r}: write {{option: value}} of a task; {hint}"
-                )
 
     def _check_trainer(self, trainer: "R3Trainer", seed: int) -> None:
         """R3Error unless `trainer` is the one that the cache would take its adapter to be of."""

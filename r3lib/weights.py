@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .config import ROOT
 from .errors import R3Error
+from .files import SCRIPTS, folder_hash
 
 EMBEDDED = ROOT / "data" / "base_model"
 SMOLLM2 = ROOT / "data" / "smollm2-135m-instruct"
@@ -37,6 +38,15 @@ def locate(model: str) -> str:
     if model == "smollm2":
         return str(smollm2())
     return str(EMBEDDED) if model == "base_model" else model
+
+
+def hash_of(path: str) -> str:
+    """Hash of a local model's files; for a hub id "id@commit", or the id alone."""
+    found = folder_hash(Path(path), without=SCRIPTS)
+    if found:
+        return found
+    known = commit(path)
+    return f"{path}@{known}" if known else path
 
 
 def commit(model: str) -> str | None:

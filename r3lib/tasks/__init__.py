@@ -33,6 +33,15 @@ def load_task(name: str, options: dict | None = None, **own) -> Task:
         raise R3Error(f"{why}: see its class for their types") from error
 
 
+def check_options(options: dict, own: str) -> None:
+    """R3Error unless `options` are {option: value} of shipped tasks or of the task called `own`."""
+    known = [*TASKS, own]
+    for name, given in options.items():
+        if name not in known or not isinstance(given, dict):
+            hint = _hint(name, known)
+            raise R3Error(f"task_options of {name!r}: write {{option: value}} of a task; {hint}")
+
+
 def _class_at(place: str) -> type[Task]:
     """The class at "package.module:Class" or "file.py:Class"."""
     module, _, name = place.rpartition(":")
