@@ -245,9 +245,10 @@ def test_interrupt_ends_the_kernel_and_keeps_the_copy(checkout):
     cell = 'import os, time\nopen("pid", "w").write(str(os.getpid()))\ntime.sleep(60)'
     write(checkout / "notebooks", "00_long", cell)
     code = f"""
-import sys
+import signal, sys
 from pathlib import Path
 from r3lib import cli, pipeline
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background ignores
 pipeline.NOTEBOOKS = Path({str(checkout / "notebooks")!r})
 sys.exit(cli.main(["reproduce", "--profile", "smoke", "--results", {str(checkout / "results")!r}]))
 """

@@ -76,7 +76,7 @@ def test_two_processes_resume_to_the_weights_of_a_whole_run(two, tmp_path):
 
 
 def test_the_command_trains_in_two_processes_what_a_study_then_finds(tmp_path, capsys):
-    settings = {"train_problems": "64", "micro_batch": "16", "steps": "1"}
+    settings = {"train_problems": "64", "per_device_train_batch_size": "16", "max_steps": "1"}
     said = launch(2, "-m", "r3lib.train", "--profile", "smoke", "--task", "countdown", "--results", tmp_path,
                   "--set", *(f"{key}={value}" for key, value in settings.items()))  # fmt: skip
     assert said.count("running countdown.parquet") == said.count("cached  countdown.parquet") == 1  # one mines
