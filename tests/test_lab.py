@@ -120,11 +120,16 @@ def run_all_cells(page, lab, path):
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     expect(prompts.first).not_to_have_text("[ ]:")
-    expect(prompts.filter(has_text="*")).to_have_count(0, timeout=5 * MINUTE)
-    idle.wait_for(timeout=MINUTE)
-    page.keyboard.press("Control+s")
-    expect(page.locator(".jp-mod-dirty")).to_have_count(0, timeout=MINUTE)
-    return nbformat.read(path, as_version=4)
+    deadline = time.monotonic() + 300
+    while True:  # a kernel that has yet to start leaves the prompts as they were for a while
+        expect(prompts.filter(has_text="*")).to_have_count(0, timeout=5 * MINUTE)
+        idle.wait_for(timeout=MINUTE)
+        page.keyboard.press("Control+s")
+        expect(page.locator(".jp-mod-dirty")).to_have_count(0, timeout=MINUTE)
+        saved = nbformat.read(path, as_version=4)
+        if errors(saved) or not not_run(saved) or time.monotonic() > deadline:
+            return saved
+        page.wait_for_timeout(2000)
 
 
 def errors(notebook):
