@@ -21,3 +21,20 @@ def sources_hash(task: str, engine: str) -> str:
     unused = () if engine == "vllm" else ("vllm", "watch")
     files += [path for path in HERE.glob("engines/*.py") if not path.name.startswith(unused)]
     return folder_hash(*sorted(files))
+
+
+def own_modules(task) -> list[Path]:
+    """The files, outside the package, in which the task's methods are written.
+
+    Functions and classes beside the task, which its methods use, stand there too. A task of a
+    notebook or a script has none: there only the class itself counts.
+    """
+    found = set()
+    for owner in type(task).__mro__:
+        if owner.__module__ == "__main__":
+            continue
+        for method in vars(owner).values():
+            code = getattr(method, "__code__", None)
+            if code:
+                found.add(Path(code.co_filename))
+    return sorted(path for path in found if HERE not in path.parents)

@@ -26,7 +26,7 @@ from .identity import task_facts
 from .mining import MinedFailures, failures_table
 from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
-from .sources import sources_hash
+from .sources import own_modules, sources_hash
 from .tasks import TASKS, Task, check_options, load_task
 from .weights import generation_config, hash_of, load, locate, reading
 
@@ -255,7 +255,7 @@ class Study:
         profile = asdict(self.profile)
         same = {"task": self.task.name, "task_facts": task_facts(self.task)}
         same["code"] = sources_hash(self.task.name, self.profile.engine)
-        same["data"] = folder_hash(*self.task.files())
+        same["data"] = folder_hash(*self.task.files(), *own_modules(self.task))
         same |= {"model": self.model_hash, "prompt_date": DATE}
         same |= {key: profile[key] for key in ("quantization", "engine", "sampling", *keys)}
         return same | extra

@@ -56,8 +56,6 @@ def test_a_model_is_a_line_in_a_profile(tmp_path, tokenizer):
     assert study.baseline().exists() and study.profile.training == load_profile("smoke").training
 
 
-
-
 def test_a_setting_and_a_tracker_reach_the_trainer(tmp_path, monkeypatch):
     block = yaml.safe_load(SETTING)["training"]
     path = tmp_path / "tracked.yaml"

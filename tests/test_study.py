@@ -103,6 +103,18 @@ def test_a_task_of_ones_own_goes_all_the_way(tmp_path, monkeypatch, capsys):
     assert "task's class" in capsys.readouterr().out
 
 
+def test_a_function_beside_a_task_of_ones_own_counts_as_the_task(tmp_path, capsys):
+    helper = OWN.replace("len(text) % 2 == 0", "even(text)") + "\ndef even(text): return {}\n"
+    place = f"{tmp_path / 'mine.py'}:Even"
+    for body in ("len(text) % 2 == 0", "len(text) % 3 == 0", "len(text) % 3 == 0"):
+        (tmp_path / "mine.py").write_text(helper.format(body))
+        Study("smoke", place, tmp_path, train_problems=8).mine()
+    made, again, cached = capsys.readouterr().out.splitlines()
+    assert made == "running even.parquet: not there yet"
+    assert again.startswith("running even.parquet: ") and "data" in again
+    assert cached == "cached  even.parquet"
+
+
 @pytest.mark.parametrize(
     "place, words",
     [
