@@ -39,43 +39,24 @@ def parser() -> argparse.ArgumentParser:
             add_study(one)
         return one
 
-    one = command(
-        "reproduce", reproduce, "Run the notebooks; write every table, every figure and the report."
-    )
-    one.add_argument(
-        "--from", dest="start", metavar="NN", help="first notebook to run, for example 03"
-    )
+    one = command("reproduce", reproduce, "Run the notebooks; write tables, figures and report.")
+    one.add_argument("--from", dest="start", metavar="NN", help="first notebook, for example 03")
     one.add_argument("--only", metavar="NN", help="the one notebook to run")
     one.add_argument("--fresh", action="store_true", help="compute everything again")
     one.add_argument("--verbose", action="store_true", help="show what the notebooks print")
 
-    one = command(
-        "sample",
-        sample,
-        "Sample one step of a task: all of it, or the share of one of several processes.",
-    )
+    one = command("sample", sample, "Sample one step of a task, or the share of one process.")
     one.add_argument("stage", choices=STAGES, help="what to sample")
-    one.add_argument(
-        "--shard", type=_shard, metavar="I/N", help="share I (from 0) of N; without, what is left"
-    )
-    one.add_argument(
-        "--seed", type=int, default=0, help="of the training that `evaluate` evaluates"
-    )
+    share = "share I (from 0) of N; without, what is left"
+    one.add_argument("--shard", type=_shard, metavar="I/N", help=share)
+    one.add_argument("--seed", type=int, default=0, help="of the training that is evaluated")
 
-    one = command(
-        "doctor", doctor, "Check this machine for a profile, with a suggested fix for each problem."
-    )
-    one.add_argument(
-        "--gpu-memory", type=_gib, metavar="GIB", help="estimate for a GPU of so many GiB"
-    )
+    one = command("doctor", doctor, "Check this machine for a profile; suggest a fix for each problem.")
+    one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="estimate for such a GPU")
 
     command("report", report, "Write report.html again from the results that are there.")
 
-    one = command(
-        "base-model",
-        base_model,
-        "Pretrain the embedded model from a seed (hours; resumes after a kill).",
-    )
+    one = command("base-model", base_model, "Pretrain the embedded model (hours; resumes).")
     one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
