@@ -115,6 +115,16 @@ def test_a_function_beside_a_task_of_ones_own_counts_as_the_task(tmp_path, capsy
     assert cached == "cached  even.parquet"
 
 
+def test_two_files_of_one_name_hold_two_tasks(tmp_path):
+    tasks = []
+    for name in ("even", "odd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text(OWN.replace('"even"', f'"{name}"'))
+        tasks.append(load_task(f"{tmp_path / name / 'mine.py'}:Even"))
+    assert [task.name for task in tasks] == ["even", "odd"]
+    assert len({type(task).__module__ for task in tasks}) == 2
+
+
 @pytest.mark.parametrize(
     "place, words",
     [

@@ -4,10 +4,8 @@ from pathlib import Path
 
 from ..verifiers.verdict import Verdict
 
-RETRY_TURNS = (
-    "restate",
-    "reminder",
-)  # a second try asks the question again (the paper's), or only to try again
+# A second try asks the question again (the paper's), or only to try again.
+RETRY_TURNS = ("restate", "reminder")
 
 
 class Task:
@@ -22,10 +20,8 @@ class Task:
     retry_prompt = "Use your reflection to try the problem again."
     blind_retry_prompt = "That answer is wrong. Try the problem again."
     generic_reflection = "I should read the problem again and be more careful."
-    reasons: tuple[str, ...] = ("wrong",)
-    categories: dict[
-        str, str
-    ] = {}  # the paper's category of each reason, where it has coarser ones
+    reasons: tuple[str, ...] = ()  # of failures, in the order of tables; others come after these
+    categories: dict[str, str] = {}  # reason -> the paper's coarser category, where it has one
 
     def problems(self, split: str, n: int, seed: int) -> list:
         """Return `n` problems of a split ("train", "validation", "test"), always the same ones."""
