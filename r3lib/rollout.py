@@ -4,38 +4,78 @@
 """
 
 import time
+from dataclasses import dataclass
 from random import Random
 
 from .sampler import Failure, Reflection, Retry
+
+
+@dataclass(frozen=True)
+class Group:
+    """The reflections on one failure, the retry after each, and its reward."""
+
+    reflections: list[Reflection]
+    retries: list[Retry]
+    rewards: list[float]
+
+    def alive(self) -> bool:
+        """Whether the rewards differ: otherwise every advantage is zero."""
+        return len(set(self.rewards)) > 1
 
 
 def rollout(prompts: list, trainer) -> dict:
     """TRL's `rollout_func`: G reflections a failure, one retry each, in the order of `prompts`.
 
     `prompts` come repeated G times, contiguous. Returns ids of prompt and completion, log-probs,
-    the rewards, and for the masks with a retry `env_mask` (1 = trained).
+    the rewards, and for the masks with a retry `env_mask` (1 = trained). With `dynamic_sampling`
+    failures whose group is not alive are replaced by others.
     """
     started = time.perf_counter()
     args = trainer.args
-    sampler = trainer.sampler()
-    size = args.num_generations
-    places = [prompt[0]["place"] for prompt in prompts[::size]]
-    failures = failures_for(places, trainer)
-    seeds = [group_seed(args.seed, place) for place in places]
-    reflections = sampler.reflect(failures, seeds, size)
-    retry_seeds = [Random(f"{s}/{k}").getrandbits(32) for s in seeds for k in range(size)]
-    retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
-    rewards = rewards_for(reflections, retries, args.truncation_penalty)
-    trainer.r3_metrics = metrics_of(reflections, retries, time.perf_counter() - started)
+    places = [prompt[0]["place"] for prompt in prompts[:: args.num_generations]]
+    groups = sample_groups(places, 0, trainer)
+    drawn = list(groups)
+    for turn in range(1, args.dynamic_sampling):
+        dead = [number for number, group in enumerate(groups) if not group.alive()]
+        if not dead:
+            break
+        others = sample_groups([places[number] for number in dead], turn, trainer)
+        drawn += others
+        for number, group in zip(dead, others):
+            groups[number] = group
+    trainer.r3_metrics = metrics_of(drawn, time.perf_counter() - started)
+    if args.dynamic_sampling > 1:
+        trainer.r3_metrics["groups_drawn"] = len(drawn)
+    reflections = [r for group in groups for r in group.reflections]
+    retries = [r for group in groups for r in group.retries]
+    rewards = [reward for group in groups for reward in group.rewards]
     output = {"prompt_ids": [r.prompt_ids for r in reflections], "reward": rewards}
     if args.log_completions:
         output |= columns_to_log(reflections, retries, trainer.processing_class)
     return output | completions_under(args.mask, reflections, retries)
 
 
-def group_seed(seed: int, place: int) -> int:
+def sample_groups(places: list[int], turn: int, trainer) -> list[Group]:
+    """The groups at `places` of the training order; of turns after 0, of failures in their place.
+
+    Each depends on seed, place and turn alone, so that a resumed run draws the same.
+    """
+    args, sampler = trainer.args, trainer.sampler()
+    size = args.num_generations
+    failures = [failure_at(place, turn, trainer) for place in places]
+    seeds = [group_seed(args.seed, place, turn) for place in places]
+    reflections = sampler.reflect(failures, seeds, size)
+    retry_seeds = [Random(f"{s}/{k}").getrandbits(32) for s in seeds for k in range(size)]
+    retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
+    rewards = rewards_for(reflections, retries, args.truncation_penalty)
+    cuts = [slice(first, first + size) for first in range(0, len(rewards), size)]
+    return [Group(reflections[cut], retries[cut], rewards[cut]) for cut in cuts]
+
+
+def group_seed(seed: int, place: int, turn: int = 0) -> int:
     """The sampling seed of the group at `place` of the order of a training with `seed`."""
-    return Random(f"{seed}/{place}").getrandbits(32)
+    name = f"{seed}/{place}/{turn}" if turn else f"{seed}/{place}"
+    return Random(name).getrandbits(32)
 
 
 def training_order(size: int, wanted: int, seed: int) -> list[int]:
@@ -46,9 +86,12 @@ def training_order(size: int, wanted: int, seed: int) -> list[int]:
     return order[:wanted]
 
 
-def failures_for(places: list[int], trainer) -> list[Failure]:
-    """The failure at each place of the training order, one a group."""
-    return [trainer.failures[trainer.order[place]] for place in places]
+def failure_at(place: int, turn: int, trainer) -> Failure:
+    """The failure at a place of the training order; of turns after 0, any other one."""
+    if turn == 0:
+        return trainer.failures[trainer.order[place]]
+    draw = Random(f"{trainer.args.seed}/failure/{place}/{turn}")
+    return trainer.failures[draw.randrange(len(trainer.failures))]
 
 
 def rewards_for(
@@ -59,15 +102,18 @@ def rewards_for(
     return [r.verdict.reward - penalty * was_cut for r, was_cut in zip(retries, cut)]
 
 
-def metrics_of(
-    reflections: list[Reflection], retries: list[Retry], seconds: float
-) -> dict[str, float]:
-    """What a rollout adds to the step's log: rates in 0..1, a mean, seconds."""
+def metrics_of(drawn: list[Group], seconds: float) -> dict[str, float]:
+    """What a rollout adds to the step's log: rates in 0..1, a mean, seconds.
+
+    Over all groups that were drawn, so that `dynamic_sampling` raises no rate.
+    """
+    reflections = [r.completion for group in drawn for r in group.reflections]
+    retries = [r.verdict for group in drawn for r in group.retries]
     rows = len(reflections)
     return {
-        "retry_success": sum(r.verdict.ok for r in retries) / rows,
-        "truncated_share": sum(not r.completion.finished for r in reflections) / rows,
-        "reflection_tokens": sum(len(r.completion.ids) for r in reflections) / rows,
+        "retry_success": sum(verdict.ok for verdict in retries) / rows,
+        "truncated_share": sum(not completion.finished for completion in reflections) / rows,
+        "reflection_tokens": sum(len(completion.ids) for completion in reflections) / rows,
         "seconds_sampling": seconds,
     }
 

@@ -11,13 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
-import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path
 
 from .card import plain_name, write_card
@@ -28,6 +25,7 @@ from .engines.support import check_model, reach
 from .engines.transformers import TransformersEngine
 from .errors import R3Error
 from .identity import check_task, digest, model_facts, task_facts
+from .learning import SharedPrefixGRPO
 from .mining import check_failures, failures_digest, mine_for_training
 from .model_checks import check_dtypes, check_positions, train_in_fp32, trained_weights
 from .r3_config import MASKS, R3Config, differing
@@ -47,7 +45,7 @@ __all__ = [
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the contract tests pin rollout_func
 
 
-class R3Trainer(GRPOTrainer):
+class R3Trainer(SharedPrefixGRPO):
     """GRPO on reflections (paper, section on the method; its equation is GRPO's with a token mask).
 
     `failures` are failed attempts (see `mine_failures`), each read when its turn comes. For each, G
@@ -115,6 +113,7 @@ class R3Trainer(GRPOTrainer):
         self._join_engine()
         check_model(self.model)
         check_failures(failures, self.sampler(), self._context())
+        self._packs = self._check_packing()
         self._facts = self._decisive(fresh=peft_config is not None)
 
     def _check_and_cast(self, start: dict) -> None:
@@ -223,45 +222,6 @@ class R3Trainer(GRPOTrainer):
         if self.is_world_process_zero():
             for old in set(folder.parent.iterdir()) - {folder}:
                 shutil.rmtree(old)
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, *rest, **options
-    ):
-        """TRL's, for a quarter of the rows at a time, sorted by length, without shared padding.
-
-        The longest reflection of a whole step sets TRL's padding; the values are the same, with
-        less work.
-        """
-        whole = super()._get_per_token_logps_and_entropies
-        if options.get("compute_aux_loss"):  # a mixture of experts balances over all rows
-            return whole(model, input_ids, attention_mask, logits_to_keep, *rest, **options)
-        first_token = input_ids.size(1) - logits_to_keep
-        values = []
-        order = attention_mask.sum(1).argsort(stable=True)
-        for rows in order.chunk(4):
-            used = attention_mask[rows].any(0).nonzero()
-            start = int(used[0])
-            end = max(int(used[-1]), first_token) + 1
-            self._check_width(end - start)
-            ids = input_ids[rows, start:end]
-            mask = attention_mask[rows, start:end]
-            logps, entropies, _ = whole(model, ids, mask, end - first_token, *rest, **options)
-            values.append((logps, logps.new_zeros(logps.shape) if entropies is None else entropies))
-        places = order.argsort()
-        logps, entropies = (
-            torch.cat([F.pad(x, (0, logits_to_keep - x.size(1))) for x in parts])[places]
-            for parts in zip(*values)
-        )
-        return logps, entropies, None
-
-    def _check_width(self, width: int) -> None:
-        """A longrope model moves the positions of all rows once a batch is wider than its reach."""
-        if width > (self._reach or width):
-            raise R3Error(
-                f"a learning batch is {width} tokens wide, beyond the {self._reach} up to which "
-                "this model's positions are those of sampling: lower per_device_train_batch_size "
-                "or leave out long failures"
-            )
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         """TRL's, with a card that says what the weights are."""

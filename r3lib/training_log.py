@@ -80,6 +80,8 @@ def row_of(entry: dict, task: str, seed: int) -> dict:
     row |= {name: entry.get(name) for name in ROLLOUT_METRICS}
     if REMOTE_METRIC in entry:
         row["importance_ratio"] = entry[REMOTE_METRIC]
+    if "groups_drawn" in entry:  # only with dynamic_sampling
+        row["groups_drawn"] = entry["groups_drawn"]
     return row | {name: entry.get(name) for name in ("seconds_learning", "peak_memory_gib")}
 
 

@@ -1,0 +1,204 @@
+"""One R3 step of `R3Trainer` beside stock TRL's, in one run: seconds by part, tokens, memory.
+
+    python benchmarks/step.py [--model base_model] [--groups 32] [--group 8] [--dtype float32]
+
+Stock is TRL's `GRPOTrainer` with the rollout that one writes first: two calls of `generate`, the
+retry appended to the reflection, `env_mask` over what is not trained. Both get the same failures,
+limits, adapter and dtype. They take turns, each in a process of its own, so that a noisy machine
+slows both and peaks of memory are apart; the ratios are the result.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from peft import LoraConfig
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOTrainer
+
+from r3lib import R3Config, R3Trainer
+from r3lib.chat import Chat
+from r3lib.engines.transformers import TransformersEngine
+from r3lib.provenance import peak_memory_gib
+from r3lib.sampler import Limits, RolloutSampler, mine_failures
+from r3lib.tasks import load_task
+from r3lib.weights import locate
+
+MASK = {"stock": "reflection+retry", "ours": "reflection"}
+
+
+def main() -> None:
+    """Measure in turns; print a line a turn, then the medians and their ratios."""
+    options = arguments()
+    if options.run:
+        print(json.dumps(measured(options)))
+        return
+    found = {"stock": [], "ours": []}
+    for turn in range(options.repeats):
+        for kind, values in found.items():
+            values.append(in_a_process(kind))
+            print(f"{turn} {kind:5} {line(values[-1])}", flush=True)
+    medians = {
+        kind: {name: statistics.median(v[name] for v in values) for name in values[0]}
+        for kind, values in found.items()
+    }
+    for kind, values in medians.items():
+        print(f"median {kind:5} {line(values)}")
+    ratios = {name: medians["stock"][name] / medians["ours"][name] for name in medians["ours"]}
+    print(f"stock / ours {line(ratios)}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="base_model", help="as in a profile")
+    parser.add_argument("--task", default="countdown")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+    parser.add_argument("--beta", type=float, default=0.0, help="of the KL term")
+    parser.add_argument("--run", choices=list(MASK), help=argparse.SUPPRESS)
+    for name, default in (
+        ("groups", 32), ("group", 8), ("attempt", 64), ("reflection", 96), ("retry", 64),
+        ("rows", 64), ("steps", 2), ("repeats", 3),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser.parse_args()
+
+
+def in_a_process(kind: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--run", kind, *sys.argv[1:]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def measured(options) -> dict[str, float]:
+    """Seconds of one step, the first left out, and the peak of memory in GiB."""
+    path = locate(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
+    if torch.cuda.is_available():
+        model.cuda()
+    failures = mined(model, tokenizer, options)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = (StockTrainer if options.run == "stock" else R3Trainer)(
+            model=model,
+            args=config(folder, options),
+            task=failures_task(options),
+            failures=failures,
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        steps = [e for e in trainer.state.log_history if "frac_reward_zero_std" in e][1:]
+    sampling, learning = (
+        statistics.mean(step[name] for step in steps)
+        for name in ("seconds_sampling", "seconds_learning")
+    )
+    return {
+        "step": sampling + learning,
+        "sampling": sampling,
+        "learning": learning,
+        "peak_gib": peak_memory_gib(),
+        "reflection_tokens": statistics.mean(step["reflection_tokens"] for step in steps),
+    }
+
+
+def failures_task(options):
+    return load_task(options.task, {"countdown": {"source": "generator", "count": 3, "largest": 20}})
+
+
+def mined(model, tokenizer, options) -> list:
+    """The first failures of the model, as many as a step takes, each of its own problem."""
+    task = failures_task(options)
+    engine = TransformersEngine(model, tokenizer, 64)
+    sampler = RolloutSampler(engine, Chat(tokenizer), task, Limits(options.attempt))
+    problems = task.problems("train", 4 * options.groups, seed=0)
+    return mine_failures(sampler, problems, k=1, temperature=0.0)[: options.groups]
+
+
+def config(folder: str, options) -> R3Config:
+    return R3Config(
+        folder, max_steps=1 + options.steps, failures_per_step=options.groups,
+        num_generations=options.group, per_device_train_batch_size=options.rows, seed=1,
+        max_completion_length=options.reflection, max_retry_length=options.retry,
+        max_attempt_length=options.attempt, learning_rate=1e-4, lr_scheduler_type="constant",
+        warmup_steps=0, beta=options.beta, loss_type="dr_grpo", mask=MASK[options.run],
+        save_strategy="no", report_to="none", disable_tqdm=True,
+        bf16=options.dtype == "bfloat16", fp16=False,
+    )  # fmt: skip
+
+
+class StockTrainer(R3Trainer):
+    """R3Trainer's checks and metrics around TRL's own rollout by `generate` and learning pass."""
+
+    _prepare_inputs = GRPOTrainer._prepare_inputs
+    _compute_loss = GRPOTrainer._compute_loss
+    _get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.rollout_func = stock_rollout
+
+
+@torch.no_grad()
+def stock_rollout(prompts: list, trainer) -> dict:
+    """Two calls of `generate`, each on the whole conversation of every row."""
+    started = time.perf_counter()
+    args, sampler = trainer.args, trainer.sampler()
+    failures = [trainer.failures[trainer.order[prompt[0]["place"]]] for prompt in prompts]
+    first = [sampler.reflection_prompt(failure) for failure in failures]
+    reflections = generated(trainer, first, args.max_completion_length, args.temperature)
+    again = [sampler.retry_prompt(*pair) for pair in zip(failures, reflections)]
+    retries = generated(trainer, again, args.max_retry_length, args.retry_temperature)
+    texts = [sampler.chat.text(ids) for ids in retries]
+    verdicts = [trainer.task.verify(*pair) for pair in zip(texts, (f.problem for f in failures))]
+    rest = [turn[len(prompt) :] + ids for turn, prompt, ids in zip(again, first, retries)]
+    trained = [len(ids) for ids in reflections]
+    trainer.r3_metrics = {
+        "retry_success": statistics.mean(v.ok for v in verdicts),
+        "truncated_share": 0.0,
+        "reflection_tokens": statistics.mean(trained),
+        "seconds_sampling": time.perf_counter() - started,
+    }
+    return {
+        "prompt_ids": first,
+        "completion_ids": rest,
+        "logprobs": None,
+        "env_mask": [[1] * n + [0] * (len(ids) - n) for n, ids in zip(trained, rest)],
+        "reward": [verdict.reward for verdict in verdicts],
+    }
+
+
+def generated(trainer, prompts: list[list[int]], longest: int, temperature: float) -> list:
+    """What `generate` samples after each prompt, up to its end token."""
+    model, ends = trainer.accelerator.unwrap_model(trainer.model), sorted(trainer._chat.end_ids)
+    width = max(map(len, prompts))
+    ids = pad_sequence([torch.tensor(p[::-1]) for p in prompts], batch_first=True).flip(1)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    model.eval()
+    out = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=longest,
+        eos_token_id=ends, pad_token_id=ends[0], top_k=0, top_p=1.0, **sampling,
+    )[:, width:]  # fmt: skip
+    model.train()
+    rows = []
+    for row in out.tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        rows.append(row[:end])
+    return rows
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
