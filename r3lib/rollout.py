@@ -64,9 +64,10 @@ def sample_groups(places: list[int], turn: int, trainer) -> list[Group]:
     size = args.num_generations
     failures = [failure_at(place, turn, trainer) for place in places]
     seeds = [group_seed(args.seed, place, turn) for place in places]
-    reflections = sampler.reflect(failures, seeds, size)
     retry_seeds = [Random(f"{s}/{k}").getrandbits(32) for s in seeds for k in range(size)]
-    retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
+    with sampler.keeping():
+        reflections = sampler.reflect(failures, seeds, size)
+        retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
     rewards = rewards_for(reflections, retries, args.truncation_penalty)
     cuts = [slice(first, first + size) for first in range(0, len(rewards), size)]
     return [Group(reflections[cut], retries[cut], rewards[cut]) for cut in cuts]

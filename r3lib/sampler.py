@@ -1,6 +1,7 @@
 """The sampler: first tries, reflections and second tries of one policy on one task."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -68,6 +69,10 @@ class RolloutSampler:
     limits: Limits = Limits()
     reflection_temperature: float = 0.0
     retry_turn: str = "restate"
+
+    def keeping(self):
+        """A block in which a conversation that goes on is not computed again; see the engine."""
+        return getattr(self.engine, "keeping", nullcontext)()
 
     def first_tries(
         self, problems: Sequence, samples=1, temperature=0.0, seed=0

@@ -143,7 +143,7 @@ def test_only_groups_with_variance_are_computed_and_the_gradient_is_the_same(
         "num_items_in_batch": mask[:, 12:].sum(),
     }  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
-    gradients, entropies, seen = [], [], calls_of(trainer)
+    gradients, seen = [], calls_of(trainer)
     for owner in (GRPOTrainer, R3Trainer):
         trainer.model.zero_grad()
         seen.clear()

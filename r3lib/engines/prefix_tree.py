@@ -31,6 +31,7 @@ Prompts that share nothing are batched apart: their first level is level 1, star
 
 from collections import defaultdict
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -91,6 +92,12 @@ class Level:
         if above is not None:
             self.start = (above.start + above.length)[self.parent]
         self.width = width
+        self.names = np.arange(len(self.parent))  # the rows' numbers before any were dropped
+        self.note()
+
+    def note(self) -> None:
+        """Remember the rows as they are, for when some have been dropped (see `revive`)."""
+        self.whole = SimpleNamespace(parent=self.parent, start=self.start, length=self.length)
 
     def line_up(self, rows: np.ndarray, causal: bool) -> QueryGrid:
         """The grid of queries that attend to `rows` [queries], ascending.
@@ -117,6 +124,8 @@ class PrefixTree:
     def add_level(self, parent: list[int], width: int) -> None:
         """Add an empty level, one row an entry of `parent`, with room for `width` tokens a row."""
         above = self.levels[-1] if self.levels else None
+        if above is not None:
+            above.note()  # its rows have their tokens
         self.levels.append(Level(parent, above, width))
 
     def append(self, rows: np.ndarray) -> Step:
@@ -142,8 +151,28 @@ class PrefixTree:
             kept.insert(0, rows)
             level.start = level.start[rows]
             level.length = level.length[rows]
+            level.names = level.names[rows]
             rows, level.parent = np.unique(level.parent[rows], return_inverse=True)
         return kept
+
+    def revive(self, rows: np.ndarray, lengths: np.ndarray, width: int) -> list[np.ndarray]:
+        """Make `rows` of the last level, dropped ones too, and their ancestors all that there is.
+
+        `rows` are numbers before any were dropped, ascending; of each the first `lengths` tokens
+        stay, in `width`. Returns the rows of each level by these numbers; they get new ones.
+        """
+        revived = []
+        for level in reversed(self.levels):
+            revived.insert(0, rows)
+            level.names = np.arange(len(rows))
+            level.start = level.whole.start[rows]
+            level.length = level.whole.length[rows]
+            parent = level.whole.parent[rows]
+            rows, level.parent = np.unique(parent, return_inverse=True)
+            level.note()
+        last = self.levels[-1]
+        last.length, last.width = lengths, width
+        return revived
 
 
 def plan_batches(prompts: list[list[int]], n: int, batch_size: int) -> list[list[Row]]:

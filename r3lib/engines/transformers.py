@@ -3,6 +3,10 @@
 `prefix_tree` draws how rows share keys and values; `tree_attention` computes attention over them.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -14,7 +18,7 @@ from ..chat import Chat
 from ..errors import R3Error
 from ..identity import model_facts
 from .base import Completion, SamplingParams, check
-from .prefix_tree import PrefixTree, Row, cut, distinct, plan_batches
+from .prefix_tree import PrefixTree, Row, common_prefix, cut, distinct, plan_batches
 from .support import USE_VLLM, check_length, check_model
 from .tree_attention import TreeCache, tree_attention
 
@@ -38,6 +42,20 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.progress = progress
         self.end_ids = end_ids or Chat(tokenizer, model.generation_config).end_ids
+        self._kept: list[Batch] | None = None  # those of the last call; None: they are not kept
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within the block a call goes on where the one before it ended, if its prompts do.
+
+        Keys and values of a conversation are then computed once, and take memory until the block
+        ends. The weights must not change in it.
+        """
+        self._kept = []
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def identity(self) -> dict:
         """See `IdentifiedEngine`: the model's architecture, weights and adapters."""
@@ -57,22 +75,43 @@ class TransformersEngine:
             tree_attention(self.model),
             tqdm(total=n * len(prompts), unit="row", disable=not self.progress) as bar,
         ):
-            for rows in plan_batches(prompts, n, self.batch_size):
+            for batch, logits in self._begun(prompts, n, sampling.max_tokens):
+                rows = batch.rows
                 draws = uniform_draws(rows, seeds, sampling.max_tokens)
-                ids, logprobs = self._sample_batch(rows, draws, sampling, bar)
+                ids, logprobs = self._sample_batch(batch, logits, draws, sampling, bar)
                 for row, row_ids, row_logprobs in zip(rows, ids.tolist(), logprobs.tolist()):
                     completion = self._completion(row_ids, row_logprobs)
                     completions[row.prompt][row.sample] = completion
         return completions
 
-    def _sample_batch(self, rows: list[Row], draws: Tensor, sampling, bar) -> tuple[Tensor, Tensor]:
+    def _begun(self, prompts, n: int, max_tokens: int) -> Iterator[tuple["Batch", Tensor]]:
+        """The batches of a call after their prefill, with the logits [rows, vocabulary]."""
+        followed = follow(self._kept, prompts) if self._kept and n == 1 else None
+        if followed is not None:
+            for batch, (numbers, rows) in zip(self._kept, followed):
+                if rows:
+                    yield batch, batch.go_on(numbers, rows, max_tokens)
+            self._kept = [b for b, (_, rows) in zip(self._kept, followed) if rows]
+            return
+        begun = []
+        for rows in plan_batches(prompts, n, self.batch_size):
+            batch = Batch(self.model, rows, max_tokens, keep=self._kept is not None)
+            begun.append(batch)
+            yield batch, batch.prefill(max_tokens)
+            if self._kept is None:
+                begun.clear()
+        if self._kept is not None:
+            self._kept = begun
+
+    def _sample_batch(
+        self, batch: "Batch", logits: Tensor, draws: Tensor, sampling, bar
+    ) -> tuple[Tensor, Tensor]:
         """Ids and log-probs, [rows, max_tokens]; what follows a row's end token is noise."""
-        batch = Batch(self.model, rows, sampling.max_tokens)
-        logits = batch.prefill(rows, sampling.max_tokens)
         draws = draws.to(logits.device)
         ids = torch.full_like(draws, -1, dtype=torch.long)
         logprobs = torch.zeros_like(draws)
-        running = torch.arange(len(rows), device=logits.device)
+        running = torch.arange(len(draws), device=logits.device)
+        computed = torch.zeros_like(running)  # tokens of each row that went through the model
         for step in range(sampling.max_tokens):
             tokens, chosen = sample(logits, draws[running, step], sampling.temperature)
             ids[running, step] = tokens
@@ -87,7 +126,9 @@ class TransformersEngine:
                     batch.keep(going)
             if step + 1 < sampling.max_tokens:
                 logits = batch.decode(tokens)
+                computed[running] += 1
         bar.update(len(running))
+        batch.sampled([row[:count] for row, count in zip(ids.tolist(), computed.tolist())])
         return ids, logprobs
 
     def _unfinished(self, ids: Tensor) -> Tensor:
@@ -104,20 +145,27 @@ class TransformersEngine:
 
 
 class Batch:
-    """Forward passes of the model that extend a batch's prefix tree and kv cache."""
+    """Forward passes of the model that extend a batch's prefix tree and kv cache.
 
-    def __init__(self, model, rows: list[Row], max_tokens: int):
-        longest = max(len(row.ids) for row in rows) + max_tokens
-        check_length(model, longest)
+    With `keep` its rows can go on after they have ended (see `follow`).
+    """
+
+    def __init__(self, model, rows: list[Row], max_tokens: int, keep: bool = False):
         self.model = model
+        self.rows = rows
+        self.longest = max(len(row.ids) for row in rows) + max_tokens
+        check_length(model, self.longest)
         self.tree = PrefixTree()
-        self.cache = TreeCache(self.tree, longest, model.device)
+        self.cache = TreeCache(self.tree, self.longest, model.device)
+        self.texts: list[list[int]] = [[] for _ in rows]  # of each, what the last level holds
+        if keep:
+            self.cache.dropped = []
 
-    def prefill(self, rows: list[Row], max_tokens: int) -> Tensor:
+    def prefill(self, max_tokens: int) -> Tensor:
         """Compute each shared prefix and prompt once; return the logits [rows, vocabulary]."""
-        prompts, prompt_of_row = distinct([(row.ids, row.shared) for row in rows])
+        prompts, prompt_of_row = distinct([(row.ids, row.shared) for row in self.rows])
         prefixes, prefix_of_prompt = distinct([ids[:shared] for ids, shared in prompts])
-        if rows[0].shared > 0:
+        if self.rows[0].shared > 0:
             self._prefill_level(prefixes, [0] * len(prefixes))
         logits = self._prefill_level([ids[shared:] for ids, shared in prompts], prefix_of_prompt)
         if len(self.cache.levels[0]) < self.model.config.get_text_config().num_hidden_layers:
@@ -126,11 +174,36 @@ class Batch:
         self.tree.add_level(prompt_of_row, max_tokens)
         return logits[prompt_of_row]
 
+    def sampled(self, ids: list[list[int]]) -> None:
+        """Note the sampled tokens of each row that the kv cache holds."""
+        self.texts = [text + more for text, more in zip(self.texts, ids)]
+
+    def go_on(self, numbers: list[int], rows: list[Row], max_tokens: int) -> Tensor:
+        """Let the rows with these numbers, ascending, go on as `rows`, whose `ids` they begin.
+
+        `shared` tokens of each are there already. Returns the logits [rows, vocabulary].
+        """
+        begun = [len(self.rows[number].ids) for number in numbers]
+        rest = [row.ids[row.shared :] for row in rows]
+        lengths = np.array([row.shared - first for row, first in zip(rows, begun)])
+        width = max(len(row.ids) - first for row, first in zip(rows, begun)) + max_tokens
+        self.longest = max(len(row.ids) for row in rows) + max_tokens
+        check_length(self.model, self.longest)
+        self.cache.longest = self.longest
+        self.cache.revive(np.array(numbers), lengths, width)
+        self.texts = [[*row.ids[first:]] for row, first in zip(rows, begun)]
+        prompts = [self.rows[number].ids for number in numbers]
+        self.rows = [replace(row, ids=ids) for row, ids in zip(rows, prompts)]
+        return self._append(rest)
+
     def _prefill_level(self, texts: list[tuple], parent: list[int]) -> Tensor:
         """Add a level that holds `texts`; return the logits [texts, vocabulary] after each."""
-        width = max(map(len, texts))
-        self.tree.add_level(parent, width)
-        logits, done = [], 0
+        self.tree.add_level(parent, max(map(len, texts)))
+        return self._append(texts)
+
+    def _append(self, texts: list[tuple]) -> Tensor:
+        """Append a text to each row of the last level; return the logits [texts, vocabulary]."""
+        logits, done, width = [], 0, max(map(len, texts))
         for some in cut(texts, max(1, PREFILL_TOKENS // width)):
             rows = np.repeat(np.arange(done, done + len(some)), [len(text) for text in some])
             ids = torch.tensor([*chain(*some)])
@@ -165,6 +238,30 @@ class Batch:
                 raise
             raise R3Error(f"{self.model.config.model_type}: {error}: {USE_VLLM}") from error
         return output.logits[0]
+
+
+def follow(batches: list[Batch], prompts: list[list[int]]) -> list[tuple] | None:
+    """For each batch (numbers of rows, those rows as they go on): a row for each of `prompts`.
+
+    A prompt goes on from the row that has most of it. None if one of them begins with no row's
+    prompt, or if there are too few rows.
+    """
+    free = defaultdict(list)  # rows by their prompts: (batch, number)
+    for place, batch in enumerate(batches):
+        for number, row in enumerate(batch.rows):
+            free[row.ids].append((place, number))
+    sizes = sorted({len(ids) for ids in free}, reverse=True)
+    found: list[dict[int, Row]] = [{} for _ in batches]
+    for index, ids in enumerate(map(tuple, prompts)):
+        known = next((ids[:size] for size in sizes if free.get(ids[:size])), None)
+        if known is None or len(known) == len(ids):
+            return None
+        rest = ids[len(known) :]
+        common = [common_prefix(rest, [*batches[b].texts[n], -1]) for b, n in free[known]]
+        best = max(range(len(common)), key=common.__getitem__)
+        place, number = free[known].pop(best)
+        found[place][number] = Row(index, 0, ids, len(known) + common[best])
+    return [(sorted(rows), [rows[number] for number in sorted(rows)]) for rows in found]
 
 
 def uniform_draws(rows: list[Row], seeds, max_tokens: int) -> Tensor:

@@ -52,14 +52,17 @@ class TreeCache:
         self.longest = longest
         self.device = device
         self.levels: list[dict[int, list[Tensor]]] = []
+        self.dropped: list[list[tuple]] | None = None  # by level: (rows, their keys and values)
 
     def begin(self, step: Step) -> None:
         """Set which rows the queries of the next forward pass belong and attend to."""
         while len(self.levels) < len(self.tree.levels):
             self.levels.append({})
+            if self.dropped is not None:
+                self.dropped.append([])
         self.queries = [Queries(grid, self.device) for grid in step.grids]
         own = step.grids[-1]
-        if own.slots == 1:  # a decode step: a slice of one column is written faster
+        if own.slots == 1 and (step.columns == step.columns[0]).all():  # written faster
             self.rows, self.columns = own.rows, int(step.columns[0])
         else:
             self.rows = to_device(step.rows, self.device)
@@ -75,17 +78,38 @@ class TreeCache:
             slab[self.rows, :, self.columns] = x
 
     def keep(self, rows: np.ndarray) -> None:
-        """Keep `rows` of the last level and what they attend to, moved to the front."""
-        before = [len(level.parent) for level in self.tree.levels]
-        kept = self.tree.keep(rows)
-        for level, cached, rows, count in zip(self.tree.levels, self.levels, kept, before):
-            if len(rows) == count:
-                continue
-            index = to_device(rows, self.device)
-            used = level.length.max()
-            for slab in sum(cached.values(), []):
-                slab[: len(rows), :, :used] = slab[index, :, :used]
+        """Keep `rows` of the last level and what they attend to, moved to the front.
 
+        The others are put aside where `dropped` is a list.
+        """
+        before = [(level.names, level.length.max()) for level in self.tree.levels]
+        kept = self.tree.keep(rows)
+        for number, (names, used) in enumerate(before):
+            if len(kept[number]) == len(names):
+                continue
+            if self.dropped is not None:
+                self._put_aside(number, np.delete(np.arange(len(names)), kept[number]), names, used)
+            index = to_device(kept[number], self.device)
+            for slab in sum(self.levels[number].values(), []):
+                slab[: len(index), :, :used] = slab[index, :, :used]
+
+    def _put_aside(self, number: int, rows: np.ndarray, names: np.ndarray, used: int) -> None:
+        """Copy `rows` of a level, of which `used` tokens are filled."""
+        index = to_device(rows, self.device)
+        pairs = self.levels[number].items()
+        copies = {layer: [slab[index, :, :used] for slab in pair] for layer, pair in pairs}
+        self.dropped[number].append((names[rows], copies))
+
+    def revive(self, rows: np.ndarray, lengths: np.ndarray, width: int) -> None:
+        """See `PrefixTree.revive`: bring back what was put aside."""
+        names = [level.names for level in self.tree.levels]
+        revived = self.tree.revive(rows, lengths, width)
+        for number, level in enumerate(self.tree.levels):
+            sources = [(names[number], self.levels[number]), *self.dropped[number]]
+            for layer in self.levels[number]:
+                pairs = [(place, kept[layer]) for place, kept in sources]
+                self.levels[number][layer] = gathered(revived[number], pairs, level.width)
+            self.dropped[number] = []
 
 @contextmanager
 def tree_attention(model):
@@ -165,6 +189,19 @@ def join(parts: Tensor) -> Tensor:
     mixed, highest, weight = parts[..., :-2], parts[..., -2:-1], parts[..., -1:]
     share = (highest - highest.amax(0)).exp2()
     return (mixed * share).sum(0) / (weight * share).sum(0)
+
+
+def gathered(rows: np.ndarray, sources: list[tuple], width: int) -> list[Tensor]:
+    """Keys and values of `rows` in slabs of `width`, from sources (names of rows, their slabs)."""
+    size = len(rows)
+    made = [slab.new_zeros(size, slab.size(1), width, slab.size(3)) for slab in sources[0][1]]
+    for names, pair in sources:
+        _, to, here = np.intersect1d(rows, names, return_indices=True)
+        to, here = (to_device(index, made[0].device) for index in (to, here))
+        for new, slab in zip(made, pair):
+            used = min(width, slab.size(2))
+            new[to, :, :used] = slab[here, :, :used]
+    return made
 
 
 def to_device(array: np.ndarray, device) -> Tensor:

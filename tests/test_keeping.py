@@ -1,0 +1,129 @@
+"""A conversation that goes on is not computed again: the same tokens, from fewer forward passes."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import CoinTask, base_model, coin_failures
+
+from r3lib.chat import Chat
+from r3lib.engines import SamplingParams
+from r3lib.engines.transformers import TransformersEngine
+from r3lib.sampler import Limits, RolloutSampler
+
+GREEDY = SamplingParams(9, 0.0)
+
+
+def computed(model):
+    """Counts the tokens that go through the model from now on."""
+    seen = []
+    model.base_model.register_forward_pre_hook(
+        lambda _module, args, kwargs: seen.append((args[0] if args else kwargs["input_ids"]).numel()),
+        with_kwargs=True,
+    )
+    return seen
+
+
+def conversation(engine, prompts, turns, n, seeds, tokens=9):
+    """Reflections, then retries that go on from each: (ids of both, log-probs of both)."""
+    first = engine.generate(prompts, n, SamplingParams(tokens, 1.0), seeds)
+    again = [
+        [*prompt, *completion.ids, *turn]
+        for prompt, group in zip(prompts, first)
+        for completion, turn in zip(group, turns)
+    ]
+    second = engine.generate(again, 1, SamplingParams(6, 1.0), list(range(len(again))))
+    flat = [c for group in first + second for c in group]
+    return [c.ids for c in flat], torch.tensor([x for c in flat for x in c.logprobs])
+
+
+@pytest.mark.parametrize("batch_size", [64, 5])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3"])
+def test_going_on_gives_the_tokens_and_log_probs_of_starting_anew(
+    tiny, tokenizer, architecture, batch_size
+):
+    model = tiny(architecture).eval()
+    engine = TransformersEngine(model, tokenizer, batch_size)
+    engine.end_ids = frozenset(range(0, 600, 9))  # rows end early, at different steps
+    prompts = [[*range(5, 40), *range(50, 50 + k)] for k in (3, 9, 1)] + [[7, 8, 9]]
+    turns = [[11, 12], [13], [14, 15, 16, 17], [18, 19]]
+    given = prompts, turns, 4, [1, 2, 3, 4]
+    anew = conversation(engine, *given)
+    with engine.keeping():
+        kept = conversation(engine, *given)
+    assert kept[0] == anew[0]
+    assert len({len(ids) for ids in anew[0]}) > 3, "rows that end at different steps"
+    torch.testing.assert_close(kept[1], anew[1], atol=1e-5, rtol=1e-4)
+
+
+def test_only_new_tokens_are_computed(tiny, tokenizer):
+    model = tiny().eval()
+    engine = TransformersEngine(model, tokenizer)
+    engine.end_ids = frozenset([-5])
+    prompt = list(range(5, 105))
+    seen = computed(model)
+    with engine.keeping():
+        [group] = engine.generate([prompt], 4, SamplingParams(8, 1.0))
+        assert sum(seen) == 100 + 4 * 7
+        seen.clear()
+        engine.generate([[*prompt, *c.ids, 20, 21] for c in group], 1, SamplingParams(3, 0.0))
+    assert sum(seen) == 4 * (1 + 2) + 4 * 2, "the last sampled token, the turn, and two of the retry"
+
+
+def test_a_second_turn_may_go_back_on_what_was_said(tiny, tokenizer):
+    """The end of a reflection that was cut off is written anew; other conditions branch off before it."""
+    model = tiny().eval()
+    engine = TransformersEngine(model, tokenizer)
+    engine.end_ids = frozenset([-5])
+    prompts = [[*range(5, 45)], [*range(105, 140)]]
+    with engine.keeping():
+        first = engine.generate(prompts, 1, GREEDY)
+        texts = [[*p, *g[0].ids] for p, g in zip(prompts, first)]
+        kept = []
+        for turns in ([[61], [62, 63]], [[64, 65], [66]]):
+            again = [text[:-3] + turn for text, turn in zip(texts, turns)]
+            kept.append(engine.generate(again, 1, GREEDY))
+    for turns, found in zip(([[61], [62, 63]], [[64, 65], [66]]), kept):
+        again = [text[:-3] + turn for text, turn in zip(texts, turns)]
+        for ours, theirs in zip(found, engine.generate(again, 1, GREEDY)):
+            assert ours[0].ids == theirs[0].ids
+
+
+def test_what_does_not_go_on_starts_anew(tiny, tokenizer):
+    engine = TransformersEngine(tiny().eval(), tokenizer)
+    engine.end_ids = frozenset([-5])
+    with engine.keeping():
+        engine.generate([list(range(5, 45))], 1, GREEDY)
+        other = engine.generate([list(range(105, 140))], 1, GREEDY)
+    assert other == engine.generate([list(range(105, 140))], 1, GREEDY)
+    assert engine._kept is None, "nothing is held after the block"
+
+
+def test_some_of_the_rows_go_on(tiny, tokenizer):
+    engine = TransformersEngine(tiny().eval(), tokenizer)
+    engine.end_ids = frozenset(range(0, 600, 9))
+    prompts = [[5 + k, *range(60, 90 + k)] for k in range(6)]
+    with engine.keeping():
+        first = engine.generate(prompts, 1, GREEDY)
+        again = [[*prompts[k], *first[k][0].ids, 31] for k in (4, 1)]
+        found = engine.generate(again, 1, GREEDY)
+    assert [c.ids for [c] in found] == [c.ids for [c] in engine.generate(again, 1, GREEDY)]
+
+
+def test_the_trainers_retries_go_on_from_its_reflections(tokenizer):
+    model = base_model().eval()
+    engine = TransformersEngine(model, tokenizer)
+    task = CoinTask(count=3, largest=20)
+    sampler = RolloutSampler(engine, Chat(tokenizer), task, Limits(24, 24, 12), 1.0)
+    failures = coin_failures(tokenizer, 3, task)
+    results = []
+    for block in (sampler.keeping, nullcontext):
+        seen = computed(model)
+        with block():
+            reflections = sampler.reflect(failures, [1, 2, 3], 4, 1.0)
+            retries = sampler.retry(reflections, list(range(12)))
+        results.append([r.completion.ids for r in retries])
+        counts = sum(seen)
+        results.append(counts)
+    assert results[0] == results[2]
+    assert results[1] < 0.8 * results[3]
