@@ -1,6 +1,7 @@
 """Episodes: a first try, and second tries on its failure under each condition, as table rows."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pandas as pd
 
 from .conditions import CONDITIONS, FIRST_TRY, Condition, condition
 from .engines.base import identity
+from .engines.prefix_tree import cut
 from .errors import R3Error
 from .identity import check_problems, check_task, claim, content, digest, task_facts
 from .sampler import RolloutSampler, failures_of, judge
@@ -157,17 +159,25 @@ def frame(rows: list[Episode]) -> pd.DataFrame:
 
 
 def _episodes(sampler, problems, policy, split, conditions, seed, say) -> list[Episode]:
-    tries = sampler.first_tries(problems, seed=seed)
+    going_on = [c for c in conditions if c != FIRST_TRY and c.told and c.reflection != "other"]
+    with_reflection = any(c.reflection in ("own", "other") for c in conditions)
+    tries, failures, reflections, tried = [], [], [], defaultdict(list)
+    for some in cut(problems, getattr(sampler.engine, "batch_size", len(problems))):
+        with sampler.keeping():
+            answers = sampler.first_tries(some, seed=seed)
+            failed = failures_of(some, answers, sampler)
+            own = sampler.own_reflections(failed, seed) if with_reflection else None
+            for each in sorted(going_on, key=lambda one: one.reflection != "own"):
+                tried[each] += sampler.second_tries(each, failed, seed, own)
+        tries += answers
+        failures += failed
+        reflections += own or []
     rows = [_first_row(sampler, p, c[0], policy, split) for p, c in zip(problems, tries)]
     first = {row.problem_id: row for row in rows}
-    failures = failures_of(problems, tries, sampler)
-    wanted = _second_tries(conditions, failures, say)
-    reflections = None
-    if any(c.reflection in ("own", "other") for c in wanted):
-        reflections = sampler.own_reflections(failures, seed)
-    for each in wanted:
-        tried = sampler.second_tries(each, failures, seed, reflections)
-        for failure, (reflection, retry) in zip(failures, tried):
+    for each in _second_tries(conditions, failures, say):
+        if each not in tried:
+            tried[each] = sampler.second_tries(each, failures, seed, reflections)
+        for failure, (reflection, retry) in zip(failures, tried[each]):
             row = first[failure.problem.id]
             rows.append(_second_row(sampler, row, failure, each, reflection, retry))
     names = {c.name for c in conditions}
