@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 import torch
 from peft import LoraConfig
@@ -23,12 +24,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOTrainer
 
-from r3lib import R3Config, R3Trainer
+from r3lib import R3Config, R3Trainer, Verdict
 from r3lib.chat import Chat
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.provenance import peak_memory_gib
 from r3lib.sampler import Limits, RolloutSampler, mine_failures
-from r3lib.tasks import load_task
+from r3lib.tasks import CountdownTask, load_task
 from r3lib.weights import locate
 
 MASK = {"stock": "reflection+retry", "ours": "reflection"}
@@ -51,7 +52,8 @@ def main() -> None:
     }
     for kind, values in medians.items():
         print(f"median {kind:5} {line(values)}")
-    ratios = {name: medians["stock"][name] / medians["ours"][name] for name in medians["ours"]}
+    shared = ("step", "sampling", "learning", "peak_gib")
+    ratios = {name: medians["stock"][name] / medians["ours"][name] for name in shared}
     print(f"stock / ours {line(ratios)}")
 
 
@@ -60,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="base_model", help="as in a profile")
     parser.add_argument("--task", default="countdown")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
+    parser.add_argument("--coin", action="store_true", help="a verdict by chance: every group learns")
     parser.add_argument("--beta", type=float, default=0.0, help="of the KL term")
     parser.add_argument("--run", choices=list(MASK), help=argparse.SUPPRESS)
     for name, default in (
@@ -84,42 +87,50 @@ def measured(options) -> dict[str, float]:
     """Seconds of one step, the first left out, and the peak of memory in GiB."""
     path = locate(options.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
-    if torch.cuda.is_available():
-        model.cuda()
-    failures = mined(model, tokenizer, options)
+    return step(model.cuda() if torch.cuda.is_available() else model, tokenizer, options)
+
+
+def step(model, tokenizer, options) -> dict[str, float]:
+    """The same of a model that is loaded."""
+    torch.manual_seed(0)
+    task = Coin(count=3, largest=20) if options.coin else load_task(
+        options.task, {"countdown": {"source": "generator", "count": 3, "largest": 20}}
+    )  # fmt: skip
+    failures = mined(model, tokenizer, task, options)
     with tempfile.TemporaryDirectory() as folder:
         trainer = (StockTrainer if options.run == "stock" else R3Trainer)(
             model=model,
             args=config(folder, options),
-            task=failures_task(options),
+            task=task,
             failures=failures,
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
             processing_class=tokenizer,
         )
         trainer.train()
         steps = [e for e in trainer.state.log_history if "frac_reward_zero_std" in e][1:]
-    sampling, learning = (
-        statistics.mean(step[name] for step in steps)
-        for name in ("seconds_sampling", "seconds_learning")
-    )
+    names = ("seconds_sampling", "seconds_learning", "reflection_tokens", "frac_reward_zero_std")
+    sampling, learning, tokens, dead = (statistics.mean(s[name] for s in steps) for name in names)
     return {
         "step": sampling + learning,
         "sampling": sampling,
         "learning": learning,
         "peak_gib": peak_memory_gib(),
-        "reflection_tokens": statistics.mean(step["reflection_tokens"] for step in steps),
+        "reflection_tokens": tokens,
+        "dead": dead,
     }
 
 
-def failures_task(options):
-    return load_task(options.task, {"countdown": {"source": "generator", "count": 3, "largest": 20}})
+class Coin(CountdownTask):
+    """Countdown whose verdict is a checksum's parity, so that any model's groups have variance."""
+
+    def verify(self, text, problem):
+        ok = zlib.crc32(text.encode()) % 2 == 0
+        return Verdict(ok, "ok" if ok else "missed_target")
 
 
-def mined(model, tokenizer, options) -> list:
+def mined(model, tokenizer, task, options) -> list:
     """The first failures of the model, as many as a step takes, each of its own problem."""
-    task = failures_task(options)
     engine = TransformersEngine(model, tokenizer, 64)
     sampler = RolloutSampler(engine, Chat(tokenizer), task, Limits(options.attempt))
     problems = task.problems("train", 4 * options.groups, seed=0)
