@@ -127,6 +127,19 @@ def test_sample_asks_for_a_share_or_for_the_whole(study, capsys):
     assert cli.main(["sample", "mine"]) == 2 and "add --task" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ["report --task countdown", "doctor --results here", "base-model --task all"])
+def test_an_option_that_a_command_would_not_read_is_refused(line, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(line.split())
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["mine", "baseline"])
+def test_only_an_evaluation_has_a_seed(study, stage, capsys):
+    assert cli.main(["sample", stage, "--task", "countdown", "--seed", "1"]) == 2
+    assert f"r3 sample {stage} has no --seed" in capsys.readouterr().err and not study
+
+
 def test_shares_run_side_by_side_but_not_beside_a_whole_run(study, tmp_path, capsys):
     line = "sample mine --task countdown --shard 0/2".split()
     with claimed(tmp_path / "results", shared=True):
