@@ -143,6 +143,11 @@ def check_settings(settings: Mapping) -> None:
             f"mask={settings['mask']!r} trains the retry, which must then be sampled as the "
             f"reflection is: set retry_temperature={temperature} (now {retry_temperature})"
         )
+    if settings["mask"] != "reflection" and settings.get("mask_truncated_completions"):
+        raise R3Error(
+            "mask_truncated_completions looks at the last token, which under "
+            f"mask={settings['mask']!r} is the retry's: use truncation_penalty"
+        )
 
 
 def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1) -> int:

@@ -18,7 +18,7 @@ import yaml
 from .artifacts import key_of, stage, up_to_date, work_folder
 from .chat import DATE, Chat
 from .conditions import CONDITIONS
-from .config import ROOT, Profile, load_profile
+from .config import ROOT, Loader, Profile, load_profile
 from .episodes import UNTRAINED, Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
 from .files import folder_hash
@@ -340,7 +340,7 @@ def open_studies(
     `overrides`: settings of the profile, as a mapping or its text. R3Error: it is none.
     """
     try:
-        settings = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
+        settings = yaml.load(overrides, Loader) if isinstance(overrides, str) else overrides
         return [
             Study(profile, name, results, **settings)
             for name in (TASKS if task == "all" else [task])

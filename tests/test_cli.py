@@ -1,5 +1,6 @@
 """The command `r3`: arguments reach the functions, errors are one line, help is quick."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -154,6 +155,16 @@ def test_a_share_that_is_none_is_refused(share, capsys):
     with pytest.raises(SystemExit):
         cli.main(["sample", "mine", "--task", "countdown", f"--shard={share}"])
     assert "write I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
+def test_the_page_on_the_command_line_has_every_command_with_its_own_options():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    [commands] = [action for action in cli.parser()._actions if action.choices]
+    for name, command in commands.choices.items():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `r3 {name}")]
+        options = {word for action in command._actions for word in action.option_strings}
+        study = {"--profile", "--task", "--set", "--results"} if "those of a study" in row else set()
+        assert study | set(re.findall(r"--[a-z-]+", row)) == options - {"-h", "--help"}, name
 
 
 def test_help_loads_nothing_heavy_and_names_every_command():

@@ -181,6 +181,10 @@ def test_bad_value_is_one_line_with_key_value_and_fix(key, value, words):
     [
         ({"failures_per_step": 4}, ["4 x 8 = 32 rows", "batches of 64", "for example to 32"]),
         ({"per_device_train_batch_size": "48"}, ["32 x 8 = 256 rows", "batches of 48", "for example to 16"]),
+        (
+            {"mask": "retry", "retry_temperature": 1.0, "training.mask_truncated_completions": True},
+            ["mask_truncated_completions looks at the last token", "use truncation_penalty"],
+        ),
         ({"mask": "retry"}, ["mask='retry' trains the retry", "set retry_temperature=1.0 (now 0.0)"]),
     ],
 )

@@ -156,6 +156,8 @@ def test_a_trainer_of_ones_own_is_taken_only_with_the_profiles_settings(tmp_path
 
 
 def test_overrides_are_a_mapping_or_its_text(tmp_path):
+    [study] = open_studies("smoke", "countdown", tmp_path, "{training: {learning_rate: 1e-4}}")
+    assert study.profile.training["learning_rate"] == 0.0001
     for overrides in ({"seeds": 2}, '{"seeds": 2}', "{seeds: 2}"):
         [study] = open_studies("smoke", "countdown", tmp_path, overrides)
         assert study.profile.seeds == 2
