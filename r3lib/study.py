@@ -250,12 +250,12 @@ class Study:
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its inputs: task, model, sampling, the profile's `keys`."""
         profile = asdict(self.profile)
+        if profile["vllm_options"]:
+            keys = (*keys, "vllm_options")
         same = {"task": self.task.name, "task_facts": task_facts(self.task)}
         same["code"] = sources_hash(self.task.name, self.profile.engine)
         same["data"] = folder_hash(*self.task.files(), *own_modules(self.task))
         same |= {"model": self.model_hash, "prompt_date": DATE}
-        if self.profile.vllm_options:
-            same["vllm_options"] = self.profile.vllm_options
         same |= {key: profile[key] for key in ("quantization", "engine", "sampling", *keys)}
         return same | extra
 
