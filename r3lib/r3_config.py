@@ -97,11 +97,6 @@ class R3Config(GRPOConfig):
 
     def _check_steps(self, generation: tuple) -> None:
         """Check what TRL's defaults decide; `generation` holds its two settings as given."""
-        if self.mask != "reflection" and self.mask_truncated_completions:
-            raise R3Error(
-                "mask_truncated_completions looks at the last token, which under "
-                f"mask={self.mask!r} is the retry's: use truncation_penalty"
-            )
         one_rollout = self.steps_per_generation == self.gradient_accumulation_steps
         if generation != (None, None) and not one_rollout:
             raise R3Error(

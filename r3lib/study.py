@@ -18,7 +18,7 @@ import yaml
 from .artifacts import key_of, stage, up_to_date, work_folder
 from .chat import DATE, Chat
 from .conditions import CONDITIONS
-from .config import ROOT, Profile, load_profile, nearest
+from .config import ROOT, Loader, Profile, load_profile
 from .episodes import UNTRAINED, Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
 from .files import folder_hash
@@ -44,14 +44,23 @@ class Study:
     """One task under one profile; each step returns the path of its result, which is made once.
 
     `task` is a name ("countdown"), a Task of your own, or where its class is: "file.py:Class" or
-    "package.module:Class". `overrides` are settings of the profile. A step is made again when
-    anything that decides its result has changed: it then says what.
+    "package.module:Class". `overrides` are settings of the profile, if that is given by its name.
+    A step is made again when anything that decides its result has changed: it then says what.
     """
 
     def __init__(self, profile: Profile | str, task: Task | str, results="results", **overrides):
-        self.profile = load_profile(profile, **overrides) if isinstance(profile, str) else profile
-        self.task = task if isinstance(task, Task) else load_task(task, self.profile.task_options)
-        check_options(self.profile.task_options, self.task.name)
+        if isinstance(profile, str):
+            profile = load_profile(profile, **overrides)
+        elif overrides:
+            raise R3Error(f"{', '.join(overrides)}: give overrides to load_profile, with the name")
+        options = profile.task_options
+        if isinstance(task, str):
+            task = load_task(task, options)
+        elif "task_options" in overrides or (task.name in options and task.name not in TASKS):
+            raise R3Error("task_options make a task from its name: make this one with them instead")
+        check_options(options, task.name)
+        self.profile = profile
+        self.task = task
         self.results = (ROOT / results) / self.profile.name
         self._made: set[Path] = set()
         self._drawn: dict[tuple[str, int], list] = {}
@@ -171,20 +180,8 @@ class Study:
         """The profile's settings of a training."""
         from .r3_config import R3Config
 
-        folder, settings = (
-            str(self.training_folder(seed)),
-            self.profile.sampling | self.profile.training,
-        )
-        try:
-            return R3Config(folder, seed=seed, **settings)
-        except TypeError as error:  # a setting that R3Config does not have
-            unknown = next(
-                (key for key in settings if key not in R3Config.__dataclass_fields__), None
-            )
-            if unknown is None:
-                raise
-            hint = nearest(unknown, R3Config.__dataclass_fields__)
-            raise R3Error(f"R3Config has no setting {unknown!r}: {hint}") from error
+        settings = self.profile.sampling | self.profile.training
+        return R3Config(str(self.training_folder(seed)), seed=seed, **settings)
 
     def lora(self) -> "LoraConfig":
         """The adapter that is trained."""
@@ -253,6 +250,8 @@ class Study:
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its inputs: task, model, sampling, the profile's `keys`."""
         profile = asdict(self.profile)
+        if profile["vllm_options"]:
+            keys = (*keys, "vllm_options")
         same = {"task": self.task.name, "task_facts": task_facts(self.task)}
         same["code"] = sources_hash(self.task.name, self.profile.engine)
         same["data"] = folder_hash(*self.task.files(), *own_modules(self.task))
@@ -341,7 +340,7 @@ def open_studies(
     `overrides`: settings of the profile, as a mapping or its text. R3Error: it is none.
     """
     try:
-        settings = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
+        settings = yaml.load(overrides, Loader) if isinstance(overrides, str) else overrides
         return [
             Study(profile, name, results, **settings)
             for name in (TASKS if task == "all" else [task])

@@ -12,6 +12,7 @@ from conftest import CoinTask, ScriptedEngine, small_config, small_lora
 
 import r3lib.study
 from r3lib.chat import Chat
+from r3lib.config import load_profile
 from r3lib.errors import R3Error
 from r3lib.evaluate import accuracy_table
 from r3lib.mining import FAILURE, MinedFailures, failures_table
@@ -96,6 +97,7 @@ def test_a_task_of_ones_own_goes_all_the_way(tmp_path, monkeypatch, capsys):
     assert set(episodes.task) == {"even"} and set(episodes.policy) == {"vanilla", "r3"}
     assert len(study.metrics()) == 2 and set(accuracy_table(episodes).train_task) == {"", "even"}
     capsys.readouterr()
+    del settings["task_options"]
     assert Study("smoke", study.task, tmp_path, **settings).baseline() == study.baseline()
     assert capsys.readouterr().out == "cached  even-vanilla-0.parquet\n"
     (tmp_path / "mine.py").write_text(OWN.replace("% 2 == 0", "% 3 == 0"))
@@ -154,12 +156,36 @@ def test_a_trainer_of_ones_own_is_taken_only_with_the_profiles_settings(tmp_path
 
 
 def test_overrides_are_a_mapping_or_its_text(tmp_path):
+    [study] = open_studies("smoke", "countdown", tmp_path, "{training: {learning_rate: 1e-4}}")
+    assert study.profile.training["learning_rate"] == 0.0001
     for overrides in ({"seeds": 2}, '{"seeds": 2}', "{seeds: 2}"):
         [study] = open_studies("smoke", "countdown", tmp_path, overrides)
         assert study.profile.seeds == 2
     for wrong in ("{seeds: ", "seeds", "[1]"):
         with pytest.raises(R3Error, match="is no mapping"):
             open_studies("smoke", "countdown", tmp_path, wrong)
+
+
+def test_settings_that_a_study_could_not_apply_are_refused(tmp_path):
+    """They were dropped: of a profile and a task that are made already."""
+    with pytest.raises(R3Error, match="^seeds: give overrides to load_profile"):
+        Study(load_profile("smoke"), "countdown", tmp_path, seeds=3)
+    coin, options = CoinTask(), {"task_options": {"countdown": {"largest": 9}}}
+    with pytest.raises(R3Error, match="make this one with them instead"):
+        Study("smoke", coin, tmp_path, **options)
+    coin.name = "coin"
+    own = load_profile("smoke", task_options={"coin": {"largest": 9}})
+    with pytest.raises(R3Error, match="make this one with them instead"):
+        Study(own, coin, tmp_path)
+    assert Study("smoke", coin, tmp_path).task is coin
+
+
+def test_arguments_of_a_server_of_our_own_decide_what_it_samples(tmp_path):
+    configs = [
+        Study("smoke", "countdown", tmp_path, engine="vllm", vllm_options=options)._config()
+        for options in ("", "--dtype half", "--dtype float")
+    ]
+    assert all(configs.count(config) == 1 for config in configs)
 
 
 def test_a_setting_of_the_block_makes_the_adapter_anew_but_not_what_comes_before_it(tmp_path):
