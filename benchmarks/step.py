@@ -57,7 +57,7 @@ def main() -> None:
     print(f"stock / ours {line(ratios)}")
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="base_model", help="as in a profile")
     parser.add_argument("--task", default="countdown")
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
         ("rows", 64), ("steps", 2), ("repeats", 3),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def in_a_process(kind: str) -> dict[str, float]:

@@ -122,7 +122,11 @@ class SharedPrefixGRPO(GRPOTrainer):
         """Whether packed rows give this model's log-probs and gradients; logs why they do not."""
         why = unpackable(self.model)
         if why is None and not self._spread:
+            training = self.model.training
+            # on a CPU bitsandbytes repacks NF4 for inference, for good, in a forward in eval mode
+            self.model.train(getattr(self.model, "is_quantized", False))
             why = self._difference_of_packing()
+            self.model.train(training)
         if why is not None:
             logger.warning(
                 f"{self.model.config.model_type}: a group's prompt is computed for each of its "
