@@ -45,7 +45,7 @@ class R3Config(GRPOConfig):
     failures_per_step: int = setting(256, "Failures in one step, over all processes.")
     mask: str = setting("reflection", f"Which tokens are trained: {', '.join(MASKS)}.")
     max_retry_length: int = setting(256, "Most tokens of a retry.")
-    retry_temperature: float = setting(1.0, "Temperature of the retry; 0 is greedy.")
+    retry_temperature: float = setting(0.0, "Temperature of the retry; 0 is greedy.")
     retry_turn: str = setting("restate", "A retry restates the question, or is a reminder.")
     truncation_penalty: float = setting(0.0, "Taken from the reward of a reflection cut off.")
     mine_samples: int = setting(1, "Answers a row, where the trainer mines.")

@@ -273,7 +273,7 @@ class Study:
             problems = self.problems("test", self.profile.test_problems)
             size = self.profile.shard_size
             run_episodes(
-                self.sampler(adapter), problems, policy, out, shard=size, say=print, part=part
+                self.sampler(adapter), problems, policy, out, shard=size, log=print, part=part
             )
 
         target = self.results / "episodes" / f"{self.task.name}-{policy.name}-{policy.seed}.parquet"

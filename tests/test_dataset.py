@@ -98,7 +98,7 @@ def test_a_text_is_a_question_and_other_prompts_are_refused():
 
 def test_half_of_the_pair_and_both_ways_at_once_are_refused(tiny, tokenizer, tmp_path):
     args = small_config(tmp_path)
-    with pytest.raises(R3Error, match="go together"):
+    with pytest.raises(R3Error, match="together, or task and failures"):
         R3Trainer(tiny(), args, verifier=parity)
     with pytest.raises(R3Error, match="the one pair or the other"):
-        R3Trainer(tiny(), args, DatasetTask(ROWS, parity), verifier=parity, train_dataset=ROWS)
+        R3Trainer(tiny(), args, task=DatasetTask(ROWS, parity), verifier=parity, train_dataset=ROWS)

@@ -61,7 +61,8 @@ def test_training_in_nf4_starts_from_the_very_adapter_that_was_saved(path, tmp_p
     get_peft_model(weights.load(path), small_lora(init_lora_weights=False)).save_pretrained(tmp_path / "start")
     model = weights.load(path, "nf4", tmp_path / "start", trainable=True)
     config, failures = small_config(tmp_path, max_steps=1), coin_failures(tokenizer, 2, task)
-    trainer = R3Trainer(model, config, task, failures, None, tokenizer, engine=ScriptedEngine(tokenizer))
+    trainer = R3Trainer(model, config, task=task, failures=failures, processing_class=tokenizer,
+                        engine=ScriptedEngine(tokenizer))  # fmt: skip
     saved = load_file(tmp_path / "start" / "adapter_model.safetensors")
     got = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert got.keys() == saved.keys() and all(torch.equal(got[name], value) for name, value in saved.items())

@@ -216,7 +216,8 @@ def test_training_on_failures_of_a_table_is_training_on_a_list_of_them(tiny, tmp
     study, steps = Study("smoke", "countdown", tmp_path), []
     for name, failures in zip("ab", mined(study, tmp_path / "mined.parquet")):
         engine, config = ScriptedEngine(study.tokenizer), small_config(tmp_path / name, max_steps=3)
-        trainer = R3Trainer(tiny(), config, CoinTask(), failures, small_lora(), study.tokenizer, engine)
+        trainer = R3Trainer(tiny(), config, task=CoinTask(), failures=failures, peft_config=small_lora(),
+                            processing_class=study.tokenizer, engine=engine)  # fmt: skip
         trainer.train()
         assert trainer.failures is failures
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

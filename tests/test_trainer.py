@@ -461,7 +461,7 @@ def test_a_default_that_is_given_is_no_reason_to_refuse(tmp_path):
 def test_a_grpo_config_is_refused_with_the_fix(tiny, tokenizer, tmp_path):
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(R3Error, match="args is a GRPOConfig: give an R3Config"):
-        R3Trainer(tiny(), args, CoinTask(), coin_failures(tokenizer, 2), processing_class=tokenizer)
+        R3Trainer(tiny(), args, task=CoinTask(), failures=coin_failures(tokenizer, 2), processing_class=tokenizer)
 
 
 # failures that are not this model's
@@ -469,8 +469,10 @@ def test_a_grpo_config_is_refused_with_the_fix(tiny, tokenizer, tmp_path):
 
 def train_on(failures, tiny, tokenizer, folder, **changes):
     task = CoinTask(count=3, largest=20)
-    return R3Trainer(tiny(), small_config(folder, **changes), task, failures, small_lora(), tokenizer,
-                     ScriptedEngine(tokenizer))  # fmt: skip
+    return R3Trainer(
+        tiny(), small_config(folder, **changes), task=task, failures=failures, peft_config=small_lora(),
+        processing_class=tokenizer, engine=ScriptedEngine(tokenizer),
+    )  # fmt: skip
 
 
 @given(
@@ -517,7 +519,8 @@ def test_a_failure_that_does_not_fit_into_the_context_is_found_at_the_start_and_
         for n in (spare, spare + 1)
     )
     engine = TransformersEngine(model, tokenizer)
-    trainer = R3Trainer(model, small_config(tmp_path), task, fits, small_lora(), tokenizer, engine)
+    shared = {"peft_config": small_lora(), "processing_class": tokenizer, "engine": engine}
+    trainer = R3Trainer(model, small_config(tmp_path), task=task, failures=fits, **shared)
     places = [place for place, index in enumerate(trainer.order) if index == 2][:1]
     rollout([trainer.train_dataset[place]["prompt"] for place in places for _ in range(4)], trainer)
     name = re.escape(f"failures[2] (problem {failures[2].problem.id!r})")
@@ -621,7 +624,7 @@ def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(
         )
         assert all(
             word in card
-            for word in ("| learning_rate | 0.002 |", "| lr_scheduler_type | constant |", "trl 1.")
+            for word in ("learning_rate 0.002,", "lr_scheduler_type constant,", "trl 1.")
         )
         assert str(tmp_path) not in card and str(Path.cwd()) not in card
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
@@ -650,7 +653,7 @@ def test_training_goes_on_from_the_adapter_of_a_peft_model(tiny, tokenizer, tmp_
         model = PeftModel.from_pretrained(tiny(), tmp_path / "given", is_trainable=True)
         args = small_config(tmp_path / str(rate), max_steps=1, learning_rate=rate)
         task = CoinTask(count=3, largest=20)
-        trainer = R3Trainer(model, args, task, failures, None, tokenizer)
+        trainer = R3Trainer(model, args, task=task, failures=failures, processing_class=tokenizer)
         trainer.train()
         trained = {n: p for n, p in trainer.model.named_parameters() if "lora" in n}
         moved = max((p - before[n]).abs().max().item() for n, p in trained.items())
