@@ -74,9 +74,9 @@ def run_episodes(
 
     They are written to `out` in shards. Shards that are there already are kept, so that a killed
     run loses at most one; R3Error, naming what differs, when they are of another run (see
-    `decisive`), or when two conditions have one name. `part` (i, n): every n-th shard from the i-th on, for n processes that fill one
-    folder together. `seed` seeds the sampling; `policy.seed` is the training seed written into the
-    rows. `log` is called with a line after each shard.
+    `decisive`), or when two conditions have one name. `part` (i, n): every n-th shard from the i-th
+    on, for n processes that fill one folder together. `seed` seeds the sampling; `policy.seed` is
+    the training seed written into the rows. `log` is called with a line after each shard.
     """
     out = Path(out)
     conditions = [condition(name) for name in conditions]

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY, condition
+from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY
+from .conditions import condition as condition_of
 from .episodes import UNTRAINED
 from .errors import R3Error
 from .stats import holm, mcnemar, rate_difference, rate_interval, wilson
@@ -85,7 +86,7 @@ def comparisons_table(episodes: pd.DataFrame, conditions=CONDITIONS) -> pd.DataF
     failures. Intervals resample problems. p is McNemar's (exact) where the sides pair one to one,
     with one seed, else the bootstrap's.
     """
-    conditions = [condition(name) for name in conditions]
+    conditions = [condition_of(name) for name in conditions]
     splits = sorted(set(episodes.split))
     if len(splits) > 1:
         raise R3Error(f"comparisons mix the splits {splits}: pass the episodes of one")

@@ -533,6 +533,51 @@ def test_a_task_without_a_name_is_refused_at_the_start(tokenizer, tmp_path):
             use()
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": ""}, "name is ''"),
+        ({"reflection": "mine"}, "reflection='mine': use one of none, fixed, other, own"),
+        ({"reflection": "owned"}, "odd: reflection='owned'"),
+        ({"told": False, "reflection": "own"}, "odd: asked afresh it has no reflection"),
+        ({"temperature": -1.0}, "temperature=-1.0: give 0"),
+    ],
+)
+def test_a_condition_that_would_not_do_what_it_says_is_refused(settings, words):
+    with pytest.raises(R3Error, match=words):
+        Condition(**{"name": "odd"} | settings)
+
+
+@pytest.mark.parametrize(
+    "conditions",
+    [
+        [Condition("odd"), Condition("odd", temperature=1.0)],
+        ["retry", "retry"],
+        [Condition("first_try", temperature=1.0)],
+    ],
+)
+def test_two_conditions_of_one_name_are_refused_since_tables_would_pool_them(
+    sampler, tmp_path, conditions
+):
+    one = sampler()
+    with pytest.raises(R3Error, match="two conditions are called"):
+        run(one, tmp_path / "out", conditions=conditions)
+    assert one.engine.calls == [] and not (tmp_path / "out").exists()
+
+
+def test_a_policy_without_a_models_name_gets_that_of_the_engine(tiny, tokenizer, tmp_path):
+    model = tiny()
+    model.config._name_or_path = str(tmp_path / "some-model")
+    engine = engine_module.TransformersEngine(model, tokenizer)
+    assert set(run_sums(engine, tokenizer, tmp_path / "a").model) == {"some-model"}
+    named = run_sums(engine, tokenizer, tmp_path / "b", policy=Policy(model="mine"))
+    assert set(named.model) == {"mine"}
+
+
+def test_a_sampler_reflects_as_the_method_does_unless_told_otherwise(tokenizer):
+    assert RolloutSampler(ScriptedEngine(tokenizer), Chat(tokenizer), TASK).reflection_temperature == 1.0
+
+
 def test_a_condition_of_ones_own_is_one_row(sampler, tmp_path):
     told_twice = Condition("fixed_sampled", reflection="fixed", temperature=1.0)
     table = run(sampler(), tmp_path, conditions=["first_try", told_twice])
