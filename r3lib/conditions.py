@@ -5,7 +5,6 @@ from typing import Literal, get_args
 
 from .errors import R3Error
 
-
 Reflects = Literal["none", "fixed", "other", "own"]
 
 

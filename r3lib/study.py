@@ -150,7 +150,7 @@ class Study:
             self._check_trainer(trainer, seed)
 
         def build(work: Path) -> None:
-            from .trainer import metrics_file
+            from .training_log import metrics_file
 
             training = trainer or self.trainer(seed)
             training.resume_or_train()

@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 from .card import plain_name, write_card
 from .chat import Chat
-from .checkpoints import RUN_NOTE, claim_checkpoints, last_checkpoint
+from .checkpoints import claim_checkpoints, last_checkpoint
 from .engines.base import RemoteEngine
 from .engines.support import check_model, reach
 from .engines.transformers import TransformersEngine
@@ -28,19 +28,13 @@ from .errors import R3Error
 from .identity import check_task, digest, model_facts, task_facts
 from .mining import check_failures, failures_digest, mine_for_training
 from .model_checks import check_dtypes, check_positions, train_in_fp32, trained_weights
-from .r3_config import MASKS, R3Config, differing
-from .rollout import completions_under, rollout, training_order, verified
+from .r3_config import R3Config
+from .rollout import rollout, training_order, verified
 from .sampler import Failure, Limits, RolloutSampler
 from .settings import settings_facts
 from .tasks.dataset import DatasetTask
-from .training_log import METRICS, AfterStep, R3Metrics, metrics_file
+from .training_log import R3Metrics
 from .weights import NO_SAMPLING
-
-__all__ = [
-    "METRICS", "MASKS", "RUN_NOTE", "AfterStep", "R3Config", "R3Metrics", "R3Trainer",
-    "completions_under", "differing", "last_checkpoint", "metrics_file", "rollout",
-    "training_order", "verified",
-]  # fmt: skip
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the contract tests pin rollout_func
 

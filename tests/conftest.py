@@ -28,9 +28,9 @@ from transformers import (
 
 from r3lib.chat import Chat
 from r3lib.engines.base import Completion
+from r3lib.r3_config import R3Config
 from r3lib.sampler import Failure
 from r3lib.tasks import CountdownTask
-from r3lib.trainer import R3Config
 from r3lib.verifiers.verdict import Verdict
 
 LONGEST = ("test_reproduce.py", "test_smol.py", "test_lab.py", "test_workflows.py")

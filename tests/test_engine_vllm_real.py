@@ -27,7 +27,8 @@ from r3lib.engines.vllm_server import Server
 from r3lib.errors import R3Error
 from r3lib.study import Study
 from r3lib.tasks import CountdownTask
-from r3lib.trainer import R3Trainer, metrics_file
+from r3lib.trainer import R3Trainer
+from r3lib.training_log import metrics_file
 from r3lib.weights import locate, missing
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -42,20 +42,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from r3lib.card import plain_name
 from r3lib.chat import Chat
+from r3lib.checkpoints import RUN_NOTE, last_checkpoint
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
-from r3lib.trainer import (
-    RUN_NOTE,
-    R3Config,
-    R3Metrics,
-    R3Trainer,
-    differing,
-    last_checkpoint,
-    metrics_file,
-    rollout,
-    training_order,
-    verified,
-)
+from r3lib.r3_config import R3Config, differing
+from r3lib.rollout import rollout, training_order, verified
+from r3lib.trainer import R3Trainer
+from r3lib.training_log import R3Metrics, metrics_file
 
 METRICS = [
     "task", "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens",
