@@ -35,8 +35,9 @@ def logprobs(model, tokenizer):
 def test_two_steps_in_nf4_move_fp32_adapters_which_reload_to_the_same_log_probs(path, tmp_path):
     tokenizer, task = AutoTokenizer.from_pretrained(path), CoinTask(count=3, largest=20)
     trainer = R3Trainer(
-        weights.load(path, "nf4"), small_config(tmp_path, learning_rate=1e-4), task, coin_failures(tokenizer, 4, task),
-        small_lora(), tokenizer, engine=ScriptedEngine(tokenizer),
+        path, small_config(tmp_path, learning_rate=1e-4), task=task, failures=coin_failures(tokenizer, 4, task),
+        quantization_config=weights.quantization_config("nf4"), peft_config=small_lora(),
+        processing_class=tokenizer, engine=ScriptedEngine(tokenizer),
     )  # fmt: skip
     kinds = {type(module).__name__ for module in trainer.model.modules()}
     trained = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
