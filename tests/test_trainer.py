@@ -23,6 +23,7 @@ from conftest import (
     small_lora,
     tiny_model,
 )
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, PromptTuningConfig, get_peft_model
@@ -624,6 +625,10 @@ def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(
         "base_model_name_or_path"
     ] == (plain_name(str(BASE_MODEL)))
     assert {oct(p.stat().st_mode)[-3:] for p in (tmp_path / "adapter").glob("adapter*")} == {"640"}
+    trainer.create_model_card("org/mine", "org/sums", tags="arithmetic")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "# org/mine\n" in card.text and card.data.datasets == "org/sums"
+    assert {"r3", "trl", "arithmetic"} <= set(card.data.tags)
 
 
 def test_a_lora_config_serves_two_trainings(tiny, tokenizer, tmp_path):
