@@ -1,13 +1,16 @@
 """Reflect, Retry, Reward: the masked GRPO trainer, the verifiers and the study around them."""
 # ruff: noqa: F401
 
+import logging
 import sys
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if "ipykernel" in sys.modules:
-    warnings.filterwarnings("ignore", "IProgress not found")  # plain progress bars do in notebooks
+if "ipykernel" in sys.modules:  # in notebooks
+    warnings.filterwarnings("ignore", "IProgress not found")  # plain progress bars do
+    # on a CPU it asks for a package of kernels that it would fetch from the hub
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:  # for editors and type checkers, the same names as PUBLIC
     from .artifacts import Recorder

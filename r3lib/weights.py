@@ -1,6 +1,5 @@
 """Where a profile's model is (embedded, a pip package, a folder, the hub), and how it is loaded."""
 
-import logging
 import os
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -135,8 +134,6 @@ def quantization_config(name: str):
         raise R3Error("quantization=nf4 needs bitsandbytes: run `pip install -e '.[gpu]'`")
     from transformers import BitsAndBytesConfig
 
-    # it warns of a kernel that it would fetch from the hub
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
