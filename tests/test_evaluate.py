@@ -118,7 +118,8 @@ def test_differences_are_those_counted_by_hand(study):
 
 
 def test_the_training_question_of_a_condition_of_ones_own_is_asked(study):
-    """Second tries, so the failures of the two policies are not the same and do not pair."""
+    """Second tries, so each policy has failures of its own, all of which count."""
+    study = study[~((study.policy == "vanilla") & (study.problem_id == "p15"))]
     warm = Condition("retry", training="Does training help a retry?")
     table = comparisons_table(study, ["first_try", warm]).set_index("question")
     row = table.loc["Does training help a retry?"]
