@@ -178,14 +178,16 @@ def test_a_task_that_is_nowhere_is_one_line(place, words):
     assert "\n" not in str(error.value)
 
 
+SHORT = dict(train_problems=32, failures_per_step=2, num_generations=4, per_device_train_batch_size=8, max_steps=1)
+
+
 @pytest.fixture
 def short(tmp_path):
     """A study with a training of one step."""
-    return Study("smoke", "countdown", tmp_path, train_problems=32, failures_per_step=2, num_generations=4,
-                 per_device_train_batch_size=8, max_steps=1)  # fmt: skip
+    return Study("smoke", "countdown", tmp_path, **SHORT)
 
 
-def test_a_trainer_of_ones_own_is_taken_only_if_it_is_the_profiles(short):
+def test_a_trainer_of_ones_own_is_taken_only_if_it_is_the_profiles(short, tmp_path):
     trainer = short.trainer(0)
     trainer.args.learning_rate = 0.5
     with pytest.raises(R3Error, match="learning_rate was 0.002, is 0.5: change it in overrides"):
@@ -196,6 +198,10 @@ def test_a_trainer_of_ones_own_is_taken_only_if_it_is_the_profiles(short):
     path = short.train(0, trainer)
     assert (path / "adapter_model.safetensors").exists()
     assert short.train(0, short.trainer(0)) == path == short.train(0)
+    code = f"""import sys; from r3lib.study import Study
+Study("smoke", "countdown", {str(tmp_path)!r}, **{SHORT}).train(0); print(*sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "cached  countdown-r3-0" in done.stdout and not MODELS & set(done.stdout.split())
 
 
 def in_bf16(study):
