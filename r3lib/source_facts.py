@@ -38,11 +38,13 @@ def told(value, seen: dict, name: str | None):
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): told(inner, seen, name) for key, inner in value.items()}
+        pairs = [(told(key, seen, name), told(inner, seen, name)) for key, inner in value.items()]
+        return {key if isinstance(key, str) else json.dumps(key): inner for key, inner in pairs}
     if isinstance(value, (list, tuple)):
         return [told(inner, seen, name) for inner in value]
     if isinstance(value, (set, frozenset)):
-        return sorted(json.dumps(told(inner, seen, name)) for inner in value)
+        # each by itself: a set has another order in every process
+        return sorted(json.dumps(told(inner, dict(seen), name)) for inner in value)
     if isinstance(value, re.Pattern):
         return [str(value.pattern), value.flags]
     if isinstance(value, PARTIAL):
@@ -188,5 +190,5 @@ def _names(code, *operations) -> set[str]:
 
 
 def _compiled(code) -> list:
-    constants = [_compiled(c) if inspect.iscode(c) else c for c in code.co_consts]
+    constants = [_compiled(c) if inspect.iscode(c) else told(c, {}, None) for c in code.co_consts]
     return [code.co_code.hex(), constants, list(code.co_names)]

@@ -53,6 +53,7 @@ EDITS = [  # an end of a cell that makes `task`, and what is edited in it
     ("LIMIT = 3\ntask = DatasetTask([], lambda text, row: len(text) < LIMIT)", "LIMIT = 3", "LIMIT = 4"),
     ("def of(gold): return lambda text, row: text == gold\ntask = DatasetTask([], of('7'))", "'7'", "'8'"),
     ("CHECKS = {'near': near}\ntask = DatasetTask([], lambda text, row: CHECKS['near'](text, row))", "abs(", "+("),
+    ("RULES = {near: {near, abs}}\ntask = DatasetTask([], lambda text, row: RULES)", ") < within", ") <= within"),
     ("class A(Enum):\n    B = 1\ntask = DatasetTask([], lambda text, row: A.B.value == text)", "B = 1", "B = 2"),
     ("@dataclass\nclass D:\n    n: int = 1\ntask = DatasetTask([], lambda text, row: D().n)", "int = 1", "int = 2"),
     ("def _one(): return 1\ntask = DatasetTask([], lambda text, row: _one())", "return 1", "return 2"),
@@ -105,8 +106,14 @@ class Example:
     words: list = field(default_factory=list)
 
 
-
 _seen = []
+
+
+def near(text):
+    return text in {"a", "b"} or RULES
+
+
+RULES = {near, len, str.upper}
 
 
 def counted(text):
@@ -128,7 +135,7 @@ class Everything(Task):
 
     def verify(self, text, problem):
         self._cache[text] = self._last = counted(text)
-        return self.table[text]
+        return self.table[text] or {counted, text, b"a", ...} & RULES
 
     @functools.cached_property
     def table(self):
