@@ -30,7 +30,7 @@ from .errors import R3Error
 from .identity import check_task, digest, model_facts, task_facts
 from .mining import check_failures, failures_digest, mine_for_training
 from .model_checks import check_dtypes, check_positions, train_in_fp32, trained_weights
-from .r3_config import MASKS, R3Config, differing
+from .r3_config import MASKS, R3Config
 from .rollout import completions_under, rollout, training_order, verified
 from .sampler import Failure, Limits, RolloutSampler
 from .settings import settings_facts
@@ -40,7 +40,7 @@ from .weights import NO_SAMPLING
 
 __all__ = [
     "METRICS", "MASKS", "RUN_NOTE", "AfterStep", "R3Config", "R3Metrics", "R3Trainer",
-    "completions_under", "differing", "last_checkpoint", "metrics_file", "rollout",
+    "completions_under", "last_checkpoint", "metrics_file", "rollout",
     "training_order", "verified",
 ]  # fmt: skip
 
