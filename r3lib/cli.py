@@ -35,11 +35,10 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable, about: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=about, description=about)
         one.set_defaults(run=run)
-        if name != "base-model":
-            add_study(one)
         return one
 
     one = command("reproduce", reproduce, "Run the notebooks; write tables, figures and report.")
+    add_study(one)
     one.add_argument("--from", dest="start", metavar="NN", help="first notebook, for example 03")
     one.add_argument("--only", metavar="NN", help="the one notebook to run")
     one.add_argument("--fresh", action="store_true", help="compute everything again")
@@ -47,29 +46,31 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("sample", sample, "Sample one step of a task, or the share of one process.")
     one.add_argument("stage", choices=STAGES, help="what to sample")
+    add_study(one)
     share = "share I (from 0) of N; without, what is left"
     one.add_argument("--shard", type=_shard, metavar="I/N", help=share)
-    one.add_argument("--seed", type=int, default=0, help="of the training that is evaluated")
+    one.add_argument("--seed", type=int, help="of the training that is evaluated (default: 0)")
 
     one = command("doctor", doctor, "Check this machine for a profile; suggest a fix for each problem.")
+    add_study(one, results=False)
     one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="estimate for such a GPU")
 
-    command("report", report, "Write report.html again from the results that are there.")
+    one = command("report", report, "Write report.html again from the results that are there.")
+    add_study(one, task=False)
 
-    one = command("base-model", base_model, "Pretrain the embedded model (hours; resumes).")
+    one = command("base-model", base_model, "Pretrain the embedded model (44 minutes; resumes).")
     one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
     return top
 
 
-def add_study(one: argparse.ArgumentParser) -> None:
-    """Add the options that name a study: --profile, --task, --set, --results."""
+def add_study(one: argparse.ArgumentParser, task: bool = True, results: bool = True) -> None:
+    """Add the options that name a study: --profile, --set, and what else the command reads."""
     one.add_argument(
-        "--profile", default="nano", help="nano (default), smoke, or a .yaml file of your own"
-    )
-    one.add_argument(
-        "--task", default="all", help="all (default), one task, or your own as file.py:Class"
+        "--profile",
+        default="nano",
+        help="nano (default), smoke, smol, colab, paper, or a .yaml file of your own",
     )
     one.add_argument(
         "--set",
@@ -77,11 +78,14 @@ def add_study(one: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="override a setting",
+        help="override settings",
     )
-    one.add_argument(
-        "--results", type=_folder, default=Path("results"), help="folder of the results"
-    )
+    if task:
+        about = "all (default), one task, or your own as file.py:Class"
+        one.add_argument("--task", default="all", help=about)
+    if results:
+        about = "folder of the results"
+        one.add_argument("--results", type=_folder, default=Path("results"), help=about)
 
 
 def reproduce(options) -> int:
@@ -97,8 +101,12 @@ def reproduce(options) -> int:
 def sample(options) -> int:
     from .files import claimed
 
+    seed = []
+    if options.stage == "evaluate":
+        seed = [options.seed or 0]
+    elif options.seed is not None:
+        raise R3Error(f"r3 sample {options.stage} has no --seed: leave it out")
     study = study_of(options)
-    seed = [options.seed] if options.stage == "evaluate" else []
     with claimed(study.results, shared=True):
         print(getattr(study, options.stage)(*seed, part=options.shard))
     return 0
@@ -119,11 +127,8 @@ def report(options) -> int:
     from .config import ROOT, load_profile
     from .report import write_report
 
-    print(
-        write_report(
-            ROOT / options.results / load_profile(options.profile, **_overrides(options.set)).name
-        )
-    )
+    profile = load_profile(options.profile, **_overrides(options.set))
+    print(write_report(ROOT / options.results / profile.name))
     return 0
 
 

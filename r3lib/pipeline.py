@@ -21,6 +21,7 @@ from .errors import R3Error
 from .files import claimed, disk_full_as_error
 from .provenance import TCMALLOC, reaches_hub
 from .render import render
+from .weights import folder_of
 
 NOTEBOOKS = ROOT / "notebooks"
 STUDY = "05"  # its last notebook; a later one runs alone
@@ -52,9 +53,11 @@ def reproduce(
     profile = str(Path(profile).resolve()) if profile.endswith(".yaml") else profile
     if ".py:" in task:
         task = str(Path(task).resolve())
-    given = dict(
-        profile=profile, task=task, overrides=json.dumps(overrides or {}), results=str(results)
-    )
+    overrides = dict(overrides or {})
+    folder = folder_of(settings.model)
+    if folder and folder.absolute() != ROOT / settings.model and not folder.is_absolute():
+        overrides["model"] = str(folder.absolute())  # the kernels run in the repository
+    given = dict(profile=profile, task=task, overrides=json.dumps(overrides), results=str(results))
     notebooks = choose(start, only)
     for notebook in notebooks:
         check_parameters(notebook, given)

@@ -7,16 +7,15 @@ import json
 from pathlib import Path
 
 from . import provenance
-from .config import ROOT, Profile
+from .config import Profile
 from .errors import R3Error
-from .weights import EMBEDDED, SMOLLM2
+from .weights import folder_of
 
 OVERHEAD = 1.5  # what the parts leave out: libraries, CUDA contexts, holes in the heap, temporaries
 PROMPT = 400  # tokens assumed for the prompts of a conversation; the profile limits the answers
 NF4 = (4 + 0.127) / 8  # bytes a weight: 4 bits and the doubly quantised constants (QLoRA)
 ADAPTER = 4 + 4 + 8  # bytes a parameter of an adapter: fp32, its gradient, AdamW's two moments
 TILE = 4096, 32768  # tokens and vocabulary entries that TRL's fused head projects at once
-FOLDERS = {"base_model": EMBEDDED, "smollm2": SMOLLM2}
 FIX = (
     "lower sample_batch (KV cache) or per_device_train_batch_size (activations, logits), "
     "set quantization=nf4, or start vLLM on another machine and set servers="
@@ -25,54 +24,41 @@ FIX = (
 
 def config_file(model: str) -> Path:
     """The config.json of a profile's `model`, in its folder, the hub's cache or the hub."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    folder = FOLDERS.get(model, ROOT / model)  # where the kernels look for a relative one
-    if (folder / "config.json").is_file():
+    folder = folder_of(model)
+    if folder:
         return folder / "config.json"
-    if model in FOLDERS or folder.is_dir():
-        raise R3Error(f"model {model!r} has no config.json: name a model's folder, or a hub id")
-    why = f"model {model!r} is no folder with a model, and"
+    online = provenance.reaches_hub()
     try:
-        cached = try_to_load_from_cache(model, "config.json")
-        if isinstance(cached, str):
-            return Path(cached)
-        if not provenance.reaches_hub():
-            raise R3Error(f"{why} not in the hub's cache, and the hub does not answer: go online")
-        return Path(hf_hub_download(model, "config.json"))
+        return Path(hf_hub_download(model, "config.json", local_files_only=not online))
     except (ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise R3Error(f"{why} the hub does not give it: {reason}") from error
+        why = f"the hub does not give it: {' '.join(str(error).split())[:200]}"
+        if not online:
+            why = "it is not in the hub's cache, and the hub does not answer: go online"
+        raise R3Error(f"model {model!r} is no folder with a model, and {why}") from error
 
 
 def read_config(model: str) -> dict:
     """The config of a profile's `model`; of one that also sees, its language model's."""
-    path = config_file(model)
-    try:
-        config = json.loads(path.read_text())
-        return config.get("text_config", config)
-    except (ValueError, AttributeError) as error:
-        raise R3Error(f"memory is not estimated: {path} is no model's config") from error
+    config = json.loads(config_file(model).read_text())
+    return config.get("text_config", config)
 
 
 def sizes(config: dict) -> dict[str, int]:
     """Sizes of a dense decoder with gated MLPs, in numbers; norms and biases are left out.
 
     `linear` counts the weights that NF4 packs, `lora_dims` the inputs and outputs that LoRA adapts.
-    Raises R3Error for a config that describes something else.
+    Raises KeyError, TypeError or ValueError for a config that describes something else.
     """
     if any("experts" in key for key in config):
-        raise R3Error("memory is not estimated: the model is a mixture of experts")
-    try:
-        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-        heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
-        vocabulary = int(config["vocab_size"])
-        head = int(config.get("head_dim") or hidden // heads)
-        kv = head * int(config.get("num_key_value_heads") or heads)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        why = f"config.json is not a dense decoder's: {type(error).__name__} {error}"
-        raise R3Error(f"memory is not estimated, {why}") from error
+        raise ValueError("a mixture of experts")
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    vocabulary = config["vocab_size"]
+    head = config.get("head_dim") or hidden // heads
+    kv = head * (config.get("num_key_value_heads") or heads)
     query = head * heads
     return {
         "linear": layers * (2 * hidden * (query + kv) + 3 * hidden * inner),
@@ -126,7 +112,11 @@ def estimate(profile: Profile, gpu_memory: float | None = None) -> tuple[bool, s
     """
     gpu = gpu_memory or provenance.gpu_gib()
     there = gpu or provenance.ram_gib()
-    found = parts(profile, read_config(profile.model), bool(gpu))
+    try:
+        found = parts(profile, read_config(profile.model), bool(gpu))
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        why = f"config.json is not a dense decoder's ({type(error).__name__}: {error})"
+        raise R3Error(f"memory is not estimated for {profile.model!r}: {why}") from error
     phases = [found["activations"] + found["logits"], found.get("KV cache", 0)]
     held = found["weights"] + found["adapters"] + found.get("vLLM's weights", 0)
     needed = OVERHEAD * (held + (sum(phases) if profile.own_server else max(phases)))

@@ -8,11 +8,11 @@ import urllib.request
 from contextlib import suppress
 from functools import cache
 from glob import glob
-from importlib import metadata
 from pathlib import Path
 
 import psutil
 
+from .colab import version
 from .config import ROOT
 
 GIB = 2**30
@@ -37,14 +37,6 @@ def machine() -> dict:
         "packages": {name: version(name) for name in PACKAGES},
         "hardware": hardware,
     }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package; None where there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _output(command: str) -> str | None:

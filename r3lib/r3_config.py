@@ -1,13 +1,13 @@
 """`R3Config`: TRL's `GRPOConfig` with the paper's settings, and what R3 adds to them."""
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
 from .config import CHOICES, accumulation_steps, check_settings
 from .errors import R3Error
-from .settings import FREE, default_of, refuse_ignored
+from .settings import refuse_ignored
 from .weights import training_options
 
 MASKS = CHOICES["mask"]
@@ -54,8 +54,6 @@ class R3Config(GRPOConfig):
     sample_batch: int = setting(256, "Rows sampled at once.")
 
     def __post_init__(self):
-        defaults = {f.name: default_of(f) for f in fields(self)}
-        self.given = [name for name, value in defaults.items() if getattr(self, name) != value]
         refuse_ignored(self)
         check_settings(vars(self))
         self._fit_device()
@@ -94,25 +92,8 @@ class R3Config(GRPOConfig):
 
     def _check_steps(self, generation: tuple) -> None:
         """Check what TRL's defaults decide; `generation` holds its two settings as given."""
-        if self.mask != "reflection" and self.mask_truncated_completions:
-            raise R3Error(
-                "mask_truncated_completions looks at the last token, which under "
-                f"mask={self.mask!r} is the retry's: use truncation_penalty"
-            )
         one_rollout = self.steps_per_generation == self.gradient_accumulation_steps
         if generation != (None, None) and not one_rollout:
             raise R3Error(
-                "a step of R3 is one rollout: leave steps_per_generation and "
-                "generation_batch_size unset"
+                "a step of R3 is one rollout: leave steps_per_generation and generation_batch_size unset"
             )
-
-
-def differing(args: R3Config, block: dict) -> str:
-    """Name each setting in which `args` differs from `R3Config(**block)`; "" if none.
-
-    Seed, place, and what decides no weight (see `settings.FREE`) may differ.
-    """
-    defaults = {f.name: default_of(f) for f in fields(R3Config)}
-    names = sorted({*args.given, *block} - FREE - {"seed"})
-    pairs = {name: (getattr(args, name), block.get(name, defaults[name])) for name in names}
-    return "; ".join(f"{name} is {a!r}, not {b!r}" for name, (a, b) in pairs.items() if a != b)

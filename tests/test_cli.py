@@ -1,5 +1,6 @@
 """The command `r3`: arguments reach the functions, errors are one line, help is quick."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -127,6 +128,19 @@ def test_sample_asks_for_a_share_or_for_the_whole(study, capsys):
     assert cli.main(["sample", "mine"]) == 2 and "add --task" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ["report --task all", "doctor --results here", "base-model --set a=b"])
+def test_an_option_that_a_command_would_not_read_is_refused(line, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(line.split())
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["mine", "baseline"])
+def test_only_an_evaluation_has_a_seed(study, stage, capsys):
+    assert cli.main(["sample", stage, "--task", "countdown", "--seed", "1"]) == 2
+    assert f"r3 sample {stage} has no --seed" in capsys.readouterr().err and not study
+
+
 def test_shares_run_side_by_side_but_not_beside_a_whole_run(study, tmp_path, capsys):
     line = "sample mine --task countdown --shard 0/2".split()
     with claimed(tmp_path / "results", shared=True):
@@ -141,6 +155,16 @@ def test_a_share_that_is_none_is_refused(share, capsys):
     with pytest.raises(SystemExit):
         cli.main(["sample", "mine", "--task", "countdown", f"--shard={share}"])
     assert "write I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
+def test_the_page_on_the_command_line_has_every_command_with_its_own_options():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    [commands] = [action for action in cli.parser()._actions if action.choices]
+    for name, command in commands.choices.items():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| `r3 {name}")]
+        options = {word for action in command._actions for word in action.option_strings}
+        row = row.replace("those of a study", "--profile --task --set --results")
+        assert {"-h", "--help", *re.findall(r"--[a-z-]+", row)} == options, name
 
 
 def test_help_loads_nothing_heavy_and_names_every_command():

@@ -186,3 +186,10 @@ def test_half_of_the_pair_both_ways_at_once_and_nothing_are_refused(tiny, tokeni
         R3Trainer(tiny(), args, verifier=parity)
     with pytest.raises(R3Error, match="the one pair or the other"):
         R3Trainer(tiny(), args, task=DatasetTask(ROWS, parity), verifier=parity, train_dataset=ROWS)
+
+
+def test_failures_without_a_note_of_what_they_are_of_are_refused(tiny, tokenizer, tmp_path):
+    make(tiny(), tokenizer, tmp_path)
+    (tmp_path / "failures" / "run.json").unlink()
+    with pytest.raises(R3Error, match="failures of another training: there is no run.json"):
+        make(tiny(), tokenizer, tmp_path)

@@ -50,6 +50,23 @@ def test_what_ships_runs_without_a_warning(name, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_time_is_told_only_of_a_profile_as_it_was_measured(tmp_path):
+    assert "about 20 minutes a seed" in ask("time", "nano")[1]
+    for changed in ({"max_steps": 400}, {"seeds": 3}, {"model": "smollm2"}):
+        assert "not measured for this profile" in ask("time", "nano", **changed)[1]
+    (tmp_path / "own.yaml").write_text("name: nano\nmodel: smollm2\n")
+    assert "not measured for this profile" in ask("time", str(tmp_path / "own.yaml"))[1]
+
+
+def test_what_fails_stops_a_run_packages_and_vllm_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("R3_VLLM_PYTHON", "nowhere/python")
+    assert "nowhere/python is no Python that has vLLM: run" in refused(engine="vllm")
+    silent = {"engine": "vllm", "servers": "http://127.0.0.1:1"}
+    assert "http://127.0.0.1:1/health does not answer" in refused(**silent)
+    monkeypatch.setattr(doctor, "version", lambda name: None)
+    assert refused().startswith("missing ")
+
+
 def test_a_check_that_fails_gives_exit_code_1_and_a_doubt_does_not(monkeypatch):
     lines = []
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
@@ -103,21 +120,21 @@ def test_a_model_that_is_nowhere_is_named(tmp_path):
 
 
 def test_an_empty_folder_is_no_model_and_one_with_a_config_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "ROOT", tmp_path)
+    monkeypatch.setattr(weights, "ROOT", tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert "has no config.json: name a model's folder" in refused(model="models/mine")
+    assert "has no config.json: name the folder of a model" in refused(model="models/mine")
     (tmp_path / "models" / "mine" / "config.json").touch()
     doctor.check_model("models/mine")
     doctor.check_model(str(EMBEDDED))
-    cached = "huggingface_hub.try_to_load_from_cache"
-    monkeypatch.setattr(cached, lambda *_: "somewhere/config.json")
+    cached = "huggingface_hub.hf_hub_download"
+    monkeypatch.setattr(cached, lambda *_, local_files_only: "somewhere/config.json")
     doctor.check_model("some/model")
 
 
 def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def unknown(*_):
+    def unknown(*_, **__):
         raise LocalEntryNotFoundError("no such model")
 
     monkeypatch.setattr(provenance, "reaches_hub", lambda: True)
@@ -131,8 +148,8 @@ def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
         ({"countdown": {"larges": 20}}, "no option 'larges': did you mean 'largest'?"),
         ({"function_calling": {"rules": "lenient"}}, "no option 'rules': did you mean 'rule'?"),
         ({"countdown": {"zzz": 1}}, "known: source, count, largest, largest_target"),
-        ({"countdown": {"largest": "20"}}, "task 'countdown', options {'largest': '20'}"),
-        ({"function_calling": {"parts": 5}}, "task 'function_calling', options {'parts': 5}"),
+        ({"countdown": {"largest": "20"}}, "task 'countdown', options {'source'"),
+        ({"function_calling": {"parts": 5}}, "task 'function_calling', options {'source'"),
         ({"countdown": {"source": "no/folder"}}, "cannot read Countdown problems from 'no/folder'"),
     ],
 )

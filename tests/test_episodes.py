@@ -302,7 +302,7 @@ class SumTask(Task):
     reflection_prompt = "Reflect."
 
     def __init__(self, unit="apples", hidden=0):
-        self.unit, self._hidden = unit, hidden
+        self.unit, self._cache = unit, [hidden]
 
     def messages(self, problem):
         return [{"role": "user", "content": f"{problem.text} ({self.unit})"}]
@@ -455,7 +455,7 @@ def test_facts_are_the_same_in_every_process():
 
     assert digest([{"b", "a", "c"}, Loaded()]) == digest([["a", "b", "c"], "Loaded"])
     task = SumTask()
-    task.cache = Loaded()
+    task._cache = Loaded()
     assert task_facts(task) == task_facts(SumTask())
     assert content(SUMS[0]) == {"id": "s0", "text": "0 + 4", "answer": 4}
 

@@ -159,6 +159,7 @@ def test_parameters_that_a_notebook_does_not_know_stop_everything_before_it_star
         ({"task": "countdwn"}, "unknown task 'countdwn': did you mean 'countdown'"),
         ({"overrides": {"num_generations": "1"}}, "num_generations=1 is out of range"),
         ({"overrides": {"failures_per_step": "3"}}, "= 12 rows do not divide into learning batches of 32"),
+        ({"overrides": {"engine": "vllm", "servers": "http://127.0.0.1:1"}}, "does not answer"),
         ({"overrides": {"model": "/no/such/folder"}}, "model '/no/such/folder' has no config.json"),
         ({"overrides": {"task_options": {"countdown": {"larges": 9}}}}, "did you mean 'largest'"),
         ({"overrides": {"test_problems": "9999"}, "task": "countdown"}, "countdown test .*holds only about"),
@@ -194,16 +195,13 @@ def test_a_second_run_in_a_folder_is_one_line_and_leaves_the_first_alone(checkou
     assert ran(checkout) == ["00"]
 
 
-def test_a_vllm_that_is_not_there_is_named_before_anything_runs(checkout, monkeypatch, capsys):
-    """It is no error yet, for what is cached needs no server."""
-    monkeypatch.setattr(pipeline, "check_run", doctor.check_run)
-    write(checkout / "notebooks", "00_fine")
-    monkeypatch.setenv("R3_VLLM_PYTHON", "nowhere/python")
-    pipeline.reproduce("smoke", overrides={"engine": "vllm"})
-    assert "engine=vllm, but nowhere/python is no Python that has vLLM: run" in capsys.readouterr().err
-    pipeline.reproduce("smoke", overrides={"engine": "vllm", "servers": "http://127.0.0.1:1"})
-    assert "http://127.0.0.1:1/health does not answer" in capsys.readouterr().err
-    assert ran(checkout) == ["00", "00"]
+def test_a_relative_model_is_the_same_where_the_kernels_run(checkout, tmp_path, monkeypatch):
+    cell = 'import json; open("seen.txt", "w").write(json.loads(overrides)["model"])'
+    write(checkout / "notebooks", "00_fine", cell)
+    (tmp_path / "elsewhere" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pipeline.reproduce("smoke", overrides={"model": "mine"}, log=lambda line: None)
+    assert Path((checkout / "seen.txt").read_text()) == tmp_path / "elsewhere" / "mine"
 
 
 def test_one_fresh_run_has_one_id_in_all_its_notebooks(checkout):

@@ -46,7 +46,6 @@ from r3lib.chat import Chat
 from r3lib.checkpoints import RUN_NOTE, last_checkpoint
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
-from r3lib.r3_config import R3Config, differing
 from r3lib.rollout import rollout, training_order, verified
 from r3lib.trainer import R3Trainer
 from r3lib.training_log import R3Metrics, metrics_file
@@ -435,15 +434,6 @@ def test_an_impossible_configuration_is_one_helpful_line(tmp_path, changes, word
     with pytest.raises(R3Error) as error:
         small_config(tmp_path, **changes)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-
-
-def test_what_differs_from_a_profile_is_named(tmp_path):
-    """Seed, place and what decides no weight may differ."""
-    block = dict(max_steps=3, learning_rate=1e-4, lr_scheduler_type="constant", use_cpu=True)
-    args = R3Config(str(tmp_path), seed=4, **block, save_steps=7, sample_batch=3)
-    assert differing(args, block) == ""
-    args = R3Config(str(tmp_path), **block | {"max_steps": 2, "beta": 0.5})
-    assert differing(args, block) == "beta is 0.5, not 0.001; max_steps is 2, not 3"
 
 
 def test_a_default_that_is_given_is_no_reason_to_refuse(tmp_path):

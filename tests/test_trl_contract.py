@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from r3lib.errors import R3Error
 from r3lib.r3_config import R3Config
 from r3lib.rollout import rollout
-from r3lib.settings import FREE, REFUSED, default_of, settings_facts
+from r3lib.settings import FREE, HONOURED, REFUSED, default_of, settings_facts
 from r3lib.trainer import R3Trainer
 from r3lib.training_log import METRICS
 
@@ -176,21 +176,6 @@ def test_trl_casts_the_adapters_of_a_quantized_model_and_we_cast_them_back(tiny,
 
 
 # settings
-
-HONOURED = set(  # each is a setting of the training: a resumed run must have the same
-    """model_init_kwargs router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 num_generations
-    max_completion_length temperature chat_template_kwargs beta epsilon delta epsilon_high
-    sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
-    importance_sampling_level scale_rewards loss_type mask_truncated_completions ref_model_mixup_alpha
-    ref_model_sync_steps top_entropy_quantile entropy_coef use_adaptive_entropy entropy_coef_min
-    entropy_coef_max entropy_coef_delta entropy_target vllm_importance_sampling_correction
-    vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
-    vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl
-    per_device_train_batch_size max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
-    warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules
-    average_tokens_across_devices max_grad_norm bf16 fp16 tf32 use_liger_kernel liger_kernel_config
-    neftune_noise_alpha full_determinism seed""".split()
-)
 
 
 def test_every_setting_of_trl_is_honoured_refused_or_free():

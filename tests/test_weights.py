@@ -1,12 +1,13 @@
 """Real weights that pip carries: made once, then found; the model that comes out speaks English."""
 
+import json
 from importlib.util import find_spec
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from r3lib import weights
+from r3lib import preflight, weights
 from r3lib.chat import Chat
 from r3lib.errors import R3Error
 
@@ -25,6 +26,24 @@ def test_a_model_that_is_nowhere_is_named(tmp_path, monkeypatch):
 def test_a_folder_or_hub_id_is_taken_as_it_is():
     assert weights.locate("some/model") == "some/model" and weights.missing("some/model") == ""
     assert weights.locate("base_model") == str(weights.EMBEDDED)
+
+
+def test_a_relative_model_is_looked_for_here_then_in_the_repository(tmp_path, monkeypatch):
+    """By every one who asks: doctor, estimate, hash and loader had a base each."""
+    here, repository = tmp_path / "here", tmp_path / "repository"
+    for root in (here, repository):
+        (root / "models" / "mine").mkdir(parents=True)
+        (root / "models" / "mine" / "config.json").write_text(json.dumps(root.name))
+    monkeypatch.setattr(weights, "ROOT", repository)
+    monkeypatch.chdir(here)
+    found = [weights.locate("models/mine"), preflight.config_file("models/mine").parent]
+    hashes = [weights.hash_of(weights.locate("models/mine"))]
+    monkeypatch.chdir(tmp_path)
+    found += [weights.locate("models/mine"), preflight.config_file("models/mine").parent]
+    hashes += [weights.hash_of(weights.locate("models/mine"))]
+    assert [str(place) for place in found[2:]] == [str(repository / "models" / "mine")] * 2
+    assert [str(place) for place in found[:2]] == ["models/mine"] * 2
+    assert hashes[0] != hashes[1] and not any("@" in one for one in hashes)
 
 
 @needs_smollm2

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from r3lib.cli import parser
+from r3lib.config import load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = (ROOT / ".github" / "workflows").glob("*.yml")
@@ -72,5 +73,8 @@ def test_the_inputs_of_a_gpu_run_reach_r3():
     assert shlex.split(asked.splitlines()[-1])[2:] == words
     asked = bash(step["run"], **env, SEEDS="", SETTINGS="")
     assert shlex.split(asked.splitlines()[-1])[2:] == words[:4]
+    example = WORKFLOWS["reproduce-gpu"][True]["workflow_dispatch"]["inputs"]["set"]["description"]
+    pairs = dict(pair.split("=", 1) for pair in example.split("for example ")[1].split())
+    assert load_profile("colab", **pairs).servers == "http://host:8000"
     names = set(WORKFLOWS["reproduce-gpu"][True]["workflow_dispatch"]["inputs"])  # True is `on`
     assert names == set(re.findall(r"inputs\.(\w+)", f"{GPU['env']} {GPU['runs-on']}"))

@@ -1,12 +1,11 @@
 """The tasks that ship with the package, by name, and those of your own, by place."""
 
-import difflib
 import importlib.util
 import inspect
 import sys
 from pathlib import Path
 
-from ..errors import R3Error
+from ..errors import R3Error, nearest
 from .base import Task
 from .countdown import CountdownProblem, CountdownTask
 from .function_calling import FunctionCallingProblem, FunctionCallingTask
@@ -25,7 +24,7 @@ def load_task(name: str, options: dict | None = None, **own) -> Task:
     known = list(inspect.signature(task).parameters)
     for option in given:
         if option not in known:
-            raise R3Error(f"task {name!r}: no option {option!r}: {_hint(option, known)}")
+            raise R3Error(f"task {name!r}: no option {option!r}: {nearest(option, known)}")
     try:
         return task(**given)
     except (TypeError, ValueError) as error:
@@ -38,7 +37,7 @@ def check_options(options: dict, own: str) -> None:
     known = [*TASKS, own]
     for name, given in options.items():
         if name not in known or not isinstance(given, dict):
-            hint = _hint(name, known)
+            hint = nearest(name, known)
             raise R3Error(f"task_options of {name!r}: write {{option: value}} of a task; {hint}")
 
 
@@ -47,7 +46,7 @@ def _class_at(place: str) -> type[Task]:
     module, _, name = place.rpartition(":")
     if not module:
         raise R3Error(
-            f"unknown task {place!r}: {_hint(place, TASKS)}, or your own as file.py:Class"
+            f"unknown task {place!r}: {nearest(place, TASKS)}, or your own as file.py:Class"
         )
     try:
         found = getattr(_module(module), name)
@@ -69,11 +68,6 @@ def _module(name: str):
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
-
-
-def _hint(word, known) -> str:
-    near = difflib.get_close_matches(str(word), known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 __all__ = [
