@@ -1,10 +1,11 @@
 """The card of an adapter or model that R3 trained: what it is, without a path of this machine."""
 
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
 from .files import write_atomic
-from .settings import FREE
+from .settings import FREE, REFUSED, default_of
 
 CARD = """---
 {head}
@@ -46,7 +47,6 @@ def write_card(folder: Path, trainer, name=None, dataset=None, tags=()) -> None:
         pipeline_tag="text-generation",
         tags=["r3", "grpo", "trl", *([tags] if isinstance(tags, str) else tags or ())],
     )
-    values = trainer.args.to_dict()
     text = CARD.format(
         head=head.to_yaml(),
         name=name or folder.name,
@@ -55,10 +55,18 @@ def write_card(folder: Path, trainer, name=None, dataset=None, tags=()) -> None:
         trained=type(adapters[0]).__name__ if adapters else "all weights",
         steps=trainer.state.global_step,
         failures=len(trainer.failures),
-        settings=", ".join(f"{key} {values[key]}" for key in trainer.args.given if key not in FREE),
+        settings=", ".join(_changed(trainer.args)),
         versions=", ".join(f"{p} {version(p)}" for p in ("trl", "peft", "transformers", "torch")),
     )
     write_atomic(folder / "README.md", text)
     mode = (folder / "README.md").stat().st_mode  # as the umask has it
     for weights in folder.glob("*.safetensors"):  # which safetensors gives to the owner alone
         weights.chmod(mode)
+
+
+def _changed(args) -> list[str]:
+    """The settings that decide what is learned and are not the default, with their values."""
+    values = args.to_dict()
+    decisive = [f for f in fields(args) if f.name not in FREE and f.name not in REFUSED]
+    changed = [f.name for f in decisive if values[f.name] != default_of(f)]
+    return [f"{name} {values[name]}" for name in changed]
