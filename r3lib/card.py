@@ -1,31 +1,24 @@
 """The card of an adapter or model that R3 trained: what it is, without a path of this machine."""
 
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
 from .files import write_atomic
+from .settings import FREE, REFUSED, default_of
 
-SETTINGS = (
-    "max_steps", "failures_per_step", "num_generations", "learning_rate", "lr_scheduler_type",
-    "beta", "loss_type", "mask", "temperature", "retry_temperature", "max_completion_length",
-    "max_retry_length", "retry_turn", "truncation_penalty", "seed",
-)  # fmt: skip
 CARD = """---
 {head}
-pipeline_tag: text-generation
-tags: [{tags}]
 ---
 
 # {name}
 
-`{base}`, trained on the task `{task}` with Reflect, Retry, Reward: GRPO on reflections \
-about failed attempts, rewarded by the verdict on the retry that follows.
+`{base}`, trained on the task `{task}` with [Reflect, Retry, Reward]\
+(https://arxiv.org/abs/2505.24726): GRPO on reflections about failed attempts, rewarded by the \
+verdict on the retry that follows.
 
-Trained: {trained}, {steps} steps on {failures} failures.
-
-| setting | value |
-|---|---|
-{settings}
+Trained: {trained}, {steps} steps on {failures} failures. Settings other than the defaults of \
+`R3Config`: {settings}.
 
 Made with {versions}.
 """
@@ -40,23 +33,29 @@ def plain_name(model: str | None) -> str | None:
     return path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name
 
 
-def write_card(folder: Path, trainer, name: str | None = None) -> None:
+def write_card(folder: Path, trainer, name=None, dataset=None, tags=()) -> None:
     """Write README.md into `folder`, and let others read the weights there as the umask has it."""
+    from huggingface_hub import ModelCardData
+
     base = plain_name(trainer.model.config._name_or_path)
-    configs = list(getattr(trainer.model, "peft_config", {}).values())
-    head = [f"library_name: {'peft' if configs else 'transformers'}"]
-    if base and base.count("/") == 1 and not Path(base).exists():  # an id of the hub
-        head.insert(0, f"base_model: {base}")
+    of_hub = base and base.count("/") == 1 and not Path(base).exists()
+    adapters = list(getattr(trainer.model, "peft_config", {}).values())
+    head = ModelCardData(
+        library_name="peft" if adapters else "transformers",
+        base_model=base if of_hub else None,
+        datasets=dataset,
+        pipeline_tag="text-generation",
+        tags=["r3", "grpo", "trl", *([tags] if isinstance(tags, str) else tags or ())],
+    )
     text = CARD.format(
-        head="\n".join(head),
-        tags="r3, grpo, trl, lora" if configs else "r3, grpo, trl",
+        head=head.to_yaml(),
         name=name or folder.name,
         base=base or type(trainer.model).__name__,
         task=trainer.task.name,
-        trained=type(configs[0]).__name__ if configs else "all weights",
+        trained=type(adapters[0]).__name__ if adapters else "all weights",
         steps=trainer.state.global_step,
         failures=len(trainer.failures),
-        settings="\n".join(f"| {key} | {_shown(getattr(trainer.args, key))} |" for key in SETTINGS),
+        settings=", ".join(_changed(trainer.args)),
         versions=", ".join(f"{p} {version(p)}" for p in ("trl", "peft", "transformers", "torch")),
     )
     write_atomic(folder / "README.md", text)
@@ -65,6 +64,9 @@ def write_card(folder: Path, trainer, name: str | None = None) -> None:
         weights.chmod(mode)
 
 
-def _shown(value) -> str:
-    value = getattr(value, "value", value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _changed(args) -> list[str]:
+    """The settings that decide what is learned and are not the default, with their values."""
+    values = args.to_dict()
+    decisive = [f for f in fields(args) if f.name not in FREE and f.name not in REFUSED]
+    changed = [f.name for f in decisive if values[f.name] != default_of(f)]
+    return [f"{name} {values[name]}" for name in changed]

@@ -1,9 +1,11 @@
 """The conditions of the study, one row each: whatever differs between two of them stands here."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import R3Error
+
+Reflects = Literal["none", "fixed", "other", "own"]
 
 
 @dataclass(frozen=True)
@@ -12,16 +14,27 @@ class Condition:
 
     `told`: it goes on in the conversation after the failed try, else it is asked afresh.
     `reflection`: whose comes before it; "fixed" is the task's one sentence. `temperature` is that
-    of the try, reflections have the sampler's own.
+    of the try, reflections have the sampler's own. R3Error: it cannot be run as it says.
     """
 
     name: str
     told: bool = True
-    reflection: Literal["none", "fixed", "other", "own"] = "none"
+    reflection: Reflects = "none"
     temperature: float = 0.0
     control: str = ""  # the question that reflect_retry minus this one answers
     training: str = ""  # the question that trained minus untrained answers
     color: str = "#444444"
+
+    def __post_init__(self):
+        known = get_args(Reflects)
+        if not isinstance(self.name, str) or not self.name:
+            raise R3Error(f"a condition's name is {self.name!r}: give it a text")
+        if self.reflection not in known:
+            raise R3Error(f"{self}: reflection={self.reflection!r}: use one of {', '.join(known)}")
+        if self.reflection != "none" and not self.told:
+            raise R3Error(f"{self}: asked afresh it has no reflection: drop told=False")
+        if not self.temperature >= 0:
+            raise R3Error(f"{self}: temperature={self.temperature}: give 0 (greedy) or more")
 
     def __str__(self) -> str:
         return self.name

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .card import plain_name
 from .conditions import CONDITIONS, FIRST_TRY, Condition, condition
 from .engines.base import identity
 from .engines.prefix_tree import cut
@@ -48,11 +49,14 @@ class Episode:
 
 @dataclass(frozen=True)
 class Policy:
-    """Who answers: the names that go into the results, and the seed of its training."""
+    """Who answers: the names that go into the results, and the seed of its training.
+
+    `model` "": the name that the engine knows its model by.
+    """
 
     name: str = UNTRAINED
     seed: int = 0
-    model: str = "base_model"
+    model: str = ""
     adapter: str = ""
 
 
@@ -65,38 +69,50 @@ def run_episodes(
     conditions: Sequence[Condition | str] = CONDITIONS,
     seed: int = 0,
     shard: int = SHARD,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     part: tuple[int, int] = (0, 1),
 ) -> pd.DataFrame:
     """Run `problems` through the first try and each second-try condition; return all rows.
 
     They are written to `out` in shards. Shards that are there already are kept, so that a killed
     run loses at most one; R3Error, naming what differs, when they are of another run (see
-    `decisive`). `part` (i, n): every n-th shard from the i-th on, for n processes that fill one
-    folder together. `seed` seeds the sampling; `policy.seed` is the training seed written into the
-    rows. `say` is called with a line after each shard.
+    `decisive`), or when two conditions have one name. `part` (i, n): every n-th shard from the i-th
+    on, for n processes that fill one folder together. `seed` seeds the sampling; `policy.seed` is
+    the training seed written into the rows. `log` is called with a line after each shard.
     """
     out = Path(out)
     conditions = [condition(name) for name in conditions]
+    check_names(conditions)
     check_task(sampler.task)
     check_problems(problems)
     facts = decisive(sampler, problems, policy, split, conditions, seed, shard)
     note = out / "run.json"
     used = note.exists() or any(out.glob("shard-*.parquet"))
     claim(note, facts, used, "episodes of another run", "give an empty folder, or the same run")
+    model = policy.model or plain_name(getattr(sampler.engine, "model_name", ""))
+    policy = replace(policy, model=model)
 
     def made(some: Sequence) -> pd.DataFrame:
-        return frame(_episodes(sampler, some, policy, split, conditions, seed, say))
+        return frame(_episodes(sampler, some, policy, split, conditions, seed, log))
 
     def done(progress: str) -> None:
-        say(f"{policy.name} seed {policy.seed}: {progress} problems")
+        log(f"{policy.name} seed {policy.seed}: {progress} problems")
 
     in_shards(out, problems, made, shard, part, done)
     return read_episodes(out) if any(out.glob("*.parquet")) else frame([])
 
 
+def check_names(conditions: Sequence[Condition]) -> None:
+    """R3Error for two conditions of one name, which tables could not tell apart."""
+    second = [one.name for one in conditions if one != FIRST_TRY]
+    names = [FIRST_TRY.name, *second]
+    for name in names:
+        if names.count(name) > 1:
+            raise R3Error(f"two conditions are called {name!r}: give each a name of its own")
+
+
 def in_shards(
-    out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), say=lambda line: None
+    out: Path, problems: Sequence, make, shard=SHARD, part=(0, 1), log=lambda line: None
 ) -> None:
     """Write `make(problems of a shard)`, a DataFrame, for each shard of `part` that is missing."""
     if not problems:
@@ -109,7 +125,7 @@ def in_shards(
             aside = path.with_suffix(f".{os.getpid()}.tmp")
             make(problems[start : start + shard]).to_parquet(aside)
             aside.rename(path)
-        say(f"{min(start + shard, len(problems))}/{len(problems)}")
+        log(f"{min(start + shard, len(problems))}/{len(problems)}")
 
 
 def decisive(
@@ -158,7 +174,7 @@ def frame(rows: list[Episode]) -> pd.DataFrame:
     return table.astype(dict.fromkeys(COUNTS, "Int64"))
 
 
-def _episodes(sampler, problems, policy, split, conditions, seed, say) -> list[Episode]:
+def _episodes(sampler, problems, policy, split, conditions, seed, log) -> list[Episode]:
     going_on = [c for c in conditions if c != FIRST_TRY and c.told and c.reflection != "other"]
     with_reflection = any(c.reflection in ("own", "other") for c in conditions)
     tries, failures, reflections, tried = [], [], [], defaultdict(list)
@@ -174,7 +190,7 @@ def _episodes(sampler, problems, policy, split, conditions, seed, say) -> list[E
         reflections += own or []
     rows = [_first_row(sampler, p, c[0], policy, split) for p, c in zip(problems, tries)]
     first = {row.problem_id: row for row in rows}
-    for each in _second_tries(conditions, failures, say):
+    for each in _second_tries(conditions, failures, log):
         if each not in tried:
             tried[each] = sampler.second_tries(each, failures, seed, reflections)
         for failure, (reflection, retry) in zip(failures, tried[each]):
@@ -184,7 +200,7 @@ def _episodes(sampler, problems, policy, split, conditions, seed, say) -> list[E
     return [row for row in rows if row.condition in names]
 
 
-def _second_tries(conditions, failures, say) -> list[Condition]:
+def _second_tries(conditions, failures, log) -> list[Condition]:
     """The second tries of a shard, without those that a single failure does not allow."""
     if not failures:
         return []
@@ -194,7 +210,7 @@ def _second_tries(conditions, failures, say) -> list[Condition]:
     name = failures[0].problem.id
     for one in wanted:
         if one.reflection == "other":
-            say(f"{name}: {one} left out, the shard has no other failure to swap with")
+            log(f"{name}: {one} left out, the shard has no other failure to swap with")
     return [c for c in wanted if c.reflection != "other"]
 
 

@@ -5,18 +5,26 @@ from collections.abc import Callable
 import pandas as pd
 
 from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY
+from .conditions import condition as condition_of
 from .episodes import UNTRAINED
 from .errors import R3Error
 from .stats import holm, mcnemar, rate_difference, rate_interval, wilson
 
 FIRST, REFLECT, BOTH = FIRST_TRY.name, REFLECT_RETRY.name, "both_tries"
 CONTROLS = {c.name: c.control for c in CONDITIONS if c.control}
-TRAINING = {c.name: c.training for c in (REFLECT_RETRY, FIRST_TRY)}
-TRAINING[BOTH] = "Does training raise accuracy after both tries (the paper's 2nd column)?"
 ACCURACY = "task policy train_task condition split seed n k rate lo hi".split()
 COMPARISONS = "question task a b n seeds diff lo hi p".split()
 VIEW = "task policy train_task split column n seeds rate lo hi".split()
 DRAWS = 10_000
+
+
+def training_questions(conditions=CONDITIONS) -> dict[str, str]:
+    """{condition: what trained minus untrained answers}, and that of both tries."""
+    asked = {c.name: c.training for c in reversed(conditions) if c.training}
+    return asked | {BOTH: "Does training raise accuracy after both tries (the paper's 2nd column)?"}
+
+
+TRAINING = training_questions()
 
 
 def judged(episodes: pd.DataFrame) -> pd.DataFrame:
@@ -78,6 +86,7 @@ def comparisons_table(episodes: pd.DataFrame, conditions=CONDITIONS) -> pd.DataF
     failures. Intervals resample problems. p is McNemar's (exact) where the sides pair one to one,
     with one seed, else the bootstrap's.
     """
+    conditions = [condition_of(name) for name in conditions]
     splits = sorted(set(episodes.split))
     if len(splits) > 1:
         raise R3Error(f"comparisons mix the splits {splits}: pass the episodes of one")
@@ -123,9 +132,10 @@ def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
 
 def _questions(policies, conditions):
     """(question, (policy, condition) a, (policy, condition) b) for every question."""
+    training = training_questions(conditions)
     for policy in sorted(policies, key=UNTRAINED.__eq__):
         if policy != UNTRAINED:
-            yield from ((text, (policy, c), (UNTRAINED, c)) for c, text in TRAINING.items())
+            yield from ((text, (policy, c), (UNTRAINED, c)) for c, text in training.items())
         controls = ((c.control, c.name) for c in conditions if c.control)
         yield from ((text, (policy, REFLECT), (policy, name)) for text, name in controls)
 
@@ -148,7 +158,7 @@ def _compare(cells, one, two) -> list:
     """[n, seeds, diff, lo, hi, p] of (policy, condition) `one` minus `two`."""
     a, b = cells[one], cells[two]
     same_policy = one[0] == two[0]
-    paired = same_policy or one[1] != REFLECT
+    paired = same_policy or one[1] in (FIRST, BOTH)
     if paired:
         keys = ["seed", "problem_id"] if same_policy else ["problem_id"]
         common = a[keys].merge(b[keys]).drop_duplicates()

@@ -67,46 +67,29 @@ def claimed(folder: Path, shared: bool = False):
 
 def _lock_file(folder: Path):
     """The open lock of `folder`, which is made; R3Error unless this process may write there."""
-    with disk_full_as_error(folder / LOCK):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-        return open(folder / LOCK, "a+")
+    try:
+        with disk_full_as_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return open(folder / LOCK, "a+")
+    except OSError as error:
+        if error.errno not in DENIED:
+            raise
+        fix = "give yourself permission to write there, or name another folder with --results"
+        raise R3Error(f"cannot write {folder} ({error.strerror}): {fix}") from error
 
 
 @contextmanager
 def disk_full_as_error(path: Path):
-    """Turn what a full disk, or one without write permission, raises in the block into one R3Error.
-
-    Any library may raise what tells of a full disk; the R3Error of a denial names file or folder.
-    """
+    """Turn what a full disk raises in the block, in any library, into one R3Error."""
     try:
         yield
     except Exception as error:  # torch and safetensors do not raise OSError
-        if (
-            isinstance(error, OSError)
-            and error.errno in DENIED
-            and _is_beside(path, error.filename)
-        ):
-            what, why = error.filename or path, os.strerror(error.errno)
-            fix = "give yourself permission to write there, or name another folder with --results"
-            raise R3Error(f"cannot write {what} ({why}): {fix}") from error
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        if not full and (isinstance(error, R3Error) or _free(path) >= ROOM):
+        place = next(p for p in (path, *path.parents) if p.exists())
+        unknown = isinstance(error, R3Error) or shutil.disk_usage(place).free >= ROOM
+        if unknown and getattr(error, "errno", None) != errno.ENOSPC:
             raise
         raise R3Error(
             f"no space left to write {path}: free disk space and run again; it resumes"
         ) from error
-
-
-def _is_beside(path: Path, denied: str | None) -> bool:
-    """Whether what was `denied` is the folder of `path`, above it or in it; also if not known."""
-    if not isinstance(denied, str):
-        return True
-    folder, denied = path.absolute().parent, Path(denied).absolute()
-    return denied.is_relative_to(folder) or folder.is_relative_to(denied)
-
-
-def _free(path: Path) -> int:
-    """Bytes free on the disk of `path` or of its nearest parent that exists."""
-    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free

@@ -2,15 +2,15 @@
 
 import dataclasses
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import R3Error
 from .files import write_atomic
+from .source_facts import code_of, told, values_of
 
-PLAIN = (str, int, float, bool, list, tuple, dict, Path, type(None))
+ANALYSIS = ("reasons", "categories", "style", "part")  # of a task, for tables and figures alone
 UNLIKE = {
     "_name_or_path",
     "transformers_version",
@@ -28,36 +28,19 @@ def digest(items: Iterable) -> str:
 
 
 def task_facts(task) -> dict:
-    """The task's public values (prompts, options, own functions), and what its class does."""
-    classes = [owner for owner in reversed(type(task).__mro__) if owner is not object]
-    values = {}
-    for owner in [*classes, task]:
-        values |= getattr(owner, "__dict__", {})
+    """What decides the task's problems, prompts and verdicts: its values, and what its code does.
+
+    All that the code calls by name counts, outside Python, installed packages and R3. R3Error: a
+    value that nothing tells from another.
+    """
+    owners = [owner for owner in reversed(type(task).__mro__) if owner is not object]
+    seen = {id(known): place for place, known in enumerate([task, *owners])}
+    code = [code_of(owner, seen, ANALYSIS) for owner in owners]
     facts = {}
-    for name, value in sorted(values.items()):
-        if name.startswith("_"):  # a cache, say
-            continue
-        if isinstance(value, PLAIN):
-            facts[f"task.{name}"] = _short(value)
-        elif inspect.isfunction(value) and name in task.__dict__:
-            facts[f"task.{name}"] = digest(_code_of(value))
-    code = [_code_of(value) for owner in classes for value in vars(owner).values()]
+    for name, value in sorted(values_of(task).items()):
+        if name not in ANALYSIS:
+            facts[f"task.{name}"] = _short(told(value, seen, f"task.{name}"))
     return facts | {"task's class": f"{type(task).__qualname__} {digest(code)}"}
-
-
-def _code_of(thing) -> list:
-    """What a function or method does, as plain values: also of one that was typed in a notebook."""
-    function = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
-    if not inspect.isfunction(function):
-        return []
-    closure = [cell.cell_contents for cell in function.__closure__ or ()]
-    inner = [_code_of(value) or value for value in closure]
-    return [_compiled(function.__code__), function.__defaults__, inner]
-
-
-def _compiled(code) -> list:
-    constants = [_compiled(c) if inspect.iscode(c) else c for c in code.co_consts]
-    return [code.co_code.hex(), constants, list(code.co_names)]
 
 
 def content(problem) -> dict:
@@ -133,7 +116,7 @@ def check_claim(note: Path, facts: dict, held: str, fix: str) -> None:
 
 def differences(old: dict, new: dict) -> str:
     """Name each fact in which `old` and `new` differ, with both values; "" when they agree."""
-    new = json.loads(json.dumps(new, default=_plain))
+    old, new = [json.loads(json.dumps(facts, default=_plain)) for facts in (old, new)]
     names = [name for name in new | old if old.get(name) != new.get(name)]
     shown = (f"{name} was {_cut(old.get(name))}, is {_cut(new.get(name))}" for name in names)
     return "; ".join(shown)

@@ -13,15 +13,7 @@ from .chat import Chat
 from .engines.base import identity
 from .episodes import in_shards
 from .errors import R3Error
-from .identity import (
-    check_claim,
-    check_problems,
-    check_task,
-    content,
-    digest,
-    task_facts,
-    write_note,
-)
+from .identity import check_problems, check_task, claim, content, digest, task_facts
 from .sampler import Failure, Limits, RolloutSampler, mine_failures
 
 logger = logging.getLogger(__name__)
@@ -141,13 +133,10 @@ def mine_for_training(model, tokenizer, task, args, engine=None) -> MinedFailure
     check_task(task)
     problems = task.problems("train")
     check_problems(problems)
-    facts = _facts(sampler, problems, args)
     note = folder / "run.json"
-    if note.exists():
-        fix = "give another output_dir, or delete that folder"
-        check_claim(note, facts, "failures of another training", fix)
-    if state.is_main_process:
-        write_note(note, facts)
+    used = note.exists() or any(folder.glob("*.parquet"))
+    fix = "give another output_dir, or delete that folder"
+    claim(note, _facts(sampler, problems, args), used, "failures of another training", fix)
 
     def mined(some: list) -> pd.DataFrame:
         samples = args.mine_samples, args.mine_temperature, args.seed

@@ -1,13 +1,13 @@
 """`R3Config`: TRL's `GRPOConfig` with the paper's settings, and what R3 adds to them."""
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
 from .config import CHOICES, accumulation_steps, check_settings
 from .errors import R3Error
-from .settings import FREE, default_of, refuse_ignored
+from .settings import refuse_ignored
 from .weights import training_options
 
 MASKS = CHOICES["mask"]
@@ -45,7 +45,7 @@ class R3Config(GRPOConfig):
     failures_per_step: int = setting(256, "Failures in one step, over all processes.")
     mask: str = setting("reflection", f"Which tokens are trained: {', '.join(MASKS)}.")
     max_retry_length: int = setting(256, "Most tokens of a retry.")
-    retry_temperature: float = setting(1.0, "Temperature of the retry; 0 is greedy.")
+    retry_temperature: float = setting(0.0, "Temperature of the retry; 0 is greedy.")
     retry_turn: str = setting("restate", "A retry restates the question, or is a reminder.")
     truncation_penalty: float = setting(0.0, "Taken from the reward of a reflection cut off.")
     mine_samples: int = setting(1, "Answers a row, where the trainer mines.")
@@ -57,8 +57,6 @@ class R3Config(GRPOConfig):
     sample_batch: int = setting(256, "Rows sampled at once.")
 
     def __post_init__(self):
-        defaults = {f.name: default_of(f) for f in fields(self)}
-        self.given = [name for name, value in defaults.items() if getattr(self, name) != value]
         refuse_ignored(self)
         check_settings(vars(self))
         self._fit_device()
@@ -100,17 +98,5 @@ class R3Config(GRPOConfig):
         one_rollout = self.steps_per_generation == self.gradient_accumulation_steps
         if generation != (None, None) and not one_rollout:
             raise R3Error(
-                "a step of R3 is one rollout: leave steps_per_generation and "
-                "generation_batch_size unset"
+                "a step of R3 is one rollout: leave steps_per_generation and generation_batch_size unset"
             )
-
-
-def differing(args: R3Config, block: dict) -> str:
-    """Name each setting in which `args` differs from `R3Config(**block)`; "" if none.
-
-    Seed, place, and what decides no weight (see `settings.FREE`) may differ.
-    """
-    defaults = {f.name: default_of(f) for f in fields(R3Config)}
-    names = sorted({*args.given, *block} - FREE - {"seed"})
-    pairs = {name: (getattr(args, name), block.get(name, defaults[name])) for name in names}
-    return "; ".join(f"{name} is {a!r}, not {b!r}" for name, (a, b) in pairs.items() if a != b)

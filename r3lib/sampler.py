@@ -67,7 +67,7 @@ class RolloutSampler:
     chat: Chat
     task: object
     limits: Limits = Limits()
-    reflection_temperature: float = 0.0
+    reflection_temperature: float = 1.0
     retry_turn: str = "restate"
 
     def keeping(self):
@@ -195,7 +195,7 @@ def judge(task, text: str, problem) -> Verdict:
         raise R3Error(
             f"{task.name}: verify raised {said} {where}: make it return a Verdict"
         ) from error
-    if not isinstance(verdict, Verdict) or not isinstance(verdict.ok, bool):
+    if not isinstance(verdict, Verdict):
         raise R3Error(
             f"{task.name}: verify returned {verdict!r} {where}: return Verdict(ok, reason)"
         )

@@ -26,7 +26,7 @@ from .identity import task_facts
 from .mining import MinedFailures, failures_table
 from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
-from .sources import own_modules, sources_hash
+from .sources import sources_hash
 from .tasks import TASKS, Task, check_options, load_task
 from .weights import generation_config, hash_of, load, locate, reading
 
@@ -152,14 +152,16 @@ class Study:
     def train(self, seed: int, trainer: "R3Trainer | None" = None) -> Path:
         """An adapter, trained with R3 on the mined failures; a killed run resumes.
 
-        `trainer`: yours, in place of the one that `Study.trainer` makes; it must have the profile's
-        settings and write to `training_folder(seed)`. R3Error, naming a setting that differs.
+        `trainer`: yours, made as `Study.trainer` makes one. R3Error, naming what differs: model,
+        adapter, task, failures or settings are not the profile's (see `check_trainer`).
         """
         if trainer is not None:
-            self._check_trainer(trainer, seed)
+            from .own_trainer import check_trainer
+
+            check_trainer(self, trainer, seed)
 
         def build(work: Path) -> None:
-            from .trainer import metrics_file
+            from .training_log import metrics_file
 
             training = trainer or self.trainer(seed)
             training.resume_or_train()
@@ -253,30 +255,30 @@ class Study:
         if profile["vllm_options"]:
             keys = (*keys, "vllm_options")
         same = {"task": self.task.name, "task_facts": task_facts(self.task)}
-        same["code"] = sources_hash(self.task.name, self.profile.engine)
-        same["data"] = folder_hash(*self.task.files(), *own_modules(self.task))
+        same["code"] = sources_hash(self.task, self.profile.engine)
+        same["data"] = folder_hash(*self.task.files())
         same |= {"model": self.model_hash, "prompt_date": DATE}
-        same |= {key: profile[key] for key in ("quantization", "engine", "sampling", *keys)}
+        same["sampling"] = _decisive(self.profile.sampling)
+        same |= {key: profile[key] for key in ("quantization", "engine", *keys)}
         return same | extra
 
     def _adapter(self, seed: int) -> Path:
         return self.results / "adapters" / f"{self.task.name}-r3-{seed}"
 
     def _training(self, seed: int) -> dict:
-        """What an adapter depends on: the whole block, less what decides no weight."""
-        block = {key: value for key, value in self.profile.training.items() if key not in FREE}
-        return self._config("lora", training=block, seed=seed)
+        """What an adapter depends on."""
+        return self._config("lora", training=_decisive(self.profile.training), seed=seed)
 
     def _episodes(self, policy: Policy, adapter: Path | None, part: Part) -> Path:
         def sample(out: Path, part: tuple[int, int]) -> None:
             problems = self.problems("test", self.profile.test_problems)
             size = self.profile.shard_size
             run_episodes(
-                self.sampler(adapter), problems, policy, out, shard=size, say=print, part=part
+                self.sampler(adapter), problems, policy, out, shard=size, log=print, part=part
             )
 
         target = self.results / "episodes" / f"{self.task.name}-{policy.name}-{policy.seed}.parquet"
-        conditions = [c.name for c in CONDITIONS]
+        conditions = [[c.name, c.told, c.reflection, c.temperature] for c in CONDITIONS]
         config = self._config("test_problems", "shard_size", conditions=conditions)
         return self._sampled(target, config, [adapter] if adapter else [], sample, part)
 
@@ -310,19 +312,6 @@ class Study:
             self._made.add(target)
         return target
 
-    def _check_trainer(self, trainer: "R3Trainer", seed: int) -> None:
-        """R3Error unless `trainer` is the one that the cache would take its adapter to be of."""
-        from .r3_config import differing
-
-        args, settings = trainer.args, self.profile.sampling | self.profile.training
-        differs = differing(args, settings)
-        if differs:
-            raise R3Error(
-                f"not the profile's settings: {differs}: change them in overrides instead"
-            )
-        if args.seed != seed or Path(args.output_dir) != self.training_folder(seed):
-            raise R3Error(f"give R3Config output_dir=study.training_folder({seed}) and seed={seed}")
-
     def _collect_metrics(self) -> None:
         """Keep results/<profile>/metrics.jsonl equal to the logs of this profile's adapters."""
         if os.environ.get("RANK", "0") != "0":
@@ -330,6 +319,11 @@ class Study:
         logs = sorted((self.results / "adapters").glob("[!.]*-r3-*/metrics.jsonl"))
         ours = [log for log in logs if int(log.parent.name.rpartition("-")[2]) < self.profile.seeds]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in ours))
+
+
+def _decisive(settings: dict) -> dict:
+    """A block of settings without those that decide no result."""
+    return {name: value for name, value in settings.items() if name not in FREE}
 
 
 def open_studies(

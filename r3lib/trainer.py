@@ -13,13 +13,11 @@ from types import SimpleNamespace
 import pyarrow as pa
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.trainer.utils import create_model_from_path
 
 from .card import plain_name, write_card
 from .chat import Chat
-from .checkpoints import RUN_NOTE, claim_checkpoints, last_checkpoint
+from .checkpoints import claim_checkpoints, last_checkpoint
 from .engines.base import RemoteEngine
 from .engines.support import check_model, reach
 from .engines.transformers import TransformersEngine
@@ -28,19 +26,13 @@ from .identity import check_task, digest, model_facts, task_facts
 from .learning import SharedPrefixGRPO
 from .mining import check_failures, failures_digest, mine_for_training
 from .model_checks import check_dtypes, check_positions, train_in_fp32, trained_weights
-from .r3_config import MASKS, R3Config, differing
-from .rollout import completions_under, rollout, training_order, verified
+from .r3_config import R3Config
+from .rollout import rollout, training_order, verified
 from .sampler import Failure, Limits, RolloutSampler
 from .settings import settings_facts
 from .tasks.dataset import DatasetTask
-from .training_log import METRICS, AfterStep, R3Metrics, metrics_file
+from .training_log import R3Metrics
 from .weights import NO_SAMPLING
-
-__all__ = [
-    "METRICS", "MASKS", "RUN_NOTE", "AfterStep", "R3Config", "R3Metrics", "R3Trainer",
-    "completions_under", "differing", "last_checkpoint", "metrics_file", "rollout",
-    "training_order", "verified",
-]  # fmt: skip
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the contract tests pin rollout_func
 
@@ -53,6 +45,8 @@ class R3Trainer(SharedPrefixGRPO):
     a reflection is the retry's verdict, 0 or 1 (of a graded verifier: its score). In place of
     `task` and `failures`, `verifier(text, row)` and `train_dataset` (see `DatasetTask`) let the
     trainer mine the failures.
+
+    The other arguments are TRL's. TRL loads a `model` given by name, and its tokenizer.
 
     With `mask="reflection"` the completion is the reflection alone: the retry follows it, so under
     a causal mask its tokens would change nothing. The other masks train on reflection, turn and
@@ -73,46 +67,52 @@ class R3Trainer(SharedPrefixGRPO):
     def __init__(
         self,
         model,
-        args: R3Config,
-        task=None,
-        failures: Sequence[Failure] | None = None,
-        peft_config=None,
-        processing_class=None,
-        engine=None,
-        callbacks=None,
+        args: R3Config | None = None,
         *,
         verifier: Callable | None = None,
         train_dataset=None,
+        task=None,
+        failures: Sequence[Failure] | None = None,
+        engine=None,
+        processing_class=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        reward_funcs=None,
+        eval_dataset=None,
     ):
-        check_args(args)
-        if verifier is not None or train_dataset is not None:
-            check_own_data(task, failures, verifier, train_dataset)
-            model, processing_class = loaded(model, processing_class, args)
+        check_args(args, reward_funcs, eval_dataset)
+        check_data(task, failures, verifier, train_dataset)
+        if verifier is not None:
             task = DatasetTask(train_dataset, verifier)
-            failures = mine_for_training(model, processing_class, task, args, engine)
-        check_given(model, task, failures, peft_config)
+        check_task(task)
+        if not isinstance(model, str):
+            check_model(model, peft_config)
         self.task = task
-        self.failures = failures
         self.r3_metrics: dict[str, float] = {}
         self._engine = engine
         self._metrics_log = R3Metrics(self)
-        wanted = args.max_steps * args.failures_per_step
-        self.order = training_order(len(failures), wanted, args.seed)
         start = trained_weights(model) if isinstance(model, PeftModel) else {}
         super().__init__(
             model=model,
             args=args,
             reward_funcs=verified,
-            train_dataset=self._dataset(),
+            train_dataset=Dataset.from_dict({"prompt": []}),  # which `_take` replaces
             peft_config=deepcopy(peft_config),  # the name of the base is noted in it
             processing_class=processing_class,
             rollout_func=rollout,
             callbacks=[self._metrics_log, *(callbacks or [])],
+            optimizers=optimizers,
+            quantization_config=quantization_config,
         )
         self._check_and_cast(start)
         self._join_engine()
         check_model(self.model)
-        check_failures(failures, self.sampler(), self._context())
+        if verifier is not None:
+            sampling = self.sampler().engine
+            failures = mine_for_training(self.model, self.processing_class, task, args, sampling)
+        self._take(failures)
         self._packs = self._check_packing()
         self._facts = self._decisive(fresh=peft_config is not None)
 
@@ -142,6 +142,16 @@ class R3Trainer(SharedPrefixGRPO):
     def _spread(self) -> bool:
         """Whether the weights are spread over processes."""
         return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+    def _take(self, failures: Sequence[Failure]) -> None:
+        """Train on `failures`; R3Error if there are none, or one does not fit."""
+        if not failures:
+            raise R3Error("no failures to train on: mine more problems, or a harder task")
+        check_failures(failures, self.sampler(), self._context())
+        wanted = self.args.max_steps * self.args.failures_per_step
+        self.failures = failures
+        self.order = training_order(len(failures), wanted, self.args.seed)
+        self.train_dataset = self._dataset()
 
     def _dataset(self) -> Dataset:
         """One row a group: its place in the order, inside a message that TRL logs as the prompt.
@@ -228,49 +238,37 @@ class R3Trainer(SharedPrefixGRPO):
         super()._save(output_dir, state_dict)
         write_card(Path(output_dir or self.args.output_dir), self)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+    def create_model_card(self, model_name=None, dataset_name=None, tags=()) -> None:
         """The card of the run, in `output_dir`."""
         if self.is_world_process_zero():
-            write_card(Path(self.args.output_dir), self, model_name)
+            write_card(Path(self.args.output_dir), self, model_name, dataset_name, tags)
 
     def resume_or_train(self):
         """Train, from the last complete checkpoint in `output_dir` if there is one."""
         return self.train(resume_from_checkpoint=last_checkpoint(self.args.output_dir))
 
 
-def check_args(args) -> None:
-    """R3Error unless `args` is an R3Config."""
+def check_args(args, reward_funcs, eval_dataset) -> None:
+    """R3Error unless `args` is an R3Config, and the arguments of TRL that R3 cannot use are None."""
     if not isinstance(args, R3Config):
-        raise R3Error(
-            f"args is a {type(args).__name__}: give an R3Config, with the same settings"
-        )
+        what = "missing" if args is None else f"a {type(args).__name__}"
+        raise R3Error(f"args is {what}: give an R3Config, with the same settings")
+    if reward_funcs is not None:
+        raise R3Error("reward_funcs: R3's reward is the verdict on the retry: give verifier=...")
+    if eval_dataset is not None:
+        raise R3Error("eval_dataset: R3 does not evaluate while it trains: use run_episodes")
 
 
-def check_given(model, task, failures, peft_config) -> None:
-    """R3Error for a task, failures or a model that cannot be trained, before anything is built."""
-    check_task(task)
-    if not failures:
-        raise R3Error("no failures to train on: mine more problems, or a harder task")
-    if not isinstance(model, str):
-        check_model(model, peft_config)
-
-
-def check_own_data(task, failures, verifier, train_dataset) -> None:
-    """R3Error unless `verifier` and `train_dataset` come together, and instead of the others."""
-    if verifier is None or train_dataset is None:
-        raise R3Error(
-            "verifier and train_dataset go together: give verifier(text, row) and the rows"
-        )
-    if task is not None or failures is not None:
+def check_data(task, failures, verifier, train_dataset) -> None:
+    """R3Error unless there are either `verifier` and `train_dataset`, or `task` and `failures`."""
+    own = [thing is not None for thing in (verifier, train_dataset)]
+    made = [thing is not None for thing in (task, failures)]
+    if any(own) and any(made):
         raise R3Error(
             "verifier and train_dataset make task and failures: give the one pair or the other"
         )
-
-
-def loaded(model, tokenizer, args: R3Config):
-    """The model and its tokenizer, each loaded as TRL does where it is a name or missing."""
-    if isinstance(model, str):
-        model = create_model_from_path(model, **(args.model_init_kwargs or {}))
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-    return model, tokenizer
+    if not all(own) and not all(made):
+        raise R3Error(
+            "what to train on is missing: give verifier(text, row) and train_dataset together, "
+            "or task and failures"
+        )

@@ -28,9 +28,9 @@ from transformers import (
 
 from r3lib.chat import Chat
 from r3lib.engines.base import Completion
+from r3lib.r3_config import R3Config
 from r3lib.sampler import Failure
 from r3lib.tasks import CountdownTask
-from r3lib.trainer import R3Config
 from r3lib.verifiers.verdict import Verdict
 
 LONGEST = ("test_reproduce.py", "test_smol.py", "test_lab.py", "test_workflows.py")
@@ -137,7 +137,7 @@ def small_config(folder, **changes):
         output_dir=str(folder), max_steps=2, failures_per_step=2, num_generations=4, per_device_train_batch_size=8,
         max_completion_length=12, max_retry_length=6, learning_rate=2e-3, lr_scheduler_type="constant",
         warmup_steps=0, beta=0.0, loss_type="dr_grpo", max_grad_norm=0.0, save_strategy="no", use_cpu=True,
-        disable_tqdm=True, report_to="none",
+        retry_temperature=1.0, disable_tqdm=True, report_to="none",
     )  # fmt: skip
     return R3Config(**(settings | changes))
 

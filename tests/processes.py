@@ -37,8 +37,8 @@ def main(folder: str, steps: str, micro: str, resume: str) -> None:
 
     r3.rollout = watched
     trainer = r3.R3Trainer(
-        base_model(), args, CoinTask(count=3, largest=20), coin_failures(tokenizer, 12), None, tokenizer,
-        engine=ScriptedEngine(tokenizer), callbacks=[watch],
+        base_model(), args, task=CoinTask(count=3, largest=20), failures=coin_failures(tokenizer, 12),
+        processing_class=tokenizer, engine=ScriptedEngine(tokenizer), callbacks=[watch],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=r3.last_checkpoint(args.output_dir) if resume == "resume" else None)
     weights = {n: p.detach().clone() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}

@@ -50,7 +50,7 @@ def trained(tokenizer, folder, engine, **changes):
     config = small_config(folder, max_steps=1, mask_truncated_completions=True, **changes)
     failures = coin_failures(tokenizer, 4)
     model = tiny_model("llama", len(tokenizer))
-    trainer = R3Trainer(model, config, CoinTask(), failures, None, tokenizer, engine)
+    trainer = R3Trainer(model, config, task=CoinTask(), failures=failures, processing_class=tokenizer, engine=engine)
     trainer.train()
     return trainer, sum(not c.finished for group in engine.calls[0][2] for c in group)
 
@@ -128,11 +128,12 @@ def test_the_trainer_takes_the_arguments_of_the_template(tokenizer, tmp_path):
     chat, task = Chat(tokenizer, None, {"style": "terse"}), CoinTask(count=3, largest=20)
     model, plain = tiny_model("llama", len(tokenizer)), coin_failures(tokenizer, 4, task)
     terse = [type(f)(**{**vars(f), "prompt_ids": chat.start(task, f.problem)}) for f in plain]
-    trainer = R3Trainer(model, config, task, terse, None, tokenizer, ScriptedEngine(tokenizer))
+    shared = {"task": task, "processing_class": tokenizer, "engine": ScriptedEngine(tokenizer)}
+    trainer = R3Trainer(model, config, failures=terse, **shared)
     asked = trainer.sampler().chat.start(task, terse[0].problem)
     assert asked == terse[0].prompt_ids != plain[0].prompt_ids
     with pytest.raises(R3Error, match="mined with another tokenizer or task"):
-        R3Trainer(model, config, task, plain, None, tokenizer, ScriptedEngine(tokenizer))
+        R3Trainer(model, config, failures=plain, **shared)
 
 
 def test_the_manifest_names_the_date_that_prompts_have(tmp_path):

@@ -25,7 +25,8 @@ from r3lib.engines.base import RemoteEngine
 from r3lib.engines.vllm import VLLMEngine
 from r3lib.engines.vllm_server import Server, interpreter, vllm_engine
 from r3lib.errors import R3Error
-from r3lib.trainer import R3Trainer, metrics_file
+from r3lib.trainer import R3Trainer
+from r3lib.training_log import metrics_file
 
 HERE = Path(__file__).parent
 PROMPTS = [[20, 21, 22 + i] for i in range(24)]
@@ -460,8 +461,8 @@ def train(tiny, tokenizer, folder, kind, shift, **changes):
     model, task, gradients = tiny(), CoinTask(count=3, largest=20), Gradients()
     engine = kind(tokenizer, model, shift)
     trainer = R3Trainer(
-        model, small_config(folder, **changes), task, coin_failures(tokenizer, 4, task), small_lora(), tokenizer,
-        engine, callbacks=[gradients],
+        model, small_config(folder, **changes), task=task, failures=coin_failures(tokenizer, 4, task),
+        peft_config=small_lora(), processing_class=tokenizer, engine=engine, callbacks=[gradients],
     )  # fmt: skip
     trainer.train()
     lines = metrics_file(trainer.args).read_text().splitlines()
@@ -505,6 +506,6 @@ def test_a_remote_engine_without_an_adapter_to_train_is_refused(tiny, tokenizer,
     model, failures = tiny(), coin_failures(tokenizer, 2)
     with pytest.raises(R3Error, match="takes adapters.*give a peft_config"):
         R3Trainer(
-            model, small_config(tmp_path), CoinTask(count=3, largest=20), failures, None, tokenizer,
-            Remote(tokenizer, model, 0.0),
+            model, small_config(tmp_path), task=CoinTask(count=3, largest=20), failures=failures,
+            processing_class=tokenizer, engine=Remote(tokenizer, model, 0.0),
         )  # fmt: skip

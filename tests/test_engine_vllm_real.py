@@ -27,7 +27,8 @@ from r3lib.engines.vllm_server import Server
 from r3lib.errors import R3Error
 from r3lib.study import Study
 from r3lib.tasks import CountdownTask
-from r3lib.trainer import R3Trainer, metrics_file
+from r3lib.trainer import R3Trainer
+from r3lib.training_log import metrics_file
 from r3lib.weights import locate, missing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -268,8 +269,8 @@ def test_an_adapter_of_too_high_a_rank_is_refused(engine, tmp_path):
 def test_three_steps_of_r3(engine, model, tokenizer, tmp_path):
     task = CoinTask(count=3, largest=20)
     trainer = R3Trainer(
-        model, small_config(tmp_path, max_steps=3), task, coin_failures(tokenizer, 4, task), small_lora(), tokenizer,
-        engine,
+        model, small_config(tmp_path, max_steps=3), task=task, failures=coin_failures(tokenizer, 4, task),
+        peft_config=small_lora(), processing_class=tokenizer, engine=engine,
     )  # fmt: skip
     trainer.train()
     rows = [json.loads(line) for line in metrics_file(trainer.args).read_text().splitlines()]

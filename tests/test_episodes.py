@@ -16,7 +16,7 @@ from peft import get_peft_model
 from r3lib.chat import Chat
 from r3lib.conditions import CONDITIONS, RESAMPLE, SECOND_TRIES, Condition
 from r3lib.engines import transformers as engine_module
-from r3lib.engines.base import Completion, IdentifiedEngine
+from r3lib.engines.base import Completion
 from r3lib.episodes import Policy, read_episodes, run_episodes
 from r3lib.errors import R3Error
 from r3lib.evaluate import accuracy_table
@@ -145,7 +145,7 @@ def test_each_condition_asks_what_it_says(sampler, tmp_path):
     blind = {p: user(f"{TASK.blind_retry_prompt}\n{TASK.messages(p)[0]['content']}") for p in failed}
     expected = [
         (task.values(), 0),
-        (asked.values(), 0),
+        (asked.values(), 1),
         ([task[p] for p in failed], 1),
         ([told[p] + blind[p] for p in failed], 0),
         ([told[p] + blind[p] for p in failed], 1),
@@ -175,7 +175,7 @@ def test_a_derangement_moves_everything_and_loses_nothing(count, seed):
 
 def test_a_single_failure_loses_its_shuffled_row_and_nothing_else(sampler, tmp_path):
     said = []
-    table = run(sampler(), tmp_path, PROBLEMS[:2], say=said.append)
+    table = run(sampler(), tmp_path, PROBLEMS[:2], log=said.append)
     assert set(table.condition) == {c.name for c in CONDITIONS} - {"shuffled_reflection"}
     assert any(PROBLEMS[1].id in line and "shuffled_reflection left out" in line for line in said)
 
@@ -302,7 +302,7 @@ class SumTask(Task):
     reflection_prompt = "Reflect."
 
     def __init__(self, unit="apples", hidden=0):
-        self.unit, self._hidden = unit, hidden
+        self.unit, self._cache = unit, [hidden]
 
     def messages(self, problem):
         return [{"role": "user", "content": f"{problem.text} ({self.unit})"}]
@@ -432,7 +432,6 @@ def test_any_one_value_of_any_weight_changes_the_models_facts(tiny, dtype, place
 def test_engines_that_say_nothing_of_their_policy_are_known_by_their_class(
     sampler, tokenizer, tmp_path
 ):
-    assert not isinstance(ScriptedEngine(tokenizer), IdentifiedEngine)
     run(sampler(), tmp_path)
     assert json.loads((tmp_path / "run.json").read_text())["engine"] == "TableEngine"
 
@@ -456,7 +455,7 @@ def test_facts_are_the_same_in_every_process():
 
     assert digest([{"b", "a", "c"}, Loaded()]) == digest([["a", "b", "c"], "Loaded"])
     task = SumTask()
-    task.cache = Loaded()
+    task._cache = Loaded()
     assert task_facts(task) == task_facts(SumTask())
     assert content(SUMS[0]) == {"id": "s0", "text": "0 + 4", "answer": 4}
 
@@ -509,7 +508,7 @@ class Careless(SumTask):
         (lambda: True, "verify returned True on problem 's2': return Verdict"),
         (
             lambda: Verdict(0.5, "half"),
-            "verify returned Verdict.ok=0.5, reason='half', score=None. on problem 's2'",
+            "verify raised ValueError: Verdict.ok=0.5, reason='half', score=None.: the reason .* 's2'",
         ),
     ],
 )
@@ -532,6 +531,51 @@ def test_a_task_without_a_name_is_refused_at_the_start(tokenizer, tmp_path):
     ):
         with pytest.raises(R3Error, match="task Nameless has no name: give its class name"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": ""}, "name is ''"),
+        ({"reflection": "mine"}, "reflection='mine': use one of none, fixed, other, own"),
+        ({"reflection": "owned"}, "odd: reflection='owned'"),
+        ({"told": False, "reflection": "own"}, "odd: asked afresh it has no reflection"),
+        ({"temperature": -1.0}, "temperature=-1.0: give 0"),
+    ],
+)
+def test_a_condition_that_would_not_do_what_it_says_is_refused(settings, words):
+    with pytest.raises(R3Error, match=words):
+        Condition(**{"name": "odd"} | settings)
+
+
+@pytest.mark.parametrize(
+    "conditions",
+    [
+        [Condition("odd"), Condition("odd", temperature=1.0)],
+        ["retry", "retry"],
+        [Condition("first_try", temperature=1.0)],
+    ],
+)
+def test_two_conditions_of_one_name_are_refused_since_tables_would_pool_them(
+    sampler, tmp_path, conditions
+):
+    one = sampler()
+    with pytest.raises(R3Error, match="two conditions are called"):
+        run(one, tmp_path / "out", conditions=conditions)
+    assert one.engine.calls == [] and not (tmp_path / "out").exists()
+
+
+def test_a_policy_without_a_models_name_gets_that_of_the_engine(tiny, tokenizer, tmp_path):
+    model = tiny()
+    model.config._name_or_path = str(tmp_path / "some-model")
+    engine = engine_module.TransformersEngine(model, tokenizer)
+    assert set(run_sums(engine, tokenizer, tmp_path / "a").model) == {"some-model"}
+    named = run_sums(engine, tokenizer, tmp_path / "b", policy=Policy(model="mine"))
+    assert set(named.model) == {"mine"}
+
+
+def test_a_sampler_reflects_as_the_method_does_unless_told_otherwise(tokenizer):
+    assert RolloutSampler(ScriptedEngine(tokenizer), Chat(tokenizer), TASK).reflection_temperature == 1.0
 
 
 def test_a_condition_of_ones_own_is_one_row(sampler, tmp_path):

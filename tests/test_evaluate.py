@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from r3lib.conditions import Condition
 from r3lib.episodes import Episode, frame
 from r3lib.errors import R3Error
 from r3lib.evaluate import accuracy_table, by_part, comparisons_table, paper_view
@@ -114,6 +115,18 @@ def test_differences_are_those_counted_by_hand(study):
     assert table.loc[("r3/reflect_retry", "r3/retry"), ["n", "seeds"]].tolist() == [10, 2]
     assert ((table.lo <= diff) & (diff <= table.hi)).all()
     assert (table.p_holm >= table.p).all() and table.p_holm.max() <= 1
+
+
+def test_the_training_question_of_a_condition_of_ones_own_is_asked(study):
+    """Second tries, so each policy has failures of its own, all of which count."""
+    study = study[~((study.policy == "vanilla") & (study.problem_id == "p15"))]
+    warm = Condition("retry", training="Does training help a retry?")
+    table = comparisons_table(study, ["first_try", warm]).set_index("question")
+    row = table.loc["Does training help a retry?"]
+    assert (row.a, row.b) == ("r3/retry", "vanilla/retry") and row["diff"] == pytest.approx(3 / 18)
+    assert row.n == 10 and len(table) == 3
+    only = comparisons_table(study, [warm])
+    assert "Does training raise first-try accuracy?" not in set(only.question)
 
 
 def test_one_seed_is_judged_by_mcnemars_exact_test(study):

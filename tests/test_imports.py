@@ -1,11 +1,14 @@
 """The layers of r3lib: the contracts in pyproject.toml hold, and a wrong import breaks one."""
 
+import ast
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import r3lib
 
 ROOT = Path(__file__).parents[1]
 LINT = "from importlinter.cli import lint_imports; exit(lint_imports(no_cache=True, no_logo=True))"
@@ -40,3 +43,10 @@ def test_a_wrong_import_breaks_a_contract(module, line, contract, tmp_path):
     status, report = lint(tmp_path)
     assert status == 1
     assert any(contract in words and "BROKEN" in words for words in report.splitlines()), report
+
+
+def test_public_names_are_shown_by_dir_and_known_to_editors_before_any_is_imported():
+    [block] = [node for node in ast.parse(Path(r3lib.__file__).read_text()).body
+               if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]  # fmt: skip
+    known = {alias.name: line.module for line in block.body for alias in line.names}
+    assert known == r3lib.PUBLIC and known.keys() <= set(dir(r3lib))

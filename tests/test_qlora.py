@@ -35,8 +35,9 @@ def logprobs(model, tokenizer):
 def test_two_steps_in_nf4_move_fp32_adapters_which_reload_to_the_same_log_probs(path, tmp_path):
     tokenizer, task = AutoTokenizer.from_pretrained(path), CoinTask(count=3, largest=20)
     trainer = R3Trainer(
-        weights.load(path, "nf4"), small_config(tmp_path, learning_rate=1e-4), task, coin_failures(tokenizer, 4, task),
-        small_lora(), tokenizer, engine=ScriptedEngine(tokenizer),
+        path, small_config(tmp_path, learning_rate=1e-4), task=task, failures=coin_failures(tokenizer, 4, task),
+        quantization_config=weights.quantization_config("nf4"), peft_config=small_lora(),
+        processing_class=tokenizer, engine=ScriptedEngine(tokenizer),
     )  # fmt: skip
     kinds = {type(module).__name__ for module in trainer.model.modules()}
     trained = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -61,7 +62,8 @@ def test_training_in_nf4_starts_from_the_very_adapter_that_was_saved(path, tmp_p
     get_peft_model(weights.load(path), small_lora(init_lora_weights=False)).save_pretrained(tmp_path / "start")
     model = weights.load(path, "nf4", tmp_path / "start", trainable=True)
     config, failures = small_config(tmp_path, max_steps=1), coin_failures(tokenizer, 2, task)
-    trainer = R3Trainer(model, config, task, failures, None, tokenizer, engine=ScriptedEngine(tokenizer))
+    trainer = R3Trainer(model, config, task=task, failures=failures, processing_class=tokenizer,
+                        engine=ScriptedEngine(tokenizer))  # fmt: skip
     saved = load_file(tmp_path / "start" / "adapter_model.safetensors")
     got = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert got.keys() == saved.keys() and all(torch.equal(got[name], value) for name, value in saved.items())

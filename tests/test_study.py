@@ -1,15 +1,21 @@
 """What a study costs before anything is computed: its imports."""
 
+import importlib
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pandas as pd
 import pytest
-from conftest import CoinTask, ScriptedEngine, small_config, small_lora
+import torch
+from conftest import CoinTask, ScriptedEngine, small_config, small_lora, tiny_model
+from transformers import AutoModelForCausalLM
 
+import r3lib.sources
 import r3lib.study
 from r3lib.chat import Chat
 from r3lib.config import load_profile
@@ -17,6 +23,7 @@ from r3lib.errors import R3Error
 from r3lib.evaluate import accuracy_table
 from r3lib.mining import FAILURE, MinedFailures, failures_table
 from r3lib.sampler import RolloutSampler, mine_failures
+from r3lib.sources import sources_hash
 from r3lib.study import Study, open_studies
 from r3lib.tasks import load_task
 from r3lib.trainer import R3Trainer
@@ -113,8 +120,39 @@ def test_a_function_beside_a_task_of_ones_own_counts_as_the_task(tmp_path, capsy
         Study("smoke", place, tmp_path, train_problems=8).mine()
     made, again, cached = capsys.readouterr().out.splitlines()
     assert made == "running even.parquet: not there yet"
-    assert again.startswith("running even.parquet: ") and "data" in again
+    assert again.startswith("running even.parquet: ") and "task's class" in again
     assert cached == "cached  even.parquet"
+
+
+def test_a_function_that_a_task_imports_from_a_file_beside_it_counts_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.py").write_text("import r3_helpers\n" + OWN.replace("len(text)", "r3_helpers.size(text)"))
+    keys = []
+    for body in ("len(text)", "len(text) + 1", "len(text) + 1"):
+        (tmp_path / "r3_helpers.py").write_text(f"def size(text):\n    return {body}\n")
+        sys.modules.pop("r3_helpers", None)
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        keys.append(Study("smoke", f"{tmp_path / 'mine.py'}:Even", tmp_path)._config())
+    assert keys[0] != keys[1] == keys[2]
+
+
+def test_a_task_that_inherits_a_shipped_one_hangs_on_its_sources(tmp_path, monkeypatch):
+    """Those of the other shipped task, of conditions and of styles decide nothing in it."""
+    root = tmp_path / "r3lib"
+    shutil.copytree(r3lib.sources.HERE, root, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(r3lib.sources, "HERE", root)
+    before = sources_hash(CoinTask(), "transformers")
+    for name in ("tasks/function_calling.py", "tasks/styles.yaml", "conditions.py", "engines/vllm.py"):
+        with open(root / name, "a") as file:
+            file.write("# edited")
+        assert sources_hash(CoinTask(), "transformers") == before
+    for name in ("tasks/countdown.py", "study.py", "verifiers/countdown.py"):
+        with open(root / name, "a") as file:
+            file.write("# edited")
+        after = sources_hash(CoinTask(), "transformers")
+        assert after != before
+        before = after
 
 
 def test_two_files_of_one_name_hold_two_tasks(tmp_path):
@@ -142,17 +180,66 @@ def test_a_task_that_is_nowhere_is_one_line(place, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_trainer_of_ones_own_is_taken_only_with_the_profiles_settings(tmp_path, monkeypatch):
-    study = Study("smoke", "countdown", tmp_path, train_problems=32, failures_per_step=2, num_generations=4,
-                  per_device_train_batch_size=8, max_steps=1)  # fmt: skip
-    trainer = study.trainer(0)
+SHORT = dict(train_problems=32, failures_per_step=2, num_generations=4, per_device_train_batch_size=8, max_steps=1)
+
+
+@pytest.fixture
+def short(tmp_path):
+    """A study with a training of one step."""
+    return Study("smoke", "countdown", tmp_path, **SHORT)
+
+
+def test_a_trainer_of_ones_own_is_taken_only_if_it_is_the_profiles(short, tmp_path):
+    trainer = short.trainer(0)
     trainer.args.learning_rate = 0.5
-    with pytest.raises(R3Error, match="learning_rate is 0.5, not 0.002: change them in overrides"):
-        study.train(0, trainer)
+    with pytest.raises(R3Error, match="learning_rate was 0.002, is 0.5: change it in overrides"):
+        short.train(0, trainer)
     trainer.args.learning_rate = 0.002
     with pytest.raises(R3Error, match="training_folder"):
-        study.train(1, trainer)
-    assert (study.train(0, trainer) / "adapter_model.safetensors").exists()
+        short.train(1, trainer)
+    path = short.train(0, trainer)
+    assert (path / "adapter_model.safetensors").exists()
+    assert short.train(0, short.trainer(0)) == path == short.train(0)
+    code = f"""import sys; from r3lib.study import Study
+Study("smoke", "countdown", {str(tmp_path)!r}, **{SHORT}).train(0); print(*sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "cached  countdown-r3-0" in done.stdout and not MODELS & set(done.stdout.split())
+
+
+def in_bf16(study):
+    return AutoModelForCausalLM.from_pretrained(study.model_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (lambda study: {"peft_config": small_lora(r=2)}, "lora.r was 16, is 2"),
+        (lambda study: {"peft_config": small_lora(target_modules=["q_proj"])}, "lora.target_modules was"),
+        (lambda study: {"peft_config": None}, "lora.r was 16, is null"),
+        (lambda study: {"model": tiny_model("llama", len(study.tokenizer))}, "model was .*base_model., is"),
+        (lambda study: {"model": in_bf16(study)}, "dtype was .torch.float32., is .torch.bfloat16"),
+        (lambda study: {"task": CoinTask(count=3, largest=20)}, "task's class was"),
+        (lambda study: {"failures": study.failures()[1:]}, "failures was"),
+        (lambda study: {"engine": ScriptedEngine(study.tokenizer)}, "engine of its own was false, is true"),
+    ],
+    ids=["r", "targets", "whole", "model", "dtype", "task", "failures", "engine"],
+)
+def test_what_is_edited_in_the_trainer_and_not_in_the_profile_is_named(short, changes, words):
+    """Else the edited trainer's adapter would be kept, or another one taken, as the profile's."""
+    parts = dict(model=short.model(), args=short.args(0), task=short.task, failures=short.failures(),
+                 peft_config=short.lora(), processing_class=short.tokenizer)  # fmt: skip
+    with pytest.raises(R3Error, match=f"not the profile's trainer: .*{words}"):
+        short.train(0, R3Trainer(**parts | changes(short)))
+
+
+def test_a_conditions_colour_and_question_make_no_episodes_anew_and_its_temperature_does(tmp_path, monkeypatch):
+    first, *others = r3lib.study.CONDITIONS
+    keys = []
+    monkeypatch.setattr(r3lib.study, "stage", lambda target, config, *_: keys.append(config))
+    for edited in (first, replace(first, color="#000000", control="Why?"), replace(first, temperature=0.5)):
+        monkeypatch.setattr(r3lib.study, "CONDITIONS", [edited, *others])
+        Study("smoke", "countdown", tmp_path).baseline()
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_overrides_are_a_mapping_or_its_text(tmp_path):
@@ -194,7 +281,7 @@ def test_a_setting_of_the_block_makes_the_adapter_anew_but_not_what_comes_before
         other = Study("smoke", "countdown", tmp_path, **setting)
         assert other._training(0) != plain._training(0)
         assert other._config("test_problems") == plain._config("test_problems")
-    free = Study("smoke", "countdown", tmp_path, report_to="tensorboard", save_steps=7)
+    free = Study("smoke", "countdown", tmp_path, report_to="tensorboard", save_steps=7, sample_batch=3)
     assert free._training(0) == plain._training(0)
     longer = Study("smoke", "countdown", tmp_path, max_retry_length=65)
     assert longer._config("test_problems") != plain._config("test_problems")
@@ -242,7 +329,8 @@ def test_training_on_failures_of_a_table_is_training_on_a_list_of_them(tiny, tmp
     study, steps = Study("smoke", "countdown", tmp_path), []
     for name, failures in zip("ab", mined(study, tmp_path / "mined.parquet")):
         engine, config = ScriptedEngine(study.tokenizer), small_config(tmp_path / name, max_steps=3)
-        trainer = R3Trainer(tiny(), config, CoinTask(), failures, small_lora(), study.tokenizer, engine)
+        trainer = R3Trainer(tiny(), config, task=CoinTask(), failures=failures, peft_config=small_lora(),
+                            processing_class=study.tokenizer, engine=engine)  # fmt: skip
         trainer.train()
         assert trainer.failures is failures
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

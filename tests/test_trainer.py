@@ -23,6 +23,7 @@ from conftest import (
     small_lora,
     tiny_model,
 )
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, PromptTuningConfig, get_peft_model
@@ -42,20 +43,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from r3lib.card import plain_name
 from r3lib.chat import Chat
+from r3lib.checkpoints import RUN_NOTE, last_checkpoint
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
-from r3lib.trainer import (
-    RUN_NOTE,
-    R3Config,
-    R3Metrics,
-    R3Trainer,
-    differing,
-    last_checkpoint,
-    metrics_file,
-    rollout,
-    training_order,
-    verified,
-)
+from r3lib.rollout import rollout, training_order, verified
+from r3lib.trainer import R3Trainer
+from r3lib.training_log import R3Metrics, metrics_file
 
 METRICS = [
     "task", "step", "seed", "reward", "zero_variance_share", "kl", "entropy", "grad_norm", "tokens",
@@ -443,15 +436,6 @@ def test_an_impossible_configuration_is_one_helpful_line(tmp_path, changes, word
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
-def test_what_differs_from_a_profile_is_named(tmp_path):
-    """Seed, place and what decides no weight may differ."""
-    block = dict(max_steps=3, learning_rate=1e-4, lr_scheduler_type="constant", use_cpu=True)
-    args = R3Config(str(tmp_path), seed=4, **block, save_steps=7, sample_batch=3)
-    assert differing(args, block) == ""
-    args = R3Config(str(tmp_path), **block | {"max_steps": 2, "beta": 0.5})
-    assert differing(args, block) == "beta is 0.5, not 0.001; max_steps is 2, not 3"
-
-
 def test_a_default_that_is_given_is_no_reason_to_refuse(tmp_path):
     config = small_config(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, num_iterations=1,
                           eval_strategy="no", top_k=0, generation_kwargs=None)  # fmt: skip
@@ -461,7 +445,7 @@ def test_a_default_that_is_given_is_no_reason_to_refuse(tmp_path):
 def test_a_grpo_config_is_refused_with_the_fix(tiny, tokenizer, tmp_path):
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(R3Error, match="args is a GRPOConfig: give an R3Config"):
-        R3Trainer(tiny(), args, CoinTask(), coin_failures(tokenizer, 2), processing_class=tokenizer)
+        R3Trainer(tiny(), args, task=CoinTask(), failures=coin_failures(tokenizer, 2), processing_class=tokenizer)
 
 
 # failures that are not this model's
@@ -469,8 +453,10 @@ def test_a_grpo_config_is_refused_with_the_fix(tiny, tokenizer, tmp_path):
 
 def train_on(failures, tiny, tokenizer, folder, **changes):
     task = CoinTask(count=3, largest=20)
-    return R3Trainer(tiny(), small_config(folder, **changes), task, failures, small_lora(), tokenizer,
-                     ScriptedEngine(tokenizer))  # fmt: skip
+    return R3Trainer(
+        tiny(), small_config(folder, **changes), task=task, failures=failures, peft_config=small_lora(),
+        processing_class=tokenizer, engine=ScriptedEngine(tokenizer),
+    )  # fmt: skip
 
 
 @given(
@@ -517,7 +503,8 @@ def test_a_failure_that_does_not_fit_into_the_context_is_found_at_the_start_and_
         for n in (spare, spare + 1)
     )
     engine = TransformersEngine(model, tokenizer)
-    trainer = R3Trainer(model, small_config(tmp_path), task, fits, small_lora(), tokenizer, engine)
+    shared = {"peft_config": small_lora(), "processing_class": tokenizer, "engine": engine}
+    trainer = R3Trainer(model, small_config(tmp_path), task=task, failures=fits, **shared)
     places = [place for place, index in enumerate(trainer.order) if index == 2][:1]
     rollout([trainer.train_dataset[place]["prompt"] for place in places for _ in range(4)], trainer)
     name = re.escape(f"failures[2] (problem {failures[2].problem.id!r})")
@@ -621,13 +608,17 @@ def test_a_saved_adapter_has_a_card_no_absolute_path_and_the_umasks_mode(
         )
         assert all(
             word in card
-            for word in ("| learning_rate | 0.002 |", "| lr_scheduler_type | constant |", "trl 1.")
+            for word in ("learning_rate 0.002,", "lr_scheduler_type constant,", "trl 1.")
         )
         assert str(tmp_path) not in card and str(Path.cwd()) not in card
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
         "base_model_name_or_path"
     ] == (plain_name(str(BASE_MODEL)))
     assert {oct(p.stat().st_mode)[-3:] for p in (tmp_path / "adapter").glob("adapter*")} == {"640"}
+    trainer.create_model_card("org/mine", "org/sums", tags="arithmetic")
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "# org/mine\n" in card.text and card.data.datasets == "org/sums"
+    assert {"r3", "trl", "arithmetic"} <= set(card.data.tags)
 
 
 def test_a_lora_config_serves_two_trainings(tiny, tokenizer, tmp_path):
@@ -650,7 +641,7 @@ def test_training_goes_on_from_the_adapter_of_a_peft_model(tiny, tokenizer, tmp_
         model = PeftModel.from_pretrained(tiny(), tmp_path / "given", is_trainable=True)
         args = small_config(tmp_path / str(rate), max_steps=1, learning_rate=rate)
         task = CoinTask(count=3, largest=20)
-        trainer = R3Trainer(model, args, task, failures, None, tokenizer)
+        trainer = R3Trainer(model, args, task=task, failures=failures, processing_class=tokenizer)
         trainer.train()
         trained = {n: p for n, p in trainer.model.named_parameters() if "lora" in n}
         moved = max((p - before[n]).abs().max().item() for n, p in trained.items())

@@ -15,8 +15,11 @@ from transformers import TrainerCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from r3lib.errors import R3Error
+from r3lib.r3_config import R3Config
+from r3lib.rollout import rollout
 from r3lib.settings import FREE, HONOURED, REFUSED, default_of, settings_facts
-from r3lib.trainer import METRICS, R3Config, R3Trainer, rollout
+from r3lib.trainer import R3Trainer
+from r3lib.training_log import METRICS
 
 REFLECTION = [[30, 31, 32], [40, 41], [50, 51, 52, 1], [60, 1]]  # completions of a group, two of them finished
 

@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from r3lib.chat import Chat
+from r3lib.checkpoints import last_checkpoint
 from r3lib.doctor import check_model
 from r3lib.errors import R3Error
 from r3lib.study import Study
 from r3lib.tasks import Task
-from r3lib.trainer import last_checkpoint
 from r3lib.weights import generation_config, reading, training_options
 
 CORPORA = {"countdown": corpus_countdown, "function_calling": corpus_function_calling}

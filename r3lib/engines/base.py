@@ -29,7 +29,12 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Anything that samples completions for token-id prompts."""
+    """Anything that samples completions for token-id prompts.
+
+    Two things are optional. `model_name` names its model in results. `identity()` gives facts by
+    name, as JSON has them, equal exactly for engines that sample the same: so no folder mixes the
+    results of two.
+    """
 
     def generate(
         self,
@@ -46,14 +51,6 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class IdentifiedEngine(Engine, Protocol):
-    """An engine that tells its policy from others, so that no folder mixes the results of two."""
-
-    def identity(self) -> dict:
-        """Facts by name, as JSON has them: equal exactly for engines that sample the same."""
-
-
-@runtime_checkable
 class RemoteEngine(Engine, Protocol):
     """An engine in another process: it samples from the adapter that `sync` named last.
 
@@ -66,7 +63,7 @@ class RemoteEngine(Engine, Protocol):
 
 def identity(engine: Engine) -> dict:
     """What tells the engine's policy from others; of an engine that does not say it, its class."""
-    if isinstance(engine, IdentifiedEngine):
+    if hasattr(engine, "identity"):
         return engine.identity()
     return {"engine": type(engine).__name__}
 

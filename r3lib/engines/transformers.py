@@ -39,6 +39,7 @@ class TransformersEngine:
     ):
         check_model(model)
         self.model = model
+        self.model_name = model.config._name_or_path
         self.batch_size = batch_size
         self.progress = progress
         self.end_ids = end_ids or Chat(tokenizer, model.generation_config).end_ids
@@ -58,7 +59,7 @@ class TransformersEngine:
             self._kept = None
 
     def identity(self) -> dict:
-        """See `IdentifiedEngine`: the model's architecture, weights and adapters."""
+        """See `Engine`: the model's architecture, weights and adapters."""
         return model_facts(self.model)
 
     @torch.no_grad()

@@ -55,12 +55,12 @@ class VLLMEngine:
         self.end_ids = end_ids or Chat(tokenizer).end_ids
         model = self._models(self.servers[0])[0]
         self.longest = model["max_model_len"]
-        self.base = model["id"]
+        self.base = self.model_name = model["id"]
         self.policy = self.base  # the name of what is sampled: the model or an adapter
         self.adapter_hash = ""
 
     def identity(self) -> dict:
-        """See `IdentifiedEngine`: the served model, and the adapter's hash."""
+        """See `Engine`: the served model, and the adapter's hash."""
         return {"engine": "vllm", "model": self.base, "adapter": self.adapter_hash}
 
     def generate(

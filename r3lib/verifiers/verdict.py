@@ -7,12 +7,19 @@ from dataclasses import dataclass
 class Verdict:
     """`ok`, and the reason in one word: "ok" exactly when `ok`, else the name of the error.
 
-    `score`, from 0 to 1, is the reward of a graded verifier; without one it is 1 or 0.
+    `score`, from 0 to 1, is the reward of a graded verifier; without one it is 1 or 0. ValueError:
+    `ok` and the reason disagree (tables count the reason), or the score is out of range.
     """
 
     ok: bool
     reason: str
     score: float | None = None
+
+    def __post_init__(self):
+        if self.ok != (self.reason == "ok"):
+            raise ValueError(f"{self}: the reason is 'ok' exactly when ok is True")
+        if self.score is not None and not 0 <= self.score <= 1:
+            raise ValueError(f"{self}: the score is a reward from 0 to 1")
 
     @classmethod
     def of(cls, reason: str) -> "Verdict":
