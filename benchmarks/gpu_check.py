@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from step import arguments as step_arguments
 from step import step
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
-from r3lib.config import load_profile
+from r3lib.config import ROOT, load_profile
 from r3lib.engines import SamplingParams
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.files import write_atomic
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="random models of two layers")
     parser.add_argument("--model", help="a folder with weights of about 1.5B")
-    parser.add_argument("--results", type=Path, default=Path("results/gpu"))
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "gpu")
     options = parser.parse_args()
     found = {"machine": machine(), "device": torch.cuda.get_device_name() if GPU else "CPU"}
     for part in PARTS:
@@ -161,7 +161,7 @@ def large(options, quantization: str = "none"):
         )
         return model, tokenizer
     torch.manual_seed(0)
-    config = Qwen2Config(**(QWEN | (SMALL if options.small else {})))
+    config = LlamaConfig(**(QWEN | SMALL)) if options.small else Qwen2Config(**QWEN)
     config.eos_token_id = 1
     with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
