@@ -72,10 +72,11 @@ class SharedPrefixGRPO(GRPOTrainer):
             zero = sum(p.flatten()[0] for p in trained).float() * 0
             logps = zero.expand(len(input_ids), logits_to_keep)
             return logps, logps.detach(), None
+        several = self.accelerator.num_processes > 1
         with self.accelerator.autocast():
             logps, entropies = packed_values(
                 model, self._backbone(model), input_ids, attention_mask, logits_to_keep, rows,
-                batch_size,
+                batch_size or (len(rows) if several else None), several,
             )  # fmt: skip
         if self._rows is not None:  # TRL logs the mean over all rows: make it that of these
             tokens = attention_mask[rows, -logits_to_keep:]

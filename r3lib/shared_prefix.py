@@ -124,20 +124,25 @@ def pack(groups: list[Group], rows: list[int], kept: int, device) -> Packed:
 
 def packed_values(
     model, backbone, input_ids: Tensor, attention_mask: Tensor, kept: int, rows: list[int],
-    batch_size: int | None = None,
+    batch_size: int | None = None, evenly: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs and entropies [rows of the batch, kept] of `rows`; zero for all other rows.
 
     `model` has TRL's fused head, `backbone` is the part of it that gives hidden states. Runs a
-    quarter of the groups at a time, and at most about `batch_size` rows.
+    quarter of the groups at a time, and at most about `batch_size` rows. `evenly`: as many times as
+    other processes do, whatever their groups.
     """
-    groups = groups_of(input_ids, attention_mask, kept, rows)
-    size = -(-len(groups) // CHUNKS)
-    if batch_size is not None:
-        size = max(1, min(size, batch_size * len(groups) // len(rows)))
+    if evenly:
+        blocks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        parts = [groups_of(input_ids, attention_mask, kept, block) for block in blocks]
+    else:
+        groups = groups_of(input_ids, attention_mask, kept, rows)
+        size = -(-len(groups) // CHUNKS)
+        if batch_size is not None:
+            size = max(1, min(size, batch_size * len(groups) // len(rows)))
+        parts = [groups[first : first + size] for first in range(0, len(groups), size)]
     order, values = [], []
-    for first in range(0, len(groups), size):
-        some = groups[first : first + size]
+    for some in parts:
         own = [row for group in some for row in group.of_row]
         packed = pack(some, own, kept, input_ids.device)
         with only_at(backbone, packed.source):
