@@ -142,8 +142,8 @@ def config(folder: str, options) -> R3Config:
         folder, max_steps=1 + options.steps, failures_per_step=options.groups,
         num_generations=options.group, per_device_train_batch_size=options.rows, seed=1,
         max_completion_length=options.reflection, max_retry_length=options.retry,
-        max_attempt_length=options.attempt, learning_rate=1e-4, lr_scheduler_type="constant",
-        warmup_steps=0, beta=options.beta, loss_type="dr_grpo", mask=MASK[options.run],
+        max_attempt_length=options.attempt, retry_temperature=1.0, learning_rate=1e-4,
+        lr_scheduler_type="constant", warmup_steps=0, beta=options.beta, loss_type="dr_grpo", mask=MASK[options.run],
         save_strategy="no", report_to="none", disable_tqdm=True,
         bf16=options.dtype == "bfloat16", fp16=False,
     )  # fmt: skip

@@ -100,7 +100,7 @@ def pack(groups: list[Group], rows: list[int], kept: int, device) -> Packed:
         for segment, completion in enumerate(group.completions, 1):
             start, size = number * width + len(row_ids), len(completion)
             begun.append(range(len(targets), len(targets) + size))
-            source += [number * width + length - 1, *range(start, start + size - 1)]
+            source += [number * width + length - 1, *range(start, start + size - 1)][:size]
             targets += completion
             row_ids += completion
             row_positions += range(length, length + size)
@@ -111,7 +111,8 @@ def pack(groups: list[Group], rows: list[int], kept: int, device) -> Packed:
         spans |= {row: begun[index] for row, index in group.of_row.items()}
     place = torch.full((len(rows), kept), len(targets))
     for number, row in enumerate(rows):
-        place[number, : len(spans[row])] = torch.tensor(spans[row])
+        span = spans[row]
+        place[number, : len(span)] = torch.arange(span.start, span.stop)
     return Packed(
         pad_sequence(ids, batch_first=True).to(device),
         pad_sequence(positions, batch_first=True).to(device),

@@ -73,6 +73,7 @@ def test_packed_rows_give_the_values_and_gradients_of_trl(
     assert trainer._packs
     ids, mask = batch_of([(9, [4, 7, 1, 4]), (30, [12]), (21, [2, 2, 20])], 30, 20)
     ids, mask = (torch.cat([x, x[1:3]]) for x in (ids, mask))  # some reflections are equal
+    mask[4, 30:] = 0  # one is masked, as mask_truncated_completions does
     results = []
     for owner in (GRPOTrainer, R3Trainer):
         trainer.model.zero_grad()
