@@ -117,8 +117,8 @@ def pack(groups: list[Group], rows: list[int], kept: int, device) -> Packed:
         pad_sequence(ids, batch_first=True).to(device),
         pad_sequence(positions, batch_first=True).to(device),
         pad_sequence(segments, batch_first=True, padding_value=PADDING).to(device),
-        torch.tensor(source, device=device),
-        torch.tensor(targets, device=device),
+        torch.tensor(source, dtype=torch.long, device=device),
+        torch.tensor(targets, dtype=torch.long, device=device),
         place.to(device),
     )
 
