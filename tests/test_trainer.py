@@ -738,7 +738,7 @@ def test_a_longrope_model_learns_no_batch_that_is_wider_than_its_reach(tokenizer
     trainer = make(
         tiny_model("llama", len(tokenizer)), tokenizer, tmp_path, engine=ScriptedEngine(tokenizer)
     )
-    trainer._reach = 20
+    trainer._reach, trainer._packs = 20, False
     with pytest.raises(R3Error, match="tokens wide, beyond the 20 up to which"):
         trainer.train()
 
