@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shard", type=_shard, metavar="I/N", help=share)
     one.add_argument("--seed", type=int, help="of the training that is evaluated (default: 0)")
 
-    one = command("doctor", doctor, "Check this machine for a profile; suggest a fix for each problem.")
+    one = command("doctor", doctor, "Check this machine for a profile; suggest fixes.")
     add_study(one, results=False)
     one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="estimate for such a GPU")
 

@@ -151,7 +151,7 @@ def decisive(
 
 
 def read_episodes(folder: Path) -> pd.DataFrame:
-    """All episodes in the parquet files of `folder`; R3Error when there is none or one is damaged."""
+    """All episodes in the parquet files of `folder`; R3Error when there is none or one damaged."""
     paths = sorted(Path(folder).glob("*.parquet"))
     if not paths:
         raise R3Error(

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class R3Error(Exception):
-    """Bad input or a broken precondition; the command line prints it as one line and exits with 2."""
+    """Bad input or a broken precondition; the command line prints one line and exits with 2."""
 
 
 def nearest(word, known: Iterable[str]) -> str:

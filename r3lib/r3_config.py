@@ -98,5 +98,6 @@ class R3Config(GRPOConfig):
         one_rollout = self.steps_per_generation == self.gradient_accumulation_steps
         if generation != (None, None) and not one_rollout:
             raise R3Error(
-                "a step of R3 is one rollout: leave steps_per_generation and generation_batch_size unset"
+                "a step of R3 is one rollout: leave steps_per_generation and "
+                "generation_batch_size unset"
             )

@@ -250,7 +250,7 @@ class Study:
         return hash_of(self.model_path)
 
     def _config(self, *keys, **extra) -> dict:
-        """What a stage depends on besides its inputs: task, model, sampling, the profile's `keys`."""
+        """What a stage depends on besides its inputs: task, model, sampling, and `keys`."""
         profile = asdict(self.profile)
         if profile["vllm_options"]:
             keys = (*keys, "vllm_options")

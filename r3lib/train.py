@@ -9,7 +9,7 @@ from .errors import R3Error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train one adapter, cached as notebook 03 would cache it; return 0, or 2 for a stated error."""
+    """Train one adapter, cached as notebook 03 would cache it; return 0, or 2 for an error."""
     parser = argparse.ArgumentParser(prog="r3lib.train", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     add_study(parser)

@@ -249,7 +249,7 @@ class R3Trainer(SharedPrefixGRPO):
 
 
 def check_args(args, reward_funcs, eval_dataset) -> None:
-    """R3Error unless `args` is an R3Config, and the arguments of TRL that R3 cannot use are None."""
+    """R3Error unless `args` is an R3Config, and what R3 cannot use of TRL's is None."""
     if not isinstance(args, R3Config):
         what = "missing" if args is None else f"a {type(args).__name__}"
         raise R3Error(f"args is {what}: give an R3Config, with the same settings")

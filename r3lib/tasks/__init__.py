@@ -16,7 +16,7 @@ TASKS = {"countdown": CountdownTask, "function_calling": FunctionCallingTask}
 def load_task(name: str, options: dict | None = None, **own) -> Task:
     """The task called `name`, or the one of your own at "package.module:Class" or "file.py:Class".
 
-    It is made with the keywords in `own`, or with `options[task's name]` (a profile's `task_options`).
+    It is made with the keywords in `own`, or with `options[task's name]` (`task_options`).
     R3Error: no such task, or it does not take an option.
     """
     task = TASKS.get(name) or _class_at(name)

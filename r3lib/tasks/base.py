@@ -28,7 +28,7 @@ class Task:
         raise TypeError(f"task {type(self).__name__} does not define problems(split, n, seed)")
 
     def messages(self, problem) -> list[dict]:
-        """Return the conversation that asks for a first try: [{"role": ..., "content": ...}, ...]."""
+        """Return the conversation that asks for a first try: [{"role", "content"}, ...]."""
         raise TypeError(f"task {type(self).__name__} does not define messages(problem)")
 
     def question(self, problem) -> str:
