@@ -53,7 +53,8 @@ class SharedPrefixGRPO(GRPOTrainer):
         all_matter = args.beta or self._entropy_bonus_enabled or args.top_entropy_quantile < 1.0
         if all_matter or not self._packs or "old_per_token_logps" in inputs:
             return None
-        rows = inputs["advantages"].nonzero()[:, 0].unique().tolist()
+        teaching = inputs["advantages"].reshape(len(inputs["completion_mask"]), -1).any(1)
+        rows = (teaching & inputs["completion_mask"].any(1)).nonzero()[:, 0].tolist()
         if not rows and self.accelerator.num_processes > 1:  # whose gradients are awaited
             return [0]
         return rows
@@ -69,7 +70,7 @@ class SharedPrefixGRPO(GRPOTrainer):
         rows = list(range(len(input_ids))) if self._rows is None else self._rows
         if not rows:
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            zero = sum(p.flatten()[0] for p in trained).float() * 0
+            zero = sum((p * 0).sum() for p in trained).float()
             logps = zero.expand(len(input_ids), logits_to_keep)
             return logps, logps.detach(), None
         several = self.accelerator.num_processes > 1
@@ -126,6 +127,9 @@ class SharedPrefixGRPO(GRPOTrainer):
             training = self.model.training
             # on a CPU bitsandbytes repacks NF4 for inference, for good, in a forward in eval mode
             self.model.train(getattr(self.model, "is_quantized", False))
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.eval()
             why = self._difference_of_packing()
             self.model.train(training)
         if why is not None:

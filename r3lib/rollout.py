@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from random import Random
 
+from .engines.prefix_tree import cut
 from .sampler import Failure, Reflection, Retry
 
 
@@ -60,6 +61,15 @@ def sample_groups(places: list[int], turn: int, trainer) -> list[Group]:
 
     Each depends on seed, place and turn alone, so that a resumed run draws the same.
     """
+    size = len(places)
+    if hasattr(trainer.sampler().engine, "keeping"):  # which takes memory until the retries end
+        size = max(1, trainer.args.sample_batch // trainer.args.num_generations)
+    blocks = [sample_block(some, turn, trainer) for some in cut(places, size)]
+    return [group for block in blocks for group in block]
+
+
+def sample_block(places: list[int], turn: int, trainer) -> list[Group]:
+    """The groups at `places`, all sampled at once."""
     args, sampler = trainer.args, trainer.sampler()
     size = args.num_generations
     failures = [failure_at(place, turn, trainer) for place in places]
@@ -69,8 +79,7 @@ def sample_groups(places: list[int], turn: int, trainer) -> list[Group]:
         reflections = sampler.reflect(failures, seeds, size)
         retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
     rewards = rewards_for(reflections, retries, args.truncation_penalty)
-    cuts = [slice(first, first + size) for first in range(0, len(rewards), size)]
-    return [Group(reflections[cut], retries[cut], rewards[cut]) for cut in cuts]
+    return [Group(*parts) for parts in zip(*(cut(x, size) for x in (reflections, retries, rewards)))]
 
 
 def group_seed(seed: int, place: int, turn: int = 0) -> int:

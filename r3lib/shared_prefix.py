@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 PROMPT, PADDING = 0, -1  # segments of a packed row; completions are 1, 2, ...
+MOST_TOKENS = 2048  # of a packed row, whose mask grows with their square; then another one begins
 CHUNKS = 4  # parts of a batch, of groups of like length, that are computed one after the other
 # how far packed rows may be from separate ones, in fp32 and in 16 bits, by rounding alone
 MOST_OFF = {True: 1e-3, False: 0.1}  # mean absolute difference of log-probs, in nats
@@ -76,16 +77,20 @@ class Group:
 def groups_of(input_ids: Tensor, attention_mask: Tensor, kept: int, rows: list[int]) -> list[Group]:
     """The groups that `rows` form, shortest first; the last `kept` columns are completions."""
     found: dict[tuple, Group] = {}
+    full = []
     ids, seen = input_ids.tolist(), attention_mask.tolist()
     first = input_ids.size(1) - kept
     for row in rows:
         prompt = tuple(i for i, s in zip(ids[row][:first], seen[row][:first]) if s)
         completion = tuple(i for i, s in zip(ids[row][first:], seen[row][first:]) if s)
         group = found.setdefault(prompt, Group(prompt, [], {}))
+        if group.completions and group.tokens() + len(completion) > MOST_TOKENS:
+            full.append(group)
+            group = found[prompt] = Group(prompt, [], {})
         if completion not in group.completions:
             group.completions.append(completion)
         group.of_row[row] = group.completions.index(completion)
-    return sorted(found.values(), key=Group.tokens)
+    return sorted([*full, *found.values()], key=Group.tokens)
 
 
 def pack(groups: list[Group], rows: list[int], kept: int, device) -> Packed:
@@ -196,6 +201,10 @@ def unpackable(model) -> str | None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         return f"it has layers of {', '.join(sorted(kinds))}"
+    window = getattr(config, "sliding_window", None)
+    named = getattr(config, "layer_types", None)
+    if window and not named and window < config.max_position_embeddings:
+        return f"it looks back only {window} tokens"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"{config._attn_implementation} takes no mask of blocks: load it with sdpa"
     return None
@@ -209,22 +218,31 @@ def difference(
     Each gives the same log-probs [rows, tokens] with a graph to `parameters`, which keep their
     `.grad` as it is. `exact`: all is computed in fp32.
     """
-    found = []
-    for values in (separate, packed):
-        logps = values().float()
-        places = torch.arange(logps.numel(), device=logps.device).view_as(logps)
-        score = (logps * places.cos()).sum()  # any weights that differ from token to token
-        slopes = torch.autograd.grad(score, parameters, allow_unused=True)
-        flat = torch.cat([x.float().flatten() for x in slopes if x is not None])
-        found.append((logps.detach(), flat))
-    (logps, slope), (other_logps, other_slope) = found
+    logps, slopes = values_and_slopes(separate, parameters)
+    try:
+        other_logps, other_slopes = values_and_slopes(packed, parameters)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"packed rows raise {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     off = (logps - other_logps).abs().mean().item()
-    cosine = torch.cosine_similarity(slope.double(), other_slope.double(), 0).item()
-    if off > MOST_OFF[exact]:
+    if not off <= MOST_OFF[exact]:  # also where one is nan
         return f"log-probs differ by {off:.2g} on average"
-    if slope.any() and cosine < LEAST_COSINE[exact]:
-        return f"gradients differ (cosine {cosine:.4f})"
+    products = torch.zeros(3, dtype=torch.double)
+    for a, b in zip(slopes, other_slopes):
+        if a is not None and b is not None:
+            pairs = ((a, b), (a, a), (b, b))
+            products += torch.stack([(x * y).double().sum().cpu() for x, y in pairs])
+    dot, own, other = products.tolist()
+    if own and not dot >= LEAST_COSINE[exact] * (own * other) ** 0.5:
+        return f"gradients differ (cosine {dot / max((own * other) ** 0.5, 1e-30):.4f})"
     return None
+
+
+def values_and_slopes(values: Callable[[], Tensor], parameters: list) -> tuple[Tensor, tuple]:
+    """Log-probs, and the gradient of some sum of them at each of `parameters`, None where unused."""
+    logps = values().float()
+    places = torch.arange(logps.numel(), device=logps.device).view_as(logps)
+    score = (logps * places.cos()).sum()  # any weights that differ from token to token
+    return logps.detach(), torch.autograd.grad(score, parameters, allow_unused=True)
 
 
 def whole_groups(batches: list[dict]) -> list[dict]:

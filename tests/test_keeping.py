@@ -1,6 +1,7 @@
 """A conversation that goes on is not computed again: the same tokens, from fewer forward passes."""
 
 from contextlib import nullcontext
+from random import Random
 
 import pytest
 import torch
@@ -127,3 +128,47 @@ def test_the_trainers_retries_go_on_from_its_reflections(tokenizer):
         results.append(counts)
     assert results[0] == results[2]
     assert results[1] < 0.8 * results[3]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_conversation_goes_on_as_if_it_began_anew(tiny, tokenizer, seed):
+    """Rows of any length, cut anywhere, some of them dropped, turn after turn."""
+    random = Random(seed)
+    engine = TransformersEngine(tiny().eval(), tokenizer, random.choice([1, 3, 64]))
+    engine.end_ids = frozenset(random.sample(range(800), random.choice([1, 80])))
+    texts = [
+        [random.randrange(5, 800) for _ in range(random.randrange(1, 60))]
+        for _ in range(random.randrange(1, 7))
+    ]
+    found = []
+    for block in (engine.keeping, nullcontext):
+        random, prompts, said = Random(seed), texts, []
+        with block():
+            for _ in range(3):
+                tokens = SamplingParams(random.choice([1, 2, 9, 30]), 1.0)
+                completions = [c for [c] in engine.generate(prompts, 1, tokens)]
+                said += [c.ids for c in completions]
+                prompts = [
+                    [*prompt, *c.ids[: random.randrange(1, 40)], *range(5, 5 + random.randrange(1, 50))]
+                    for prompt, c in zip(prompts, completions)
+                ]
+                prompts = prompts[: max(1, random.randrange(len(prompts) + 1))]
+        found.append(said)
+    assert found[0] == found[1]
+
+
+def test_what_failed_half_way_is_not_taken_for_computed(tiny, tokenizer):
+    model = tiny().eval()
+    engine = TransformersEngine(model, tokenizer)
+    engine.end_ids = frozenset([-5])
+    with engine.keeping():
+        [[first]] = engine.generate([[5, 6, 7]], 1, GREEDY)
+        again = [[5, 6, 7, *first.ids, 9, 10, 11]]
+        hook = model.base_model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.generate(again, 1, GREEDY)
+        hook.remove()
+        [[kept]] = engine.generate(again, 1, GREEDY)
+    [[anew]] = engine.generate(again, 1, GREEDY)
+    assert kept.ids == anew.ids
+    torch.testing.assert_close(torch.tensor(kept.logprobs), torch.tensor(anew.logprobs))

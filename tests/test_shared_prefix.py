@@ -9,7 +9,7 @@ from conftest import CoinTask, ConstantTask, ScriptedEngine, coin_failures, smal
 from transformers import AutoModelForCausalLM, MistralConfig
 from trl import GRPOTrainer
 
-from r3lib.shared_prefix import groups_of, pack, whole_groups
+from r3lib.shared_prefix import difference, groups_of, pack, whole_groups
 from r3lib.trainer import R3Trainer, rollout
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "phi3"]
@@ -145,10 +145,11 @@ def test_only_groups_with_variance_are_computed_and_the_gradient_is_the_same(
     }  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     gradients, seen = [], calls_of(trainer)
-    for owner in (GRPOTrainer, R3Trainer):
+    for kind in (Slow, R3Trainer):
+        trainer.__class__ = kind
         trainer.model.zero_grad()
         seen.clear()
-        owner._compute_loss(trainer, trainer.model, inputs).backward()
+        trainer._compute_loss(trainer.model, inputs).backward()
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         gradients.append(torch.cat([p.grad.flatten() for p in trained]))
     assert [shape[0] for shape in seen] == [1], "one packed row: the other group teaches nothing"
@@ -169,8 +170,15 @@ def test_a_step_puts_the_rows_of_a_group_together_and_those_that_teach_first():
     assert all(batch["count"] == 15 for batch in whole)
 
 
+@pytest.mark.parametrize(
+    "layer_types, said",
+    [
+        (["sliding_attention", "full_attention"], "layers of sliding_attention"),
+        (None, "it looks back only 256 tokens"),
+    ],
+)
 def test_a_model_whose_layers_look_back_only_a_window_is_computed_row_by_row(
-    tokenizer, tmp_path, caplog
+    tokenizer, tmp_path, caplog, layer_types, said
 ):
     torch.manual_seed(0)
     config = MistralConfig(
@@ -178,11 +186,34 @@ def test_a_model_whose_layers_look_back_only_a_window_is_computed_row_by_row(
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
         sliding_window=256, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    config.layer_types = ["sliding_attention", "full_attention"]
+    config.layer_types = layer_types
     with caplog.at_level(logging.WARNING, "r3lib"):
         trainer = make(R3Trainer, AutoModelForCausalLM.from_config(config), tokenizer, tmp_path)
     assert not trainer._packs
-    assert "layers of sliding_attention" in caplog.text
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    "packed, said",
+    [
+        (lambda p: p * 1.0, None),
+        (lambda p: p * float("nan"), "log-probs differ by nan"),
+        (lambda p: p.detach() + (p - p.detach()) * torch.tensor([[1.0, -1.0]]), "gradients differ"),
+        (lambda p: p.view(7), "packed rows raise RuntimeError"),
+    ],
+)
+def test_what_differs_is_said(packed, said):
+    parameter = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    why = difference(lambda: parameter * 1.0, lambda: packed(parameter), [parameter], exact=True)
+    assert why is None if said is None else why.startswith(said)
+
+
+def test_a_packed_row_has_a_largest_size(monkeypatch):
+    monkeypatch.setattr("r3lib.shared_prefix.MOST_TOKENS", 12)
+    ids, mask = batch_of([(5, [4, 3, 4, 6])], prompt_width=5, width=6)
+    groups = groups_of(ids, mask, 6, [0, 1, 2, 3])
+    assert sorted(group.tokens() for group in groups) == [9, 11, 12]
+    assert sorted(row for group in groups for row in group.of_row) == [0, 1, 2, 3]
 
 
 def test_packing_that_changes_the_values_is_found_at_the_start(tiny, tokenizer, tmp_path, caplog, monkeypatch):

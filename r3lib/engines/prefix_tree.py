@@ -111,7 +111,7 @@ class Level:
         span = slice(int(rows[0]), int(rows[0]) + len(counts))
         visible = self.length[span, None]
         if causal:
-            visible = visible + np.arange(slots) + 1
+            visible = visible + np.minimum(np.arange(slots) + 1, counts[:, None])
         return QueryGrid(span, slots, row * slots + slot, visible)
 
 

@@ -192,10 +192,12 @@ class Batch:
         check_length(self.model, self.longest)
         self.cache.longest = self.longest
         self.cache.revive(np.array(numbers), lengths, width)
-        self.texts = [[*row.ids[first:]] for row, first in zip(rows, begun)]
+        self.texts = [[*row.ids[first : row.shared]] for row, first in zip(rows, begun)]
         prompts = [self.rows[number].ids for number in numbers]
         self.rows = [replace(row, ids=ids) for row, ids in zip(rows, prompts)]
-        return self._append(rest)
+        logits = self._append(rest)
+        self.texts = [text + [*more] for text, more in zip(self.texts, rest)]
+        return logits
 
     def _prefill_level(self, texts: list[tuple], parent: list[int]) -> Tensor:
         """Add a level that holds `texts`; return the logits [texts, vocabulary] after each."""

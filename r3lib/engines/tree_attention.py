@@ -56,10 +56,7 @@ class TreeCache:
 
     def begin(self, step: Step) -> None:
         """Set which rows the queries of the next forward pass belong and attend to."""
-        while len(self.levels) < len(self.tree.levels):
-            self.levels.append({})
-            if self.dropped is not None:
-                self.dropped.append([])
+        self._add_levels()
         self.queries = [Queries(grid, self.device) for grid in step.grids]
         own = step.grids[-1]
         if own.slots == 1 and (step.columns == step.columns[0]).all():  # written faster
@@ -67,6 +64,13 @@ class TreeCache:
         else:
             self.rows = to_device(step.rows, self.device)
             self.columns = to_device(step.columns, self.device)
+
+    def _add_levels(self) -> None:
+        """Have a place for each level of the tree."""
+        while len(self.levels) < len(self.tree.levels):
+            self.levels.append({})
+            if self.dropped is not None:
+                self.dropped.append([])
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Write a layer's keys and values [queries, kv heads, head size] into the last level."""
@@ -102,6 +106,7 @@ class TreeCache:
 
     def revive(self, rows: np.ndarray, lengths: np.ndarray, width: int) -> None:
         """See `PrefixTree.revive`: bring back what was put aside."""
+        self._add_levels()
         names = [level.names for level in self.tree.levels]
         revived = self.tree.revive(rows, lengths, width)
         for number, level in enumerate(self.tree.levels):
