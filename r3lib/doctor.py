@@ -25,7 +25,7 @@ from .weights import missing
 TOUR = 32  # problems of notebook 00
 HAS_VLLM = "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))"
 # of the profile as it is, measured on two cores
-TIMES = {"smoke": "90 seconds", "nano": "20 minutes a seed", "smol": "two hours a task"}
+TIMES = {"smoke": "90 seconds", "nano": "15 minutes a seed", "smol": "two hours a task"}
 
 
 class Doubt(R3Error):
