@@ -1,16 +1,12 @@
 """Attention over a prefix tree: the kv cache, and what transformers calls in each layer.
 
-A query attends to one row of each level. For level l, let m_l be its highest score, w_l the sum of
-exp(score - m_l) and o_l the values weighted by these. With m = max m_l the exact attention is
+A query attends to one row of each level. Each level by itself gives o_l, the attention to its row,
+and z_l, the logarithm of the sum of its exponential scores. The exact attention to all levels is
 
-    sum_l o_l exp(m_l - m)  /  sum_l w_l exp(m_l - m)
-
-Scores are in powers of two: exp2 is several times faster than exp on a CPU.
+    sum_l o_l exp(z_l)  /  sum_l exp(z_l)
 """
 
 from contextlib import contextmanager
-from functools import cached_property
-from math import e, log2
 
 import numpy as np
 import torch
@@ -23,6 +19,7 @@ from .support import USE_VLLM
 
 NAME = "r3_tree"  # of `attend` among transformers' attention functions
 MAX_SCORES = 2**24  # attention scores computed at once, 64 MiB; more queries take turns
+cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # sums in fp32
 
 
 class Queries:
@@ -33,12 +30,24 @@ class Queries:
         self.slots = grid.slots
         self.keys = int(grid.visible.max())
         self.place = to_device(grid.place, device)
-        self.visible = to_device(grid.visible[:, :, None, None, None], device)
+        self.visible = to_device(grid.visible, device)
+        self._mask = None, None
 
-    @cached_property
-    def mask(self) -> Tensor:
-        """The attention mask of the whole grid, the same for every layer."""
-        return attention_mask(self.visible, self.keys)
+    def mask(self, group: int, dtype: torch.dtype, part: slice | None = None) -> Tensor:
+        """What is added to the scores, [rows, 1, queries or 1, keys]; of some queries with `part`.
+
+        `group`: heads that share their keys, which stand side by side as queries.
+        """
+        if part is None and self._mask[0] == (group, dtype):  # the same for every layer
+            return self._mask[1]
+        visible = self.visible
+        if visible.shape[1] > 1:
+            visible = visible.repeat_interleave(group, 1)[:, part or slice(None)]
+        hidden = torch.arange(self.keys, device=visible.device) >= visible[:, None, :, None]
+        mask = hidden.to(dtype) * -1e30
+        if part is None:
+            self._mask = (group, dtype), mask
+        return mask
 
 
 class TreeCache:
@@ -116,6 +125,7 @@ class TreeCache:
                 self.levels[number][layer] = gathered(revived[number], pairs, level.width)
             self.dropped[number] = []
 
+
 @contextmanager
 def tree_attention(model):
     """Within the block `model` is in eval mode and attends over the `TreeCache` given as `tree`."""
@@ -139,61 +149,57 @@ def attend(module, query, key, value, _, scaling=None, tree=None, sliding_window
         raise R3Error(f"{layer}: soft caps, sinks, short windows are not supported: use vLLM")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    # under autocast rotary positions leave queries and keys in fp32
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     tree.store(module.layer_idx, key, value)
     with torch.autocast(query.device.type, enabled=False):  # a trainer's would go back to 16 bits
         parts = [
             attend_level(query, *cached[module.layer_idx], queries, scaling)
             for cached, queries in zip(tree.levels, tree.queries)
         ]
-    return join(torch.stack(parts)).to(query.dtype)[None], None
+    return join(parts, query.dtype)[None], None
 
 
 def attend_level(
     query: Tensor, keys: Tensor, values: Tensor, queries: Queries, scaling: float
-) -> Tensor:
-    """o, m and w of `query` [queries, heads, size] at one level, as [queries, heads, size + 2]."""
-    keys, values = (slab[queries.rows, :, : queries.keys].float() for slab in (keys, values))
+) -> tuple[Tensor, Tensor]:
+    """o and z of `query` [queries, heads, size] at one level: [queries, heads, size or 1]."""
+    keys, values = (slab[queries.rows, :, : queries.keys] for slab in (keys, values))
     rows, kv_heads = keys.shape[:2]
     heads, size = query.shape[1:]
+    group = heads // kv_heads
     grid = query.new_zeros(rows * queries.slots, heads, size).index_copy_(0, queries.place, query)
-    grid = grid.float()  # 16 bits round scores, or overflow
-    grid = grid.view(rows, queries.slots, kv_heads, heads // kv_heads, size)
-    slots = max(1, MAX_SCORES // (rows * heads * queries.keys))
-    if slots >= queries.slots:
-        parts = weigh(grid, keys, values, queries.mask, scaling)
-    else:
-        visible = queries.visible.expand(-1, queries.slots, -1, -1, -1)
-        turns = zip(grid.split(slots, 1), visible.split(slots, 1))
-        masked = ((some, attention_mask(seen, queries.keys)) for some, seen in turns)
-        parts = torch.cat([weigh(some, keys, values, mask, scaling) for some, mask in masked], 1)
-    return parts.reshape(rows * queries.slots, heads, -1)[queries.place]
+    grid = grid.view(rows, queries.slots, kv_heads, group, size).transpose(1, 2)
+    grid = grid.reshape(rows, kv_heads, queries.slots * group, size)
+    on_cpu = query.device.type == "cpu"
+    attention = cpu_attention if on_cpu else plain_attention
+    dtype = query.dtype if on_cpu else torch.float32
+    most = max(1, MAX_SCORES // (rows * kv_heads * queries.keys))
+    count = grid.shape[2]
+    spans = [slice(first, first + most) for first in range(0, count, most)]
+    parts = []
+    for span in spans:
+        hidden = queries.mask(group, dtype, span if len(spans) > 1 else None)
+        parts.append(attention(grid[:, :, span], keys, values, attn_mask=hidden, scale=scaling))
+    mixed, total = torch.cat([o for o, _ in parts], 2), torch.cat([z for _, z in parts], 2)
+    mixed, total = (
+        x.view(rows, kv_heads, queries.slots, group, -1).transpose(1, 2).reshape(-1, heads, y)
+        for x, y in ((mixed, size), (total, 1))
+    )
+    return mixed[queries.place], total[queries.place]
 
 
-def attention_mask(visible: Tensor, keys: int) -> Tensor:
-    """What is added to the scores of `keys` keys: 0 for the first `visible`, -1e30 for the rest."""
-    return (torch.arange(keys, device=visible.device) >= visible) * -1e30
+def plain_attention(query, keys, values, attn_mask, scale) -> tuple[Tensor, Tensor]:
+    """Attention in fp32 and the logarithm of its denominator; 16 bits round scores, or overflow."""
+    scores = query.float() @ keys.float().transpose(2, 3) * scale + attn_mask
+    return scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
 
 
-def weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """o, m and w as [rows, slots, kv heads, group, size + 2].
-
-    `query` is [rows, slots, kv heads, group, size], `keys` and `values` are
-    [rows, kv heads, keys, size].
-    """
-    scores = torch.einsum("nskgd,nktd->nskgt", query, keys)
-    scores = torch.add(mask, scores, alpha=scaling * log2(e))
-    highest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(highest).exp2_()
-    mixed = torch.einsum("nskgt,nktd->nskgd", weights, values)
-    return torch.cat([mixed, highest, weights.sum(-1, keepdim=True)], -1)
-
-
-def join(parts: Tensor) -> Tensor:
-    """[queries, heads, size] from the levels' o, m and w [levels, queries, heads, size + 2]."""
-    mixed, highest, weight = parts[..., :-2], parts[..., -2:-1], parts[..., -1:]
-    share = (highest - highest.amax(0)).exp2()
-    return (mixed * share).sum(0) / (weight * share).sum(0)
+def join(parts: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """The attention to all levels [queries, heads, size], from the o and z of each."""
+    totals = torch.stack([total for _, total in parts])
+    shares = totals.softmax(0)
+    return sum(mixed * share for (mixed, _), share in zip(parts, shares)).to(dtype)
 
 
 def gathered(rows: np.ndarray, sources: list[tuple], width: int) -> list[Tensor]:
