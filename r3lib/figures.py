@@ -50,21 +50,17 @@ ROLES = {
 }
 
 
-def conditions_figure(accuracy: pd.DataFrame, conditions=CONDITIONS) -> Figure:
-    """Second tries under each condition, a panel a task; from `evaluate.accuracy_table`."""
-    own = (accuracy.train_task == "") | (accuracy.train_task == accuracy.task)
-    second = accuracy.condition != FIRST_TRY.name
-    label = "second tries that succeed, of failures"
-    return _conditions(accuracy[own & second], label, conditions)
+def conditions_figure(
+    accuracy: pd.DataFrame, conditions=CONDITIONS, first_tries: bool = False
+) -> Figure:
+    """Second tries under each condition, a panel a task; from `evaluate.accuracy_table`.
 
-
-def transfer_figure(accuracy: pd.DataFrame) -> Figure:
-    """The same with policies trained on another task, and first tries (share of all problems)."""
-    return _conditions(accuracy, "tries that succeed: first of all problems, second of failures")
-
-
-def _conditions(accuracy, label, conditions=CONDITIONS) -> Figure:
-    """A panel a task, one below the other; a row a condition, a dot a policy."""
+    `first_tries`: these too, as a share of all problems.
+    """
+    label = "tries that succeed: first of all problems, second of failures"
+    if not first_tries:
+        accuracy = accuracy[accuracy.condition != FIRST_TRY.name]
+        label = "second tries that succeed, of failures"
     table = pooled(accuracy)
     colors = {c.name: c.color for c in conditions}
     order = list(table.condition.unique())
@@ -127,13 +123,8 @@ def _beside_the_paper(ax, cells):
 
 
 def training_figure(metrics: pd.DataFrame) -> Figure:
-    """Training curves, one line a seed; from metrics.jsonl. A metric without values has no panel.
-
-    Where reward is the share of second tries that succeed, that has no panel of its own.
-    """
+    """Training curves, a line a seed; from metrics.jsonl. A metric without values has no panel."""
     shown = [name for name in METRICS if name in metrics and metrics[name].notna().any()]
-    if "retry_success" in shown and np.allclose(metrics.retry_success, metrics.reward):
-        shown.remove("retry_success")
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     fig, axes = _figure(columns, 0.8 + 2 * rows, rows=[1] * rows)

@@ -92,7 +92,8 @@ def conditions(accuracy: pd.DataFrame) -> pd.DataFrame:
         text=[our_number(cell) for cell in table.itertuples()],
         policy=[style(policy)[2] for policy in table.policy],
     )
-    return wide(table, ["task", "split", "condition"], "policy")
+    rows = ["task", "split", "condition"]
+    return table.pivot_table("text", rows, "policy", aggfunc="first", sort=False)
 
 
 def beside_the_paper(view: pd.DataFrame, profile: str) -> pd.DataFrame:
@@ -102,18 +103,14 @@ def beside_the_paper(view: pd.DataFrame, profile: str) -> pd.DataFrame:
     paper = paper.assign(text=[paper_number(cell) for cell in paper.itertuples()])
     ours = view.assign(text=[our_number(cell) for cell in view.itertuples()])
     cells = pd.concat([paper, ours.assign(model=f"this run ({profile})")])
-    table = wide(cells.sort_values("task", kind="stable"), ["task", "model"], "column")
+    cells = cells.sort_values("task", kind="stable")
+    table = cells.pivot_table("text", ["task", "model"], "column", aggfunc="first", sort=False)
     labels = {name: label for name, (_, _, label) in COLUMNS.items()}
     return table.reindex(columns=COLUMNS).rename(columns=labels)
 
 
 def paper_number(cell) -> str:
     return f"{cell.value:.1f}%{'†' if cell.confidence == 'B' else ''}"
-
-
-def wide(table: pd.DataFrame, rows: list[str], columns: str) -> pd.DataFrame:
-    """The column `text` with a row for each of `rows`, in the order of the table."""
-    return table.pivot_table("text", rows, columns, aggfunc="first", sort=False)
 
 
 def compared(comparisons: pd.DataFrame) -> pd.DataFrame:

@@ -80,11 +80,15 @@ def _turns(reflection: Reflection, retry: Retry) -> list[tuple[str, list[int]]]:
 def conversation_of(
     sampler: RolloutSampler, failure: Failure, under: Condition, other: Failure | None = None
 ) -> str:
-    """What a try at the problem of `failure` is sampled from under a condition, as text.
+    """What a try at the problem of `failure` is sampled from under a condition, a line a turn.
 
     Where the condition has a reflection, the policy's own on `failure` is sampled; where it is
     another's, that on `other`.
     """
     failures = [failure] if other is None else [failure, other]
     reflection = sampler.reflections_under(under, failures)[0]
-    return sampler.chat.tokenizer.decode(sampler.second_prompt(under, failure, reflection))
+    decode = sampler.chat.tokenizer.decode
+    text = decode(sampler.second_prompt(under, failure, reflection))
+    for end in map(decode, sampler.chat.end_ids):
+        text = text.replace(end, f"{end}\n")
+    return text
