@@ -19,7 +19,6 @@ PAGES = Environment(loader=TEMPLATES, autoescape=True, trim_blocks=True, lstrip_
 PAPER = ROOT / "data" / "paper_results.csv"
 CELL = ["task", "policy", "condition"]
 COMPARED = ["question", "task", "a", "b", "difference", "n", "seeds", "p", "p (Holm)"]
-FEW = 100  # test problems, fewer of which show no effect
 PER_CELL = 20  # episodes shown of each task, policy and condition
 LONGEST_TABLE = 200  # rows
 
@@ -51,7 +50,6 @@ def page(results: Path) -> str:
     return PAGES.get_template("report.html").render(
         profile=results.name,
         problems=int(accuracy[accuracy.seed != "all"].n.max()),
-        few=FEW,
         conditions=html_of(conditions(accuracy), index=True),
         comparisons=html_of(compared(read(tables / "comparisons.csv"))),
         paper=html_of(beside_the_paper(view, results.name), index=True),
@@ -92,8 +90,7 @@ def conditions(accuracy: pd.DataFrame) -> pd.DataFrame:
         text=[our_number(cell) for cell in table.itertuples()],
         policy=[style(policy)[2] for policy in table.policy],
     )
-    rows = ["task", "split", "condition"]
-    return table.pivot_table("text", rows, "policy", aggfunc="first", sort=False)
+    return wide(table, ["task", "split", "condition"], "policy")
 
 
 def beside_the_paper(view: pd.DataFrame, profile: str) -> pd.DataFrame:
@@ -103,14 +100,19 @@ def beside_the_paper(view: pd.DataFrame, profile: str) -> pd.DataFrame:
     paper = paper.assign(text=[paper_number(cell) for cell in paper.itertuples()])
     ours = view.assign(text=[our_number(cell) for cell in view.itertuples()])
     cells = pd.concat([paper, ours.assign(model=f"this run ({profile})")])
-    cells = cells.sort_values("task", kind="stable")
-    table = cells.pivot_table("text", ["task", "model"], "column", aggfunc="first", sort=False)
+    table = wide(cells.sort_values("task", kind="stable"), ["task", "model"], "column")
     labels = {name: label for name, (_, _, label) in COLUMNS.items()}
     return table.reindex(columns=COLUMNS).rename(columns=labels)
 
 
 def paper_number(cell) -> str:
     return f"{cell.value:.1f}%{'†' if cell.confidence == 'B' else ''}"
+
+
+def wide(table: pd.DataFrame, rows: list[str], columns: str) -> pd.DataFrame:
+    """The column `text` with a row for each of `rows`, in the order of the table."""
+    texts = table.pivot_table("text", rows, columns, aggfunc="first", sort=False)
+    return texts.reindex(pd.MultiIndex.from_frame(table[rows].drop_duplicates()))
 
 
 def compared(comparisons: pd.DataFrame) -> pd.DataFrame:

@@ -146,6 +146,13 @@ def test_the_papers_numbers_stand_above_our_own(results):
     assert ours[1].startswith("60.0% [") and ours[3].startswith("70.4% [")
 
 
+def test_our_row_comes_last_where_two_tasks_share_a_model():
+    view = report.paper_view(pd.DataFrame(accuracy_rows(100), columns=ACCURACY))
+    both = pd.concat([view, view.assign(task="function_calling")])
+    models = report.beside_the_paper(both, "demo").reset_index().groupby("task").model.last()
+    assert set(models) == {"this run (demo)"} and len(models) == 2
+
+
 def test_the_papers_unconfirmed_numbers_never_appear_and_recalled_ones_carry_a_dagger(results):
     paper = pd.read_csv(report.PAPER)
     rows = {row[-5]: row[-4:] for row in page_of(results).rows["paper"][2:]}
