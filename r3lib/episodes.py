@@ -97,10 +97,8 @@ def run_episodes(
     def make(some: Sequence) -> pd.DataFrame:
         return frame(_episodes(sampler, some, policy, split, conditions, seed, log))
 
-    def done(progress: str) -> None:
-        log(f"{policy.name} seed {policy.seed}: {progress} problems")
-
-    in_shards(out, problems, make, shard, part, done)
+    who = f"{policy.name} seed {policy.seed}"
+    in_shards(out, problems, make, shard, part, lambda done: log(f"{who}: {done} problems"))
     return read_episodes(out) if any(out.glob("*.parquet")) else frame([])
 
 

@@ -120,14 +120,12 @@ def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
 def _questions(policies, conditions):
     """(question, (policy, condition) a, (policy, condition) b) for every question."""
     training = [(c.training, c.name) for c in reversed(conditions) if c.training]
+    training.append((AFTER_BOTH, BOTH))
     controls = [(c.control, c.name) for c in conditions if c.control]
-    trained = [policy for policy in policies if policy != UNTRAINED]
-    for policy in [*trained, UNTRAINED]:
+    for policy in sorted(policies, key=UNTRAINED.__eq__):  # the untrained one last
         if policy != UNTRAINED:
-            for text, name in [*training, (AFTER_BOTH, BOTH)]:
-                yield text, (policy, name), (UNTRAINED, name)
-        for text, name in controls:
-            yield text, (policy, REFLECT), (policy, name)
+            yield from ((text, (policy, name), (UNTRAINED, name)) for text, name in training)
+        yield from ((text, (policy, REFLECT), (policy, name)) for text, name in controls)
 
 
 def _both_tries(policy, first, second) -> pd.DataFrame:
