@@ -27,50 +27,16 @@ class Condition:
 
     def __post_init__(self):
         known = get_args(Reflects)
-        if not isinstance(self.name, str) or not self.name:
-            raise R3Error(f"a condition's name is {self.name!r}: give it a text")
         if self.reflection not in known:
             raise R3Error(f"{self}: reflection={self.reflection!r}: use one of {', '.join(known)}")
         if self.reflection != "none" and not self.told:
             raise R3Error(f"{self}: asked afresh it has no reflection: drop told=False")
-        if not self.temperature >= 0:
-            raise R3Error(f"{self}: temperature={self.temperature}: give 0 (greedy) or more")
 
     def __str__(self) -> str:
         return self.name
 
 
 FIRST_TRY = Condition("first_try", told=False, training="Does training raise first-try accuracy?")
-RESAMPLE = Condition(
-    "resample",
-    told=False,
-    temperature=1.0,
-    control="Does reflecting beat asking afresh?",
-    color="#56B4E9",
-)
-RETRY = Condition(
-    "retry",
-    control="Does reflecting beat a retry without reflection?",
-    color="#E69F00",
-)
-RETRY_SAMPLED = Condition(
-    "retry_sampled",
-    temperature=1.0,
-    control="Does reflecting beat a sampled retry without reflection?",
-    color="#8A6100",
-)
-GENERIC_REFLECTION = Condition(
-    "generic_reflection",
-    reflection="fixed",
-    control="Does an own reflection beat one fixed sentence?",
-    color="#009E73",
-)
-SHUFFLED_REFLECTION = Condition(
-    "shuffled_reflection",
-    reflection="other",
-    control="Does an own reflection beat one written for another problem?",
-    color="#CC79A7",
-)
 REFLECT_RETRY = Condition(
     "reflect_retry",
     reflection="own",
@@ -78,17 +44,44 @@ REFLECT_RETRY = Condition(
     color="#D55E00",
 )
 CONDITIONS = (
-    FIRST_TRY, RESAMPLE, RETRY, RETRY_SAMPLED, GENERIC_REFLECTION, SHUFFLED_REFLECTION,
+    FIRST_TRY,
+    Condition(
+        "resample",
+        told=False,
+        temperature=1.0,
+        control="Does reflecting beat asking afresh?",
+        color="#56B4E9",
+    ),
+    Condition(
+        "retry",
+        control="Does reflecting beat a retry without reflection?",
+        color="#E69F00",
+    ),
+    Condition(
+        "retry_sampled",
+        temperature=1.0,
+        control="Does reflecting beat a sampled retry without reflection?",
+        color="#8A6100",
+    ),
+    Condition(
+        "generic_reflection",
+        reflection="fixed",
+        control="Does an own reflection beat one fixed sentence?",
+        color="#009E73",
+    ),
+    Condition(
+        "shuffled_reflection",
+        reflection="other",
+        control="Does an own reflection beat one written for another problem?",
+        color="#CC79A7",
+    ),
     REFLECT_RETRY,
-)  # fmt: skip
-SECOND_TRIES = CONDITIONS[1:]
+)
 
 
 def condition(name: str | Condition) -> Condition:
     """The condition of that name; one of your own is taken as it is. R3Error: no such name."""
-    if isinstance(name, Condition):
-        return name
-    for one in CONDITIONS:
-        if one.name == name:
-            return one
-    raise R3Error(f"unknown condition {name!r}: known: {', '.join(map(str, CONDITIONS))}")
+    known = {one.name: one for one in CONDITIONS}
+    if isinstance(name, str) and name not in known:
+        raise R3Error(f"unknown condition {name!r}: known: {', '.join(known)}")
+    return known[name] if isinstance(name, str) else name

@@ -36,14 +36,14 @@ class Episode:
     prompt: str
     attempt: str
     attempt_reason: str
-    reflection: str | None
-    retry: str | None
-    retry_reason: str | None
-    attempt_tokens: int
-    reflection_tokens: int | None
-    retry_tokens: int | None
-    model: str
-    adapter: str
+    reflection: str | None = None
+    retry: str | None = None
+    retry_reason: str | None = None
+    attempt_tokens: int = 0
+    reflection_tokens: int | None = None
+    retry_tokens: int | None = None
+    model: str = ""
+    adapter: str = ""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -82,7 +82,9 @@ def run_episodes(
     """
     out = Path(out)
     conditions = [condition(name) for name in conditions]
-    check_names(conditions)
+    names = [FIRST_TRY.name, *(one.name for one in conditions if one != FIRST_TRY)]
+    if len(set(names)) < len(names):
+        raise R3Error(f"two conditions have one name in {names}: give each a name of its own")
     check_task(sampler.task)
     check_problems(problems)
     facts = decisive(sampler, problems, policy, split, conditions, seed, shard)
@@ -92,23 +94,12 @@ def run_episodes(
     model = policy.model or plain_name(getattr(sampler.engine, "model_name", ""))
     policy = replace(policy, model=model)
 
-    def made(some: Sequence) -> pd.DataFrame:
+    def make(some: Sequence) -> pd.DataFrame:
         return frame(_episodes(sampler, some, policy, split, conditions, seed, log))
 
-    def done(progress: str) -> None:
-        log(f"{policy.name} seed {policy.seed}: {progress} problems")
-
-    in_shards(out, problems, made, shard, part, done)
+    who = f"{policy.name} seed {policy.seed}"
+    in_shards(out, problems, make, shard, part, lambda done: log(f"{who}: {done} problems"))
     return read_episodes(out) if any(out.glob("*.parquet")) else frame([])
-
-
-def check_names(conditions: Sequence[Condition]) -> None:
-    """R3Error for two conditions of one name, which tables could not tell apart."""
-    second = [one.name for one in conditions if one != FIRST_TRY]
-    names = [FIRST_TRY.name, *second]
-    for name in names:
-        if names.count(name) > 1:
-            raise R3Error(f"two conditions are called {name!r}: give each a name of its own")
 
 
 def in_shards(
@@ -117,7 +108,6 @@ def in_shards(
     """Write `make(problems of a shard)`, a DataFrame, for each shard of `part` that is missing."""
     if not problems:
         raise R3Error("no problems to run: ask for at least 1")
-    check_problems(problems)
     out.mkdir(parents=True, exist_ok=True)
     for start in range(shard * part[0], len(problems), shard * part[1]):
         path = out / f"shard-{start:06d}.parquet"
@@ -175,48 +165,33 @@ def frame(rows: list[Episode]) -> pd.DataFrame:
 
 
 def _episodes(sampler, problems, policy, split, conditions, seed, log) -> list[Episode]:
-    going_on = [c for c in conditions if c != FIRST_TRY and c.told and c.reflection != "other"]
-    with_reflection = any(c.reflection in ("own", "other") for c in conditions)
-    tries, failures, reflections, tried = [], [], [], defaultdict(list)
+    """The rows of one shard."""
+    second = [one for one in conditions if one != FIRST_TRY]
+    going_on = [one for one in second if one.told and one.reflection != "other"]
+    going_on.sort(key=lambda one: one.reflection != "own")
+    with_reflection = any(one.reflection in ("own", "other") for one in second)
+    first, failures, reflections, tried = {}, [], [], defaultdict(list)
     for some in cut(problems, getattr(sampler.engine, "batch_size", len(problems))):
         with sampler.keeping():
-            answers = sampler.first_tries(some, seed=seed)
-            failed = failures_of(some, answers, sampler)
-            own = sampler.own_reflections(failed, seed) if with_reflection else None
-            for each in sorted(going_on, key=lambda one: one.reflection != "own"):
-                tried[each] += sampler.second_tries(each, failed, seed, own)
-        tries += answers
+            tries = sampler.first_tries(some, seed=seed)
+            failed = failures_of(some, tries, sampler)
+            own = sampler.own_reflections(failed, seed) if with_reflection else []
+            for one in going_on:
+                tried[one] += sampler.second_tries(one, failed, seed, own)
+        for problem, answers in zip(some, tries):
+            first[problem.id] = _first_row(sampler, problem, answers[0], policy, split)
         failures += failed
-        reflections += own or []
-    rows = [_first_row(sampler, p, c[0], policy, split) for p, c in zip(problems, tries)]
-    first = {row.problem_id: row for row in rows}
-    for each in _second_tries(conditions, failures, log):
-        if each not in tried:
-            tried[each] = sampler.second_tries(each, failures, seed, reflections)
-        for failure, (reflection, retry) in zip(failures, tried[each]):
-            row = first[failure.problem.id]
-            rows.append(_second_row(sampler, row, failure, each, reflection, retry))
-    names = {c.name for c in conditions}
-    return [row for row in rows if row.condition in names]
-
-
-def _second_tries(conditions, failures, log) -> list[Condition]:
-    """The second tries of a shard, without those that a single failure does not allow."""
-    if not failures:
-        return []
-    wanted = sorted((c for c in conditions if c != FIRST_TRY), key=_place)
-    if len(failures) > 1:
-        return wanted
-    name = failures[0].problem.id
-    for one in wanted:
-        if one.reflection == "other":
-            log(f"{name}: {one} left out, the shard has no other failure to swap with")
-    return [c for c in wanted if c.reflection != "other"]
-
-
-def _place(one: Condition) -> int:
-    """Its place in the study, so that the order asked for does not matter; own ones come last."""
-    return CONDITIONS.index(one) if one in CONDITIONS else len(CONDITIONS)
+        reflections += own
+    rows = list(first.values()) if FIRST_TRY in conditions else []
+    for one in second:
+        if one.reflection == "other" and len(failures) < 2:
+            log(f"{one} left out: the shard has no two failures to swap the reflections of")
+            continue
+        if one not in tried:
+            tried[one] = sampler.second_tries(one, failures, seed, reflections)
+        for failure, again in zip(failures, tried[one]):
+            rows.append(_second_row(sampler, first[failure.problem.id], failure, one, *again))
+    return rows
 
 
 def _first_row(sampler, problem, completion, policy, split) -> Episode:
@@ -232,12 +207,7 @@ def _first_row(sampler, problem, completion, policy, split) -> Episode:
         prompt=sampler.chat.shown(sampler.task, problem),
         attempt=text,
         attempt_reason=judge(sampler.task, text, problem).reason,
-        reflection=None,
-        retry=None,
-        retry_reason=None,
         attempt_tokens=len(completion.ids),
-        reflection_tokens=None,
-        retry_tokens=None,
         model=policy.model,
         adapter=policy.adapter,
     )
@@ -245,12 +215,14 @@ def _first_row(sampler, problem, completion, policy, split) -> Episode:
 
 def _second_row(sampler, first: Episode, failure, under: Condition, reflection, retry) -> Episode:
     text = sampler.chat.text(retry.ids)
-    return replace(
+    row = replace(
         first,
         condition=under.name,
-        reflection=None if reflection is None else sampler.chat.text(reflection),
         retry=text,
         retry_reason=judge(sampler.task, text, failure.problem).reason,
-        reflection_tokens=None if reflection is None else len(reflection),
         retry_tokens=len(retry.ids),
     )
+    if reflection is None:
+        return row
+    written = sampler.chat.text(reflection)
+    return replace(row, reflection=written, reflection_tokens=len(reflection))

@@ -11,20 +11,11 @@ from .errors import R3Error
 from .stats import holm, mcnemar, rate_difference, rate_interval, wilson
 
 FIRST, REFLECT, BOTH = FIRST_TRY.name, REFLECT_RETRY.name, "both_tries"
-CONTROLS = {c.name: c.control for c in CONDITIONS if c.control}
 ACCURACY = "task policy train_task condition split seed n k rate lo hi".split()
 COMPARISONS = "question task a b n seeds diff lo hi p".split()
 VIEW = "task policy train_task split column n seeds rate lo hi".split()
 DRAWS = 10_000
-
-
-def training_questions(conditions=CONDITIONS) -> dict[str, str]:
-    """{condition: what trained minus untrained answers}, and that of both tries."""
-    asked = {c.name: c.training for c in reversed(conditions) if c.training}
-    return asked | {BOTH: "Does training raise accuracy after both tries (the paper's 2nd column)?"}
-
-
-TRAINING = training_questions()
+AFTER_BOTH = "Does training raise accuracy after both tries (the paper's 2nd column)?"
 
 
 def judged(episodes: pd.DataFrame) -> pd.DataFrame:
@@ -38,11 +29,6 @@ def judged(episodes: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(keys, key=lambda column: column.replace(order), ignore_index=True)
 
 
-def trained_on(policy: str, task: str) -> str:
-    """The task that a policy was trained on: X for `r3_from_X`, "" if untrained, else `task`."""
-    return "" if policy == UNTRAINED else policy.partition("_from_")[2] or task
-
-
 def by_part(episodes: pd.DataFrame, part: Callable[[str], str]) -> pd.DataFrame:
     """The episodes of each part of their split (`Task.part`), as the split "split/part"."""
     parts = episodes.problem_id.map(part)
@@ -52,15 +38,16 @@ def by_part(episodes: pd.DataFrame, part: Callable[[str], str]) -> pd.DataFrame:
 def accuracy_table(episodes: pd.DataFrame) -> pd.DataFrame:
     """One row a (task, policy, condition, split, seed) and one over its seeds, `seed` = "all".
 
-    `train_task` is `trained_on`. Second tries count failures of the same policy's first try.
-    Intervals (95%) are Wilson's for one seed; over seeds, problems are resampled with all their
-    rows, which covers the choice of problems, not of seeds.
+    `train_task` is X for the policy `r3_from_X`, "" if untrained, else `task`. Second tries count
+    failures of the same policy's first try. Intervals (95%) are Wilson's for one seed; over seeds,
+    problems are resampled with all their rows, which covers the choice of problems, not of seeds.
     """
     rows = []
     cells = judged(episodes).groupby(["task", "policy", "condition", "split"], sort=False)
     for (task, policy, condition, split), cell in cells:
+        train_task = "" if policy == UNTRAINED else policy.partition("_from_")[2] or task
         for seed, part in each_seed_and_all(cell):
-            row = [task, policy, trained_on(policy, task), condition, split, seed]
+            row = [task, policy, train_task, condition, split, seed]
             k, n = int(part.ok.sum()), len(part)
             rows.append([*row, n, k, k / n, *rate_interval(part.ok, part.problem_id)])
     return pd.DataFrame(rows, columns=ACCURACY)
@@ -132,11 +119,12 @@ def paper_view(accuracy: pd.DataFrame) -> pd.DataFrame:
 
 def _questions(policies, conditions):
     """(question, (policy, condition) a, (policy, condition) b) for every question."""
-    training = training_questions(conditions)
-    for policy in sorted(policies, key=UNTRAINED.__eq__):
+    training = [(c.training, c.name) for c in reversed(conditions) if c.training]
+    training.append((AFTER_BOTH, BOTH))
+    controls = [(c.control, c.name) for c in conditions if c.control]
+    for policy in sorted(policies, key=UNTRAINED.__eq__):  # the untrained one last
         if policy != UNTRAINED:
-            yield from ((text, (policy, c), (UNTRAINED, c)) for c, text in training.items())
-        controls = ((c.control, c.name) for c in conditions if c.control)
+            yield from ((text, (policy, name), (UNTRAINED, name)) for text, name in training)
         yield from ((text, (policy, REFLECT), (policy, name)) for text, name in controls)
 
 

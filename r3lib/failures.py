@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from itertools import product
+from operator import add, mul, sub
 from random import Random
 
 import pandas as pd
@@ -15,6 +15,7 @@ from .stats import rate_interval
 
 STEP = re.compile(r"([0-9]{1,15}) ?([-+*/]) ?([0-9]{1,15}) ?= ?(-?[0-9]{1,15})")
 OPERATORS = str.maketrans("×÷−", "*/-")
+OPERATIONS = {"+": add, "-": sub, "*": mul}
 NO_RATE = [float("nan")] * 3
 SIDES = ["attempt", "attempt_reason", "reflection", "retry", "retry_reason"]
 
@@ -154,22 +155,16 @@ def arithmetic_table(episodes: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def reflection_examples(
-    episodes: pd.DataFrame, n: int, seed: int, after: str = "r3"
-) -> pd.DataFrame:
+def reflection_examples(episodes: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
     """Up to `n` problems that both policies failed, with both reflections (the paper's Fig. 2).
 
     Columns: problem_id, prompt, and attempt, attempt_reason, reflection, retry, retry_reason, each
-    with `_before` and `_after`. `after` names the trained policy; of several seeds the first is
-    taken.
+    with `_before` (untrained) and `_after` (r3); of several seeds the first is taken.
     """
     frame = _rows(episodes, REFLECT).drop_duplicates(["policy", "problem_id"])
     old = frame.loc[frame.policy == UNTRAINED, ["problem_id", "prompt", *SIDES]]
-    new = frame.loc[frame.policy == after, ["problem_id", *SIDES]]
+    new = frame.loc[frame.policy == "r3", ["problem_id", *SIDES]]
     both = old.merge(new, on="problem_id", suffixes=("_before", "_after"))
-    if both.empty:
-        who = f"{UNTRAINED} and {after!r}"
-        raise R3Error(f"no problem was failed by both {who}: evaluate them on the same ones")
     chosen = Random(seed).sample(range(len(both)), min(n, len(both)))
     return both.iloc[chosen].reset_index(drop=True)
 
@@ -190,7 +185,6 @@ def _rate(hit, cell) -> list[float]:
 
 
 def _holds(a: str, operator: str, b: str, result: str) -> bool:
-    x, y, z = Fraction(a), Fraction(b), Fraction(result)
     if operator == "/":
-        return y != 0 and x / y == z
-    return {"+": x + y, "-": x - y, "*": x * y}[operator] == z
+        return int(b) != 0 and int(a) == int(b) * int(result)
+    return OPERATIONS[operator](int(a), int(b)) == int(result)

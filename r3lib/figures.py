@@ -5,6 +5,7 @@ and n and seeds stand in the legend. Colours are Okabe and Ito's, safe for colou
 """
 
 from html import escape
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -40,35 +41,33 @@ SHARE = ("share", "lo", "hi")
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "fontsize": 8.5}
 BELOW = {"loc": "outside lower center", "frameon": False, "fontsize": 9, "title_fontsize": 9}
 LITERAL = "tex2jax_ignore mathjax_ignore"  # in a notebook, too, two dollar signs make no formula
-OTHER = "#eef1f5"
-ROLES = {"task": "#e4ebf7", "attempt": "#f8e0e0", "reflection": "#dff1e4", "retry": "#fdf0d5"}
+ROLES = {
+    "task": "#e4ebf7",
+    "attempt": "#f8e0e0",
+    "request": "#eef1f5",
+    "reflection": "#dff1e4",
+    "retry": "#fdf0d5",
+}
 
 
-def conditions_figure(accuracy: pd.DataFrame, conditions=CONDITIONS) -> Figure:
-    """Second tries under each condition, a panel a task; from `evaluate.accuracy_table`."""
-    own = (accuracy.train_task == "") | (accuracy.train_task == accuracy.task)
-    second = accuracy.condition != FIRST_TRY.name
-    label = "second tries that succeed, of failures"
-    return _conditions(accuracy[own & second], label, conditions)
+def conditions_figure(
+    accuracy: pd.DataFrame, conditions=CONDITIONS, first_tries: bool = False
+) -> Figure:
+    """Second tries under each condition, a panel a task; from `evaluate.accuracy_table`.
 
-
-def transfer_figure(accuracy: pd.DataFrame) -> Figure:
-    """The same with policies trained on another task, and first tries (share of all problems)."""
-    return _conditions(accuracy, "tries that succeed: first of all problems, second of failures")
-
-
-def _conditions(accuracy, label, conditions=CONDITIONS) -> Figure:
-    """A panel a task, one below the other; a row a condition, a dot a policy."""
+    `first_tries`: these too, as a share of all problems.
+    """
+    label = "tries that succeed: first of all problems, second of failures"
+    if not first_tries:
+        accuracy = accuracy[accuracy.condition != FIRST_TRY.name]
+        label = "second tries that succeed, of failures"
     table = pooled(accuracy)
     colors = {c.name: c.color for c in conditions}
-    order = [name for name in colors if name in set(table.condition)]
-    order += [name for name in table.condition.unique() if name not in order]
-    tasks = list(table.task.unique())
-    policies = [table[table.task == task].policy.nunique() for task in tasks]
-    heights = [1.4 + 0.2 * len(order) * count for count in policies]
+    order = list(table.condition.unique())
+    tasks = dict(list(table.groupby("task", sort=False)))
+    heights = [1.4 + 0.2 * len(order) * part.policy.nunique() for part in tasks.values()]
     fig, axes = _figure(1, sum(heights), rows=heights)
-    for ax, task in zip(axes, tasks, strict=True):
-        part = table[table.task == task]
+    for ax, (task, part) in zip(axes, tasks.items()):
         _dots(ax, part, "condition", order, RATE, colors=colors)
         _legend(ax, part[part.condition != FIRST_TRY.name], "failures", title=task, color="#222222")
     axes[-1].set_xlabel(label)
@@ -92,11 +91,11 @@ def paper_figure(view: pd.DataFrame, paper: pd.DataFrame) -> Figure:
     ours = view[view.policy.isin(POLICIES)]
     ours = ours.assign(model="this run", value=100 * ours.rate, confidence="ours")
     cells = pd.concat([ours, paper[(paper.confidence != "C") & paper.task.isin(ours.task)]])
-    tasks = list(ours.task.unique())
-    heights = [cells[cells.task == task].model.nunique() for task in tasks]
+    tasks = dict(list(cells.groupby("task", sort=False)))
+    heights = [part.model.nunique() for part in tasks.values()]
     fig, axes = _figure(1, 1.4 + 0.45 * sum(heights), rows=heights)
-    for ax, task in zip(axes, tasks, strict=True):
-        _beside_the_paper(ax, cells[cells.task == task])
+    for ax, (task, part) in zip(axes, tasks.items()):
+        _beside_the_paper(ax, part)
         policies = ours[ours.task == task].drop_duplicates("policy").itertuples()
         sizes = "; ".join(_size(row, "first tries") for row in policies)
         ax.set_title(f"{_label(task)}\nthis run: {sizes}", fontsize=9, loc="left")
@@ -124,25 +123,20 @@ def _beside_the_paper(ax, cells):
 
 
 def training_figure(metrics: pd.DataFrame) -> Figure:
-    """Training curves, one line a seed; from metrics.jsonl. A metric without values has no panel.
-
-    Where reward is the share of second tries that succeed, that has no panel of its own.
-    """
+    """Training curves, a line a seed; from metrics.jsonl. A metric without values has no panel."""
     shown = [name for name in METRICS if name in metrics and metrics[name].notna().any()]
-    if "retry_success" in shown and np.allclose(metrics.retry_success, metrics.reward):
-        shown.remove("retry_success")
-    columns = min(3, len(shown) + 1)
-    rows = -(-(len(shown) + 1) // columns)
-    fig, axes = _figure(columns, 0.4 + 2 * rows, rows=[1] * rows)
-    for ax, name in zip(axes, shown, strict=False):
-        for i, (seed, run) in enumerate(metrics.sort_values("step").groupby("seed")):
-            ax.plot(run.step, run[name], color=SEEDS[i % len(SEEDS)], lw=1.2, label=f"seed {seed}")
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    fig, axes = _figure(columns, 0.8 + 2 * rows, rows=[1] * rows)
+    for ax, name in zip(axes, shown):
+        for color, (seed, run) in zip(cycle(SEEDS), metrics.sort_values("step").groupby("seed")):
+            ax.plot(run.step, run[name], color=color, lw=1.2, label=f"seed {seed}")
         ax.set_title(METRICS[name], fontsize=10)
         ax.set_xlabel("step")
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes[len(shown)].legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False)
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
+    fig.legend(*axes[0].get_legend_handles_labels(), ncols=6, **BELOW)
     return fig
 
 
@@ -160,10 +154,10 @@ def transitions_figure(transitions: pd.DataFrame) -> Figure:
     before = list(transitions.attempt_reason.unique())
     after = list(transitions.retry_reason.unique())
     fig, axes = _figure(len(policies), 1.9 + 0.5 * len(before))
-    for ax, policy in zip(axes, policies, strict=True):
+    for ax, policy in zip(axes, policies):
         part = transitions[transitions.policy == policy]
         table = part.pivot(index="attempt_reason", columns="retry_reason", values="share")
-        shades = ax.imshow(table.loc[before, after], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        ax.imshow(table.loc[before, after], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for cell in part[part.n > 0].itertuples():
             place = after.index(cell.retry_reason), before.index(cell.attempt_reason)
             ink = "white" if cell.share > 0.55 else "black"
@@ -176,8 +170,6 @@ def transitions_figure(transitions: pd.DataFrame) -> Figure:
         ax.grid(False)
     axes[0].set_yticklabels(map(_label, before))
     axes[0].set_ylabel("first try")
-    key = fig.colorbar(shades, ax=axes, label="share of the row", aspect=30)
-    key.ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
     return fig
 
 
@@ -202,7 +194,7 @@ def reflections_figure(rows: pd.DataFrame, limit: int) -> Figure:
     """
     fig, axes = _figure(2, 3.4)
     axes[0].axvline(limit, color="#222222", lw=1, ls=":", label=f"limit: {limit} tokens")
-    for ax, column in zip(axes, ("tokens", "repetition"), strict=True):
+    for ax, column in zip(axes, ("tokens", "repetition")):
         bins = np.linspace(0, max(0.05, rows[column].max()), 25)
         for policy, part in rows.groupby("policy", sort=False):
             color, _, name = style(policy)
@@ -235,26 +227,23 @@ def arithmetic_figure(table: pd.DataFrame) -> Figure:
 
 
 def mask_html(tokens: list[str], mask: list[int], roles: list[str]) -> str:
-    """A conversation as HTML: background by role, trained tokens (mask 1) bold and underlined.
+    """A conversation as HTML, escaped: background by role, trained tokens bold and underlined.
 
-    One string a token, one 0 or 1, one role ("task", "attempt", "request", "reflection", "retry");
-    everything is escaped.
+    One string a token, one 0 or 1, one role: a key of `ROLES`.
     """
-    spans, key = [], []
+    spans = []
     for token, trained, role in zip(tokens, mask, roles, strict=True):
         span = _span(token, role)
         spans.append(f"<b><u>{span}</u></b>" if trained else span)  # shown also without styles
-    for role in dict.fromkeys(roles):
-        key.append(_span(role, role))
-    key.append("· bold and underlined: trained; everything else has advantage 0")
+    key = " ".join(_span(role, role) for role in dict.fromkeys(roles))
+    key += " · bold and underlined: trained; everything else has advantage 0"
     box = "font-family:monospace;white-space:pre-wrap;line-height:1.9;color:#111;background:#fff"
-    text = f"{''.join(spans)}<br><small>{' '.join(key)}</small>"
+    text = f"{''.join(spans)}<br><small>{key}</small>"
     return f'<div class="{LITERAL}" style="{box};padding:8px">{text}</div>'
 
 
 def _span(text, role) -> str:
-    style = f"background:{ROLES.get(role, OTHER)}"
-    return f'<span style="{style}" title="{escape(role)}">{escape(text)}</span>'
+    return f'<span style="background:{ROLES[role]}" title="{role}">{escape(text)}</span>'
 
 
 def texts_html(table: pd.DataFrame) -> str:
@@ -325,10 +314,7 @@ def style(policy: str) -> tuple[str, str, str]:
 
 
 def _label(text, longest: int = 36) -> str:
-    """`text` as matplotlib shows it letter by letter, cut so that it leaves room for the axes.
-
-    Two dollar signs would make a formula of what is between them.
-    """
+    """`text` without formulas, which two dollar signs would make, cut to leave the axes room."""
     text = str(text)
     short = text if len(text) <= longest else text[: longest - 1] + "…"
     return short.replace("$", r"\$")

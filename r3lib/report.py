@@ -1,16 +1,16 @@
-"""One self-contained HTML page of a run: summary, figures, tables, episodes, provenance."""
+"""One self-contained HTML page of a run: tables, figures, episodes, where each file came from."""
 
 import base64
 import json
-import zlib
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from .config import ROOT
+from .episodes import read_episodes
 from .errors import R3Error
-from .evaluate import ACCURACY, COMPARISONS, CONTROLS, TRAINING, paper_view, pooled
+from .evaluate import paper_view, pooled
 from .figures import COLUMNS, POLICIES, style
 from .files import write_atomic
 
@@ -18,134 +18,64 @@ TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 PAGES = Environment(loader=TEMPLATES, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 PAPER = ROOT / "data" / "paper_results.csv"
 CELL = ["task", "policy", "condition"]
-TEXTS = ["prompt", "attempt", "attempt_reason", "reflection", "retry", "retry_reason"]
-EPISODE = [*CELL, "seed", "problem_id", *TEXTS]
-CAPTIONS = {  # by the end of a figure's name, in the order of the notebooks
-    "baseline": "The untrained model: second tries that succeed under each condition.",
-    "training": "Training, a line a seed: reward should rise while some groups keep variance.",
-    "conditions": "Second tries on failures under each condition, before and after training.",
-    "parts": "Second tries after a reflection, by what is new in the test problems.",
-    "transfer": "Policies trained on another task beside those trained on the task itself.",
-    "paper": "Beside the paper. Its models are others: compare the pattern, not the level.",
-    "errors": "Why first tries fail.",
-    "categories": "Why first tries fail, in the paper's categories.",
-    "transitions": "Where failures of each kind end after a reflection and a second try.",
-    "lengths": "Length and repetition of reflections. Dashed: means; dotted: the limit.",
-    "reflections": "Styles of reflections: how often each is written, how often it helps.",
-    "arithmetic": "Arithmetic inside reflections: a fall is the first sign of too much training.",
-}
-EFFECT = ["question", "untrained", "trained (R3)", "difference, points [95%]"]
-EFFECT += ["n", "seeds", "p (Holm)"]
 COMPARED = ["question", "task", "a", "b", "difference", "n", "seeds", "p", "p (Holm)"]
-MACHINE = ["hardware", "packages"]
-FEW = 100  # test problems, fewer of which show no effect
-PER_CELL = 300  # episodes shown of each task, policy and condition
-VIEWER_BYTES = 5_000_000  # of embedded episodes: longer texts mean fewer of them
-LONGEST_TABLE = 200
+PER_CELL = 20  # episodes shown of each task, policy and condition
+LONGEST_TABLE = 200  # rows
 
 
 def write_report(results: Path) -> Path:
     """Write `results`/report.html from the files of a finished run and return its path.
 
-    `results` is results/<profile>. The page needs no network and no other file.
-    Raises R3Error when a part of the run is missing or cannot be read.
+    `results` is results/<profile>. The page needs no network and no other file. R3Error: a file of
+    the run is missing.
     """
-    results = Path(results)
+    try:
+        html = page(Path(results))
+    except OSError as error:
+        fix = f"run `r3 reproduce --profile {Path(results).name}`"
+        raise R3Error(f"no {error.filename}, which the report shows: {fix}") from error
+    path = Path(results) / "report.html"
+    write_atomic(path, html)
+    return path
+
+
+def page(results: Path) -> str:
+    """The page as HTML."""
     tables = results / "tables"
-    accuracy = read(results, tables / "accuracy.csv", ACCURACY).fillna({"train_task": ""})
-    comparisons = read(results, tables / "comparisons.csv", [*COMPARISONS, "p_holm"])
+    accuracy = read(tables / "accuracy.csv").fillna({"train_task": ""})
     view = paper_view(accuracy[accuracy.policy.isin(POLICIES) & (accuracy.split == "test")])
-    artefacts = read_artefacts(results)
-    html = PAGES.get_template("report.html").render(
+    manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
+    artefacts = pd.DataFrame.from_dict(manifest["artefacts"], orient="index")
+    artefacts = artefacts.sort_values(["notebook", "seconds"], kind="stable")
+    return PAGES.get_template("report.html").render(
         profile=results.name,
         problems=int(accuracy[accuracy.seed != "all"].n.max()),
-        few=FEW,
-        summary=summary(accuracy, view, comparisons),
-        studies=headline(view, read(results, PAPER), results.name),
+        conditions=html_of(conditions(accuracy), index=True),
+        comparisons=html_of(compared(read(tables / "comparisons.csv"))),
+        paper=html_of(beside_the_paper(view, results.name), index=True),
         figures=figures(results, artefacts),
-        conditions=conditions(accuracy),
-        comparisons=compared(comparisons),
-        tables=[listed(path.stem, read(results, path)) for path in sorted(tables.glob("*.csv"))],
-        viewer=sample(episodes(results, accuracy)),
-        provenance=provenance(artefacts),
+        tables={path.stem: html_of(read(path)) for path in sorted(tables.glob("*.csv"))},
+        episodes=sample(read_episodes(results / "episodes"), accuracy),
+        per_cell=PER_CELL,
+        provenance=html_of(provenance(artefacts)),
     )
-    write_atomic(results / "report.html", html)
-    return results / "report.html"
 
 
-def read(results: Path, path: Path, columns: list[str] | None = None) -> pd.DataFrame:
-    """A csv or parquet file, of which only `columns`, if given; seeds are text."""
-    if not path.exists():
-        raise R3Error(f"no {path}: {remedy(results)}")
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path, columns=columns)
-        return pd.read_csv(path, usecols=columns, dtype={"seed": str})
-    except (ValueError, OSError) as error:  # the parsers' errors are ValueErrors
-        why = type(error).__name__
-        raise R3Error(f"cannot read {path} ({why}): {remedy(results)} --fresh") from error
+def read(path: Path) -> pd.DataFrame:
+    """A csv file; its seeds are text."""
+    return pd.read_csv(path, dtype={"seed": str})
 
 
-def remedy(results: Path) -> str:
-    return f"run `r3 reproduce --profile {results.name}`"
-
-
-def read_artefacts(results: Path) -> dict[str, dict]:
-    """What manifest.json knows of each file: notebook, cell, commit, hardware, seconds."""
-    path = results / "manifest.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["artefacts"]
-    except (OSError, ValueError, KeyError) as error:
-        why = type(error).__name__
-        raise R3Error(f"cannot read {path} ({why}): {remedy(results)}") from error
+def html_of(table: pd.DataFrame, index: bool = False) -> str:
+    """A table as HTML, escaped; of a long one the first and the last rows."""
+    with pd.option_context("display.max_colwidth", None):
+        return table.rename_axis(columns=None).to_html(
+            index=index, na_rep="", float_format="{:.4g}".format, max_rows=LONGEST_TABLE, border=0
+        )
 
 
 def percent(rate, lo, hi) -> str:
     return f"{100 * rate:.1f}% [{100 * lo:.1f}, {100 * hi:.1f}]"
-
-
-def summary(accuracy: pd.DataFrame, view: pd.DataFrame, comparisons: pd.DataFrame) -> list[dict]:
-    """For each task what training changed, and how many controls an own reflection beats."""
-    cells = pooled(accuracy[accuracy.split == "test"])
-    both = view[view.column.str.endswith("second")].assign(condition="both_tries")
-    cells = pd.concat([cells, both])
-    rates = dict(zip(zip(cells.task, cells.policy + "/" + cells.condition), cells.rate))
-    tasks = []
-    for task, rows in comparisons[comparisons.a.str.startswith("r3/")].groupby("task", sort=False):
-        lines = []
-        for row in rows[rows.question.isin(TRAINING.values())].itertuples():
-            sides = [f"{rates[task, side]:.1%}" for side in (row.b, row.a)]
-            lines.append([row.question, *sides, points(row), row.n, row.seeds, f"{row.p_holm:.2g}"])
-        controls = rows[rows.question.isin(CONTROLS.values())]
-        beaten = controls[(controls["diff"] > 0) & (controls.p_holm < 0.05)]
-        counts = {"controls": len(controls), "beaten": len(beaten)}
-        tasks.append({"caption": task, "columns": EFFECT, "rows": lines, "strong": 0, **counts})
-    return tasks
-
-
-def headline(view: pd.DataFrame, paper: pd.DataFrame, profile: str) -> list[dict]:
-    """For each task the paper's Table 1 or 2 (percent of all test problems) with this run below."""
-    paper = paper[paper.confidence.isin(["A", "B"])]
-    columns = ["model", *(label for _, _, label in COLUMNS.values())]
-    studies = []
-    for task, own in view.groupby("task", sort=False):
-        rows = []
-        for model, cells in paper[paper.task == task].groupby("model", sort=False):
-            rows.append([model, *across(cells, paper_number)])
-        rows.append([f"this run ({profile})", *across(own, our_number)])
-        strong = len(rows) - 1
-        studies.append({"caption": task, "columns": columns, "rows": rows, "strong": strong})
-    return studies
-
-
-def across(cells: pd.DataFrame, text) -> list[str]:
-    """`text` of the row of each of the paper's columns, or nothing where there is none."""
-    found = {cell.column: text(cell) for cell in cells.itertuples()}
-    return [found.get(column, "") for column in COLUMNS]
-
-
-def paper_number(cell) -> str:
-    return f"{cell.value:.1f}%{'†' if cell.confidence == 'B' else ''}"
 
 
 def our_number(cell) -> str:
@@ -153,92 +83,73 @@ def our_number(cell) -> str:
     return f"{percent(cell.rate, cell.lo, cell.hi)}, n={cell.n:,}, {seeds}"
 
 
-def conditions(accuracy: pd.DataFrame) -> list[dict]:
-    """For each task and split a row a condition, a column a policy."""
-    tables = []
-    for (task, split), rows in pooled(accuracy).groupby(["task", "split"], sort=False):
-        found = {(row.condition, row.policy): our_number(row) for row in rows.itertuples()}
-        policies = list(rows.policy.unique())
-        lines = []
-        for condition in rows.condition.unique():
-            lines.append([condition, *(found.get((condition, p), "") for p in policies)])
-        columns = ["condition", *(style(policy)[2] for policy in policies)]
-        tables.append({"caption": f"{task}, {split}", "columns": columns, "rows": lines})
-    return tables
+def conditions(accuracy: pd.DataFrame) -> pd.DataFrame:
+    """A row a task, split and condition, a column a policy."""
+    table = pooled(accuracy)
+    table = table.assign(
+        text=[our_number(cell) for cell in table.itertuples()],
+        policy=[style(policy)[2] for policy in table.policy],
+    )
+    return wide(table, ["task", "split", "condition"], "policy")
 
 
-def compared(comparisons: pd.DataFrame) -> dict:
-    """comparisons.csv as text, differences in percentage points."""
-    lines = []
-    for row in comparisons.itertuples():
-        sides = [side_of(row.a), side_of(row.b)]
-        line = [row.question, row.task, *sides, points(row), row.n, row.seeds]
-        lines.append([*line, f"{row.p:.2g}", f"{row.p_holm:.2g}"])
-    return {"columns": COMPARED, "rows": lines}
+def beside_the_paper(view: pd.DataFrame, profile: str) -> pd.DataFrame:
+    """The paper's Tables 1 and 2 (percent of all test problems) with this run below."""
+    paper = pd.read_csv(PAPER)
+    paper = paper[paper.confidence.isin(["A", "B"]) & paper.task.isin(view.task)]
+    paper = paper.assign(text=[paper_number(cell) for cell in paper.itertuples()])
+    ours = view.assign(text=[our_number(cell) for cell in view.itertuples()])
+    cells = pd.concat([paper, ours.assign(model=f"this run ({profile})")])
+    table = wide(cells.sort_values("task", kind="stable"), ["task", "model"], "column")
+    labels = {name: label for name, (_, _, label) in COLUMNS.items()}
+    return table.reindex(columns=COLUMNS).rename(columns=labels)
 
 
-def side_of(cell: str) -> str:
-    policy, _, condition = cell.partition("/")
-    return f"{style(policy)[2]}: {condition}"
+def paper_number(cell) -> str:
+    return f"{cell.value:.1f}%{'†' if cell.confidence == 'B' else ''}"
+
+
+def wide(table: pd.DataFrame, rows: list[str], columns: str) -> pd.DataFrame:
+    """The column `text` with a row for each of `rows`, in the order of the table."""
+    texts = table.pivot_table("text", rows, columns, aggfunc="first", sort=False)
+    return texts.reindex(pd.MultiIndex.from_frame(table[rows].drop_duplicates()))
+
+
+def compared(comparisons: pd.DataFrame) -> pd.DataFrame:
+    """comparisons.csv with differences in percentage points."""
+    table = comparisons.rename(columns={"p_holm": "p (Holm)"})
+    table["difference"] = [points(row) for row in comparisons.itertuples()]
+    return table[COMPARED]
 
 
 def points(row) -> str:
     return f"{100 * row.diff:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
 
 
-def provenance(artefacts: dict) -> dict:
+def figures(results: Path, artefacts: pd.DataFrame) -> dict[str, list[dict]]:
+    """By the heading in its notebook, the figures drawn there: their names, images as data URIs."""
+    found: dict[str, list[dict]] = {}
+    for name, made in artefacts[artefacts.index.str.endswith(".png")].iterrows():
+        image = base64.b64encode((results / name).read_bytes()).decode()
+        figure = {"name": Path(name).stem, "image": f"data:image/png;base64,{image}"}
+        found.setdefault(f"{made.notebook}: {made.cell}", []).append(figure)
+    return found
+
+
+def sample(episodes: pd.DataFrame, accuracy: pd.DataFrame) -> list[dict]:
+    """The first PER_CELL episodes of each cell of `accuracy`; an earlier run may have left more."""
+    shown = episodes.merge(accuracy[CELL].drop_duplicates(), on=CELL).groupby(CELL).head(PER_CELL)
+    verdict = shown.retry_reason.fillna(shown.attempt_reason)
+    return shown.assign(verdict=verdict).astype(object).fillna("").to_dict("records")
+
+
+def provenance(artefacts: pd.DataFrame) -> pd.DataFrame:
     """A row a notebook: its time until its last file, commit, hardware and versions."""
-    made = sorted(artefacts.values(), key=lambda made: (made["notebook"], made["seconds"]))
-    rows = {}
-    for last in made:
-        commit = last["commit"] or "no repository"
-        dirty = ", with uncommitted changes" if last["dirty"] else ""
-        machine = [", ".join(f"{k} {v}" for k, v in last[of].items() if v) for of in MACHINE]
-        rows[last["notebook"]] = [last["notebook"], last["seconds"], commit + dirty, *machine]
-    columns = ["notebook", "seconds", "commit", *MACHINE]
-    return {"columns": columns, "rows": list(rows.values())}
+    last = artefacts.drop_duplicates("notebook", keep="last")
+    for column in ("hardware", "packages"):
+        last = last.assign(**{column: last[column].map(listed)})
+    return last[["notebook", "seconds", "commit", "dirty", "hardware", "packages"]]
 
 
-def figures(results: Path, artefacts: dict) -> list[dict]:
-    """The figures as data URIs, those of one kind together; one's own kinds come last."""
-    paths = sorted((results / "figures").glob("*.png"))
-    if not paths:
-        raise R3Error(f"no {results / 'figures'}/*.png: {remedy(results)}")
-    found = {caption: [] for caption in CAPTIONS.values()}
-    for path in paths:
-        captions = [CAPTIONS[kind] for kind in CAPTIONS if f"_{path.stem}".endswith(f"_{kind}")]
-        image = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-        made = artefacts.get(f"figures/{path.name}", {})
-        figure = {**made, "name": path.stem, "image": image}
-        found.setdefault(captions[0] if captions else path.stem, []).append(figure)
-    return [{"caption": caption, "images": images} for caption, images in found.items() if images]
-
-
-def listed(name: str, table: pd.DataFrame) -> dict:
-    """A table as rows of short text, cut at LONGEST_TABLE rows."""
-    rows = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
-    rows = rows.where(table.notna(), "").to_numpy(object).tolist()
-    return {"name": name, "columns": list(table), "rows": rows[:LONGEST_TABLE], "total": len(rows)}
-
-
-def episodes(results: Path, accuracy: pd.DataFrame) -> pd.DataFrame:
-    """Every episode of the policies and seeds in `accuracy`; an earlier run may have left more."""
-    paths = sorted((results / "episodes").glob("*.parquet"))
-    if not paths:
-        raise R3Error(f"no {results / 'episodes'}/*.parquet: {remedy(results)}")
-    found = pd.concat([read(results, path, EPISODE) for path in paths], ignore_index=True)
-    cells = accuracy[["task", "policy", "seed"]].drop_duplicates()
-    return found.astype({"seed": str}).merge(cells, on=["task", "policy", "seed"])
-
-
-def sample(table: pd.DataFrame) -> dict:
-    """The same problems from every cell (by a hash of their id), few enough for VIEWER_BYTES."""
-    table = table.assign(order=[zlib.crc32(name.encode()) for name in table.problem_id])
-    table = table.sort_values(["order", "problem_id", "seed", *CELL], kind="stable")
-    most = PER_CELL
-    while True:
-        shown = table.groupby(CELL).head(most)[EPISODE].astype(object)
-        rows = shown.where(shown.notna(), None).to_numpy().tolist()
-        if most == 1 or len(json.dumps(rows)) <= VIEWER_BYTES:
-            return {"columns": EPISODE, "rows": rows, "total": len(table), "most": most}
-        most //= 2
+def listed(facts: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if value)

@@ -3,8 +3,6 @@
 import numpy as np
 from scipy.stats import binomtest
 
-from .errors import R3Error
-
 
 def wilson(k: int, n: int) -> tuple[float, float]:
     """Wilson's 95% interval for a rate of k successes in n independent trials, in 0..1."""
@@ -38,10 +36,6 @@ def rate_difference(a, a_clusters, b, b_clusters, draws=2000, seed=0):
     (95%), and a two-sided p never below 2 ** (1 - problems), the least of an exact sign test. Where
     all draws agree the interval is Newcombe's, from Wilson's on the numbers of problems.
     """
-    if not len(a) or not len(b):
-        raise R3Error(
-            f"cannot compare {len(a)} with {len(b)} outcomes: both sides need at least one"
-        )
     ids, at = np.unique(np.concatenate([a_clusters, b_clusters]), return_inverse=True)
     columns = []
     for outcomes, where in ((a, at[: len(a)]), (b, at[len(a) :])):

@@ -4,12 +4,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .conditions import FIRST_TRY, Condition, condition
-from .errors import R3Error
+from .conditions import Condition
 from .rollout import group_seed
 from .sampler import Failure, Reflection, Retry, RolloutSampler
-
-Turns = list[tuple[str, list[int]]]  # (role, token ids)
 
 
 @dataclass(frozen=True)
@@ -21,7 +18,7 @@ class Group:
     retries: list[str]
     verdicts: list[str]
     rewards: list[float]
-    turns: list[Turns]  # the conversation with each reflection
+    turns: list[list[tuple[str, list[int]]]]  # of each conversation: (role, token ids)
 
     @property
     def advantages(self) -> list[float]:
@@ -31,14 +28,9 @@ class Group:
 
     def table(self) -> pd.DataFrame:
         """A row a reflection: reflection, retry, verdict, reward, advantage."""
-        columns = {
-            "reflection": self.reflections,
-            "retry": self.retries,
-            "verdict": self.verdicts,
-            "reward": self.rewards,
-            "advantage": self.advantages,
-        }
-        return pd.DataFrame(columns).round(2)
+        columns = [self.reflections, self.retries, self.verdicts, self.rewards, self.advantages]
+        names = ["reflection", "retry", "verdict", "reward", "advantage"]
+        return pd.DataFrame(dict(zip(names, columns))).round(2)
 
     def masked(self, index: int) -> tuple[list[int], list[int], list[str]]:
         """(ids, mask, roles) of the conversation with reflection `index`, one of each a token.
@@ -51,20 +43,15 @@ class Group:
 
 
 def sample_group(
-    sampler: RolloutSampler,
-    failure: Failure,
-    n: int,
-    seed: int = 0,
-    place: int = 0,
-    temperature: float = 1.0,
-    retry_temperature: float = 0.0,
+    sampler: RolloutSampler, failure: Failure, n: int, seed: int = 0, place: int = 0
 ) -> Group:
-    """`n` reflections on `failure`, sampled together, and a retry after each.
+    """`n` reflections on `failure`, sampled together, and a greedy retry after each.
 
-    They are those that a training with `seed` samples for the failure at `place` of its order.
+    The reflections are those that a training with `seed` samples for the failure at `place` of its
+    order.
     """
-    reflections = sampler.reflect([failure], [group_seed(seed, place)], n, temperature)
-    retries = sampler.retry(reflections, list(range(n)), retry_temperature)
+    reflections = sampler.reflect([failure], [group_seed(seed, place)], n)
+    retries = sampler.retry(reflections, seeds=list(range(n)))
     text = sampler.chat.text
     return Group(
         failure=failure,
@@ -72,58 +59,36 @@ def sample_group(
         retries=[text(retry.completion.ids) for retry in retries],
         verdicts=[retry.verdict.reason for retry in retries],
         rewards=[retry.verdict.reward for retry in retries],
-        turns=[_turns_of(*pair) for pair in zip(reflections, retries)],
+        turns=[_turns(*pair) for pair in zip(reflections, retries)],
     )
 
 
-def _turns_of(reflection: Reflection, retry: Retry) -> Turns:
-    ids = reflection.completion.ids
-    turns = _told_turns(reflection.failure, retry.prompt_ids, reflection.prompt_ids, ids)
-    return [*turns, ("retry", retry.completion.ids)]
+def _turns(reflection: Reflection, retry: Retry) -> list[tuple[str, list[int]]]:
+    failure, written = reflection.failure, reflection.completion.ids
+    attempted = len(failure.prompt_ids) + len(failure.attempt_ids)
+    reflected = len(reflection.prompt_ids) + len(written)
+    return [
+        ("task", failure.prompt_ids),
+        ("attempt", failure.attempt_ids),
+        ("request", reflection.prompt_ids[attempted:]),
+        ("reflection", written),
+        ("request", retry.prompt_ids[reflected:]),
+        ("retry", retry.completion.ids),
+    ]
 
 
 def conversation_of(
-    sampler: RolloutSampler,
-    asked,
-    under: Condition | str = FIRST_TRY,
-    other: Failure | None = None,
+    sampler: RolloutSampler, failure: Failure, under: Condition, other: Failure | None = None
 ) -> str:
-    """What the model is given under a condition, as text, with a line `[role]` before each turn.
+    """What a try at the problem of `failure` is sampled from under a condition, a line a turn.
 
-    `asked` is a problem, or a `Failure` for a condition that tells of the failed try. Where the
-    condition has a reflection, the policy's own on `asked` is sampled; where it is another's, that
-    on `other`. R3Error: the one or the other is missing.
+    Where the condition has a reflection, the policy's own on `failure` is sampled; where it is
+    another's, that on `other`.
     """
-    under = condition(under)
-    decode = sampler.chat.tokenizer.decode
-    turns = _turns_under(sampler, asked, under, other)
-    return "\n".join(f"[{role}]\n{decode(ids)}" for role, ids in turns)
-
-
-def _turns_under(sampler: RolloutSampler, asked, under: Condition, other) -> Turns:
-    if not under.told:
-        problem = asked.problem if isinstance(asked, Failure) else asked
-        return [("task", sampler.chat.start(sampler.task, problem))]
-    if not isinstance(asked, Failure):
-        raise R3Error(f"{under} goes on after a failed try: give a Failure, not a problem")
-    failures = [asked] if other is None else [asked, other]
+    failures = [failure] if other is None else [failure, other]
     reflection = sampler.reflections_under(under, failures)[0]
-    prompt = sampler.second_prompt(under, asked, reflection)
-    if reflection is None:
-        return _told_turns(asked, prompt)
-    return _told_turns(asked, prompt, sampler.reflection_prompt(asked), reflection)
-
-
-def _told_turns(failure: Failure, prompt, reflection_prompt=(), reflection=()) -> Turns:
-    """The turns of `prompt`, which asks for a retry of `failure`, with or without a reflection."""
-    attempted = len(failure.prompt_ids) + len(failure.attempt_ids)
-    turns = [("task", failure.prompt_ids), ("attempt", failure.attempt_ids)]
-    if not reflection_prompt:
-        return [*turns, ("request", prompt[attempted:])]
-    reflected = len(reflection_prompt) + len(reflection)
-    return [
-        *turns,
-        ("request", prompt[attempted : len(reflection_prompt)]),
-        ("reflection", list(reflection)),
-        ("request", prompt[reflected:]),
-    ]
+    decode = sampler.chat.tokenizer.decode
+    text = decode(sampler.second_prompt(under, failure, reflection))
+    for end in map(decode, sampler.chat.end_ids):
+        text = text.replace(end, f"{end}\n")
+    return text

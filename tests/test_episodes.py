@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from r3lib.chat import Chat
-from r3lib.conditions import CONDITIONS, RESAMPLE, SECOND_TRIES, Condition
+from r3lib.conditions import CONDITIONS, Condition
 from r3lib.engines import transformers as engine_module
 from r3lib.engines.base import Completion
 from r3lib.episodes import Policy, read_episodes, run_episodes
@@ -31,6 +31,7 @@ COLUMNS = (
     "task split problem_id policy seed condition sample prompt attempt attempt_reason reflection retry retry_reason "
     "attempt_tokens reflection_tokens retry_tokens model adapter schema_version"
 ).split()
+SECOND_TRIES = CONDITIONS[1:]
 TASK = CountdownTask(count=3, largest=20, largest_target=99)
 PROBLEMS = TASK.problems("test", 8, 0)
 KNOWN = {p.id for p in PROBLEMS[::4]}  # answered right at once
@@ -177,7 +178,7 @@ def test_a_single_failure_loses_its_shuffled_row_and_nothing_else(sampler, tmp_p
     said = []
     table = run(sampler(), tmp_path, PROBLEMS[:2], log=said.append)
     assert set(table.condition) == {c.name for c in CONDITIONS} - {"shuffled_reflection"}
-    assert any(PROBLEMS[1].id in line and "shuffled_reflection left out" in line for line in said)
+    assert any("shuffled_reflection left out" in line for line in said)
 
 
 def test_no_failure_leaves_first_tries_only(sampler, tmp_path):
@@ -278,7 +279,7 @@ def test_second_tries_restate_the_question_alike_unless_a_reminder_is_asked_for(
     for retry_turn, tail in (("restate", f"\n{question[task.name]}"), ("reminder", "")):
         engine = ScriptedEngine(tokenizer)
         one = RolloutSampler(engine, chat, task, retry_turn=retry_turn)
-        for condition in set(SECOND_TRIES) - {RESAMPLE}:
+        for condition in SECOND_TRIES[1:]:
             one.second_tries(condition, [failure, failure], reflections=[[30], [31]])
             asked = tokenizer.decode(engine.calls[-1][0][0]).split("<|user|>")[-1]
             told = task.blind_retry_prompt if condition.reflection == "none" else task.retry_prompt
@@ -536,11 +537,8 @@ def test_a_task_without_a_name_is_refused_at_the_start(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"name": ""}, "name is ''"),
         ({"reflection": "mine"}, "reflection='mine': use one of none, fixed, other, own"),
-        ({"reflection": "owned"}, "odd: reflection='owned'"),
         ({"told": False, "reflection": "own"}, "odd: asked afresh it has no reflection"),
-        ({"temperature": -1.0}, "temperature=-1.0: give 0"),
     ],
 )
 def test_a_condition_that_would_not_do_what_it_says_is_refused(settings, words):
@@ -560,7 +558,7 @@ def test_two_conditions_of_one_name_are_refused_since_tables_would_pool_them(
     sampler, tmp_path, conditions
 ):
     one = sampler()
-    with pytest.raises(R3Error, match="two conditions are called"):
+    with pytest.raises(R3Error, match="two conditions have one name"):
         run(one, tmp_path / "out", conditions=conditions)
     assert one.engine.calls == [] and not (tmp_path / "out").exists()
 

@@ -211,5 +211,3 @@ def test_examples_show_the_same_problem_before_and_after(study):
 def test_missing_rows_are_named(study):
     with pytest.raises(R3Error, match="no reflect_retry rows"):
         transitions(study[study.condition == "first_try"])
-    with pytest.raises(R3Error, match="vanilla and 'grpo_first_try'"):
-        reflection_examples(study, 1, seed=0, after="grpo_first_try")

@@ -41,8 +41,8 @@ def drawn(episodes):
     whole = accuracy[accuracy.split == "test"]
     view = pd.read_csv(REFERENCE / "tables" / "paper_view.csv").fillna({"train_task": ""})
     paper = pd.read_csv(ROOT / "data" / "paper_results.csv")
-    found = {"transfer": figures.transfer_figure(whole), "paper": figures.paper_figure(view, paper)}
-    found["conditions"] = figures.conditions_figure(whole)
+    found = {"transfer": figures.conditions_figure(whole, first_tries=True), "paper": figures.paper_figure(view, paper)}
+    found["conditions"] = figures.conditions_figure(whole[~whole.policy.str.contains("_from_")])
     found["baseline"] = figures.conditions_figure(whole[whole.policy == "vanilla"])
     parts = accuracy[(accuracy.split != "test") & ~accuracy.policy.str.contains("_from_")]
     found["parts"] = figures.parts_figure(parts)
@@ -74,7 +74,7 @@ def laid_out(figure):
 
 def shares(figure):
     """Width and height of each axes as shares of the figure's, times the number of axes in a row, in a column."""
-    panels = [ax for ax in laid_out(figure).axes if ax.get_label() != "<colorbar>"]
+    panels = laid_out(figure).axes
     boxes = np.array([(*ax.get_position().min, *ax.get_position().size) for ax in panels])
     columns, rows = (len(set(boxes[:, side].round(3))) for side in (0, 1))
     return boxes[:, 2] * columns, boxes[:, 3] * rows
@@ -97,7 +97,7 @@ def test_a_figure_of_many_policies_and_tasks_does_not_collapse(drawn):
         assert widths.min() > 0.4 and heights.min() > 0.3, count
     whole = pd.read_csv(REFERENCE / "tables" / "accuracy.csv").fillna({"train_task": ""})
     tasks = pd.concat([whole[whole.split == "test"].assign(task=f"task {i}") for i in range(4)])
-    widths, heights = shares(figures.transfer_figure(tasks))
+    widths, heights = shares(figures.conditions_figure(tasks, first_tries=True))
     assert widths.min() > 0.4 and heights.min() > 0.3 and len(widths) == 4
 
 
@@ -149,12 +149,9 @@ def titles(metrics):
     return [ax.get_title() for ax in figures.training_figure(metrics).axes if ax.axison]
 
 
-def test_the_training_figure_has_the_share_that_is_cut_off_and_no_panel_twice():
-    one = pd.DataFrame({"step": [1, 2], "seed": 0, "reward": [0.5, 0.6], "retry_success": [0.5, 0.6]})
-    assert titles(one) == ["reward"]
-    cut = one.assign(truncated_share=[0.0, 0.2], kl=float("nan"))
-    assert titles(cut) == ["reward", "reflections cut off at the limit"]
-    assert "second tries that succeed" in titles(cut.assign(reward=[0.5, 0.5]))
+def test_the_training_figure_has_a_panel_for_every_metric_with_values():
+    metrics = pd.DataFrame({"step": [1, 2], "seed": 0, "reward": [0.5, 0.6], "truncated_share": [0.0, 0.2]})
+    assert titles(metrics.assign(kl=float("nan"))) == ["reward", "reflections cut off at the limit"]
 
 
 class Parts(HTMLParser):
@@ -172,9 +169,9 @@ class Parts(HTMLParser):
 
 def test_a_mask_view_shows_model_text_as_it_is():
     tokens = [HOSTILE, "<answer>", "&lt;"]
-    page = Parts(figures.mask_html(tokens, [0, 1, 0], ["<b>task</b>", "reflection", "retry"]))
+    page = Parts(figures.mask_html(tokens, [0, 1, 0], ["task", "reflection", "retry"]))
     assert page.tags == {"div", "span", "br", "small", "b", "u"}
-    assert "".join(tokens) in page.text and "<b>task</b>" in page.text
+    assert "".join(tokens) in page.text
 
 
 def test_the_turns_of_a_mask_view_are_coloured_apart():

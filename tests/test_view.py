@@ -4,7 +4,7 @@ import pytest
 from conftest import CoinTask, ConstantTask, ScriptedEngine, coin_failures
 
 from r3lib.chat import Chat
-from r3lib.conditions import CONDITIONS
+from r3lib.conditions import CONDITIONS, condition
 from r3lib.errors import R3Error
 from r3lib.sampler import Limits, RolloutSampler
 from r3lib.view import Group, conversation_of, sample_group
@@ -59,23 +59,15 @@ def test_every_token_has_its_turn_and_only_the_reflection_is_trained(sampler, fa
 
 @pytest.mark.parametrize("under", CONDITIONS, ids=str)
 def test_a_conversation_is_what_the_condition_asks(sampler, failures, under):
-    """Without the lines that name the turns, it is the prompt of the second try."""
     failure, other = failures[:2]
-    shown = conversation_of(sampler, failure, under, other).splitlines()
-    text = "".join(line for line in shown if not (line.startswith("[") and line.endswith("]")))
-    if under.name == "first_try":
-        asked = sampler.chat.start(sampler.task, failure.problem)
-    else:
-        sampler.second_tries(under, [failure, other])
-        asked = sampler.engine.calls[-1][0][0]
-    assert text == "".join(sampler.chat.tokenizer.decode(asked).splitlines())
-    assert ("[reflection]" in shown) == (under.reflection != "none")
-    assert ("[attempt]" in shown) == under.told
+    shown = conversation_of(sampler, failure, under, other)
+    sampler.second_tries(under, [failure, other])
+    asked = sampler.engine.calls[-1][0][0]
+    assert shown.replace("<|end|>\n", "<|end|>") == sampler.chat.tokenizer.decode(asked)
+    assert shown.count("<|end|>\n") == shown.count("<|end|>")
+    assert (failure.attempt in shown) == under.told
 
 
-def test_what_a_condition_needs_is_named(sampler, failures):
-    with pytest.raises(R3Error, match="retry goes on after a failed try: give a Failure"):
-        conversation_of(sampler, failures[0].problem, "retry")
+def test_a_condition_with_anothers_reflection_needs_another_failure(sampler, failures):
     with pytest.raises(R3Error, match="needs at least 2 failures"):
-        conversation_of(sampler, failures[0], "shuffled_reflection")
-    assert "[task]" in conversation_of(sampler, failures[0].problem)
+        conversation_of(sampler, failures[0], condition("shuffled_reflection"))
