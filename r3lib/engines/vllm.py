@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
-from ssl import create_default_context
 
 import httpx
 
@@ -26,8 +25,6 @@ FIX = (
 CLIENT = httpx.Client(
     trust_env=False,  # no proxies
     transport=httpx.HTTPTransport(
-        trust_env=False,
-        verify=create_default_context(),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         retries=3,  # of connecting
     ),
