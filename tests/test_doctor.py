@@ -1,7 +1,6 @@
 """The doctor: what each check finds, the fix it names, and what stops a run before it starts."""
 
 import socket
-import types
 from importlib.metadata import version
 
 import pytest
@@ -69,8 +68,8 @@ def test_what_fails_stops_a_run_packages_and_vllm_too(tmp_path, monkeypatch):
 
 def test_a_check_that_fails_gives_exit_code_1_and_a_doubt_does_not(monkeypatch):
     lines = []
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
-    assert ask("disk") == ("warn", "1.0 GiB free, about 2 are needed: free some disk space")
+    monkeypatch.setattr(preflight, "estimate", lambda *_: (False, "about 9 GiB of 4 GiB RAM"))
+    assert ask("memory")[0] == "warn"
     assert doctor.report("smoke", lines.append, task="countdown") == 0
     monkeypatch.setattr(doctor, "version", lambda name: None)
     assert doctor.report("smoke", lines.append, task="countdown") == 1
@@ -81,28 +80,24 @@ def test_missing_packages_fail_and_other_versions_are_a_doubt_each_in_one_line(m
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     state, text = ask("packages")
     assert state == "warn" and "trl 1.0.0 (tested: ==" in text and "peft 0.1.0" in text
-    versions |= {"trl": None, "bitsandbytes": None}
-    state, text = ask("packages", quantization="nf4")
-    assert state == "fail" and "missing trl==" in text and "bitsandbytes==" in text
-    assert "pip install -e '.[gpu]'" in text and "\n" not in text
+    versions |= {"trl": None}
+    state, text = ask("packages")
+    assert state == "fail" and "missing trl==" in text and "`pip install -e .`" in text
 
 
 def test_what_colab_keeps_of_its_own_is_no_doubt_there(monkeypatch):
     versions = {"jupyterlab": None, "torch": "2.11.0"}
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     assert ask("packages")[0] == "fail"
-    monkeypatch.setattr(doctor, "on_colab", lambda: True)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
     assert ask("packages")[0] == "ok"
 
 
-@pytest.mark.parametrize("capability, state", [((7, 5), "warn"), ((8, 0), "ok")])
-def test_a_gpu_is_judged_by_its_bf16_and_its_absence_by_the_model(monkeypatch, capability, state):
+def test_a_missing_gpu_is_judged_by_the_model(monkeypatch):
     assert ask("gpu")[0] == "ok" and ask("gpu", model="some/model")[0] == "warn"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    found, text = ask("gpu", model="some/model")
-    assert found == state and text.startswith("Some GPU") and ("fp16" in text) == (state == "warn")
+    assert ask("gpu", model="some/model") == ("ok", "Some GPU")
 
 
 def test_weights_that_are_missing_stop_a_run_with_how_to_get_them(tmp_path, monkeypatch):
@@ -124,11 +119,10 @@ def test_an_empty_folder_is_no_model_and_one_with_a_config_is(tmp_path, monkeypa
     (tmp_path / "models" / "mine").mkdir(parents=True)
     assert "has no config.json: name the folder of a model" in refused(model="models/mine")
     (tmp_path / "models" / "mine" / "config.json").touch()
-    doctor.check_model("models/mine")
-    doctor.check_model(str(EMBEDDED))
+    assert ask("model", model="models/mine")[0] == ask("model", model=str(EMBEDDED))[0] == "ok"
     cached = "huggingface_hub.hf_hub_download"
     monkeypatch.setattr(cached, lambda *_, local_files_only: "somewhere/config.json")
-    doctor.check_model("some/model")
+    assert ask("model", model="some/model")[0] == "ok"
 
 
 def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
@@ -139,7 +133,7 @@ def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
 
     monkeypatch.setattr(provenance, "reaches_hub", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unknown)
-    assert "the hub does not give it: no such model" in refused(model="some/model")
+    assert "and the hub does not give it" in refused(model="some/model")
 
 
 @pytest.mark.parametrize(

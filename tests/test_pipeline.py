@@ -71,7 +71,7 @@ def test_notebooks_run_in_order_with_their_parameters_and_the_report_comes_last(
     assert ran(checkout) == ["00", "01"]
     seen = json.loads((checkout / "seen.json").read_text())
     assert (seen["profile"], seen["task"], seen["results"]) == ("smoke", "countdown", "results")
-    assert seen["overrides"] == {"seeds": "2"} and Path(seen["cwd"]) == Path.cwd()  # so that a relative path means the same
+    assert seen["overrides"] == {"seeds": "2"} and Path(seen["cwd"]) == Path.cwd()
     assert seen["python"] == sys.executable
     assert seen["env"]["HF_HUB_OFFLINE"] == "1" and seen["env"]["PYTHONHASHSEED"] == "0"
     assert pipeline.TCMALLOC in (seen["env"]["LD_PRELOAD"] or "")
