@@ -5,7 +5,6 @@ returns what it found, or raises `Doubt` for what may go wrong and R3Error for w
 """
 
 import os
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
@@ -21,7 +20,6 @@ from .provenance import TCMALLOC, reaches_hub
 from .tasks import TASKS, load_task
 from .weights import missing
 
-HAS_VLLM = "import importlib.util, sys; sys.exit(not importlib.util.find_spec('vllm'))"
 # of the profile as it is, measured on two cores
 TIMES = {"smoke": "90 seconds", "nano": "15 minutes a seed", "smol": "two hours a task"}
 
@@ -39,7 +37,7 @@ class Run:
     gpu_memory: float | None = None
 
 
-def report(profile="nano", log=print, gpu_memory=None, overrides=None, task="all") -> int:
+def report(profile="nano", task="all", overrides=None, gpu_memory=None, log=print) -> int:
     """Log a line for each check; return 1 if one fails, else 0."""
     run = Run(load_profile(profile, **(overrides or {})), tasks_of(task), gpu_memory)
     failed = False
@@ -53,16 +51,13 @@ def report(profile="nano", log=print, gpu_memory=None, overrides=None, task="all
 def check_run(run: Run) -> None:
     """Raise R3Error if a check fails, warn on stderr of what is only doubtful; see CHECKS."""
     for check in CHECKS:
-        if check not in (gpu, time):  # one loads torch, both stop nothing
-            warn(check, run)
-
-
-def warn(check: Callable[[Run], str], run: Run) -> None:
-    """Run one check: R3Error if it fails, a warning on stderr if it has a doubt."""
-    try:
-        check(run)
-    except Doubt as doubt:
-        print(f"r3: warning: {doubt}", file=sys.stderr)
+        if check in (gpu, time):  # one loads torch, both stop nothing
+            continue
+        state, text = outcome(check, run)
+        if state == "fail":
+            raise R3Error(text)
+        if state == "warn":
+            print(f"r3: warning: {text}", file=sys.stderr)
 
 
 def outcome(check: Callable[[Run], str], run: Run) -> tuple[str, str]:
@@ -135,26 +130,6 @@ def problems(run: Run) -> str:
     return ", ".join(run.tasks)
 
 
-def vllm(run: Run) -> str:
-    """Whether the profile's vLLM servers answer; without any, whether we could start one."""
-    from .engines.vllm import ask, web_address
-    from .engines.vllm_server import install, interpreter
-
-    if run.profile.engine != "vllm":
-        return "not asked for"
-    if run.profile.own_server:
-        python = interpreter()
-        try:
-            subprocess.run([python, "-c", HAS_VLLM], timeout=60, check=True)
-        except (OSError, subprocess.SubprocessError) as error:
-            raise R3Error(f"{python} is no Python that has vLLM: {install()}") from error
-        return python
-    addresses = run.profile.servers.replace(",", " ").split()
-    for address in addresses:
-        ask(f"{web_address(address)}/health", timeout=3.0)
-    return ", ".join(addresses)
-
-
 def memory(run: Run) -> str:
     """Whether the estimated memory is there, see `preflight`."""
     try:
@@ -176,4 +151,4 @@ def time(run: Run) -> str:
     return f"{took} ({os.cpu_count()} here){faster}"
 
 
-CHECKS = (packages, gpu, model, problems, vllm, memory, time)
+CHECKS = (packages, gpu, model, problems, memory, time)

@@ -1,16 +1,13 @@
 """The doctor: what each check finds, the fix it names, and what stops a run before it starts."""
 
-import socket
 from importlib.metadata import version
 
 import pytest
 import torch
-from fake_vllm import FakeServer
 
 from r3lib import doctor, preflight, provenance, weights
 from r3lib.config import load_profile
 from r3lib.doctor import Run, check_run, outcome
-from r3lib.engines.vllm_server import INSTALL
 from r3lib.errors import R3Error
 from r3lib.tasks import function_calling_records as records
 from r3lib.weights import EMBEDDED
@@ -38,7 +35,7 @@ def refused(**overrides):
 
 def test_a_laptop_without_network_passes_with_a_line_for_each_check():
     lines = []
-    assert doctor.report("nano", lines.append) == 0
+    assert doctor.report("nano", log=lines.append) == 0
     assert [line[6:14].strip() for line in lines] == [check.__name__ for check in doctor.CHECKS]
     assert not any("\n" in line or line.startswith("fail") for line in lines)
 
@@ -57,11 +54,7 @@ def test_a_time_is_told_only_of_a_profile_as_it_was_measured(tmp_path):
     assert "not measured for this profile" in ask("time", str(tmp_path / "own.yaml"))[1]
 
 
-def test_what_fails_stops_a_run_packages_and_vllm_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("R3_VLLM_PYTHON", "nowhere/python")
-    assert "nowhere/python is no Python that has vLLM: run" in refused(engine="vllm")
-    silent = {"engine": "vllm", "servers": "http://127.0.0.1:1"}
-    assert "http://127.0.0.1:1/health does not answer" in refused(**silent)
+def test_what_fails_stops_a_run(monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda name: None)
     assert refused().startswith("missing ")
 
@@ -70,9 +63,9 @@ def test_a_check_that_fails_gives_exit_code_1_and_a_doubt_does_not(monkeypatch):
     lines = []
     monkeypatch.setattr(preflight, "estimate", lambda *_: (False, "about 9 GiB of 4 GiB RAM"))
     assert ask("memory")[0] == "warn"
-    assert doctor.report("smoke", lines.append, task="countdown") == 0
+    assert doctor.report("smoke", "countdown", log=lines.append) == 0
     monkeypatch.setattr(doctor, "version", lambda name: None)
-    assert doctor.report("smoke", lines.append, task="countdown") == 1
+    assert doctor.report("smoke", "countdown", log=lines.append) == 1
 
 
 def test_missing_packages_fail_and_other_versions_are_a_doubt_each_in_one_line(monkeypatch):
@@ -185,37 +178,6 @@ def test_memory_that_may_be_short_or_is_unknown_is_a_warning_and_no_stop(monkeyp
     monkeypatch.setattr(provenance, "reaches_hub", lambda: False)
     state, text = ask("memory", model="some/model")
     assert state == "warn" and "does not answer: go online" in text
-
-
-def fake_python(folder, status):
-    path = folder / f"python{status}"
-    path.write_text(f"#!/bin/sh\nexit {status}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_vllm_server_of_our_own_needs_an_interpreter_that_has_vllm(tmp_path, monkeypatch):
-    assert ask("vllm") == ("ok", "not asked for")
-    with_vllm, without = fake_python(tmp_path, 0), fake_python(tmp_path, 1)
-    for python, wanted in ((with_vllm, "ok"), (without, "fail"), ("nowhere", "fail")):
-        monkeypatch.setenv("R3_VLLM_PYTHON", python)
-        state, text = ask("vllm", engine="vllm")
-        assert state == wanted and python in text
-    assert "`make .venv-vllm/.installed`" in text and "R3_VLLM_PYTHON" in text
-    monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: "cuda:0")
-    assert f"`{INSTALL}`" in ask("vllm", engine="vllm")[1]
-
-
-def test_vllm_servers_of_others_are_asked(request):
-    server = FakeServer()
-    request.addfinalizer(server.close)
-    assert ask("vllm", engine="vllm", servers=server.url) == ("ok", server.url)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        silent = f"http://127.0.0.1:{free.getsockname()[1]}"
-    state, text = ask("vllm", engine="vllm", servers=f"{server.url},{silent}")
-    assert state == "fail" and "does not answer" in text and "give another address" in text
-    state, text = ask("vllm", engine="vllm", servers=f"{server.url} elsewhere")
-    assert state == "fail" and "http://host:port" in text
 
 
 def test_the_manifest_gets_commit_versions_and_hardware():

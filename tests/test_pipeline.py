@@ -157,7 +157,6 @@ def test_parameters_that_a_notebook_does_not_know_stop_everything_before_it_star
         ({"task": "countdwn"}, "unknown task 'countdwn': did you mean 'countdown'"),
         ({"overrides": {"num_generations": "1"}}, "num_generations=1 is out of range"),
         ({"overrides": {"failures_per_step": "3"}}, "= 12 rows do not divide into learning batches of 32"),
-        ({"overrides": {"engine": "vllm", "servers": "http://127.0.0.1:1"}}, "does not answer"),
         ({"overrides": {"model": "/no/such/folder"}}, "model '/no/such/folder' has no config.json"),
         ({"overrides": {"task_options": {"countdown": {"larges": 9}}}}, "did you mean 'largest'"),
         ({"overrides": {"test_problems": "9999"}, "task": "countdown"}, "countdown test .*holds only about"),

@@ -19,8 +19,6 @@ from ..errors import R3Error
 from ..weights import compute_dtype, device
 from .vllm import VLLMEngine, ask
 
-INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # for GPUs
-INSTALL_CPU = "make .venv-vllm/.installed"
 STARTUP = 1800.0  # seconds in which a server must be up
 GRACE = 10.0  # seconds between asking it to end and killing it
 # Linux asks the server to end when this process dies, even of kill -9
@@ -47,12 +45,6 @@ def interpreter() -> str:
     return sys.executable if find_spec("vllm") else str(ROOT / ".venv-vllm" / "bin" / "python")
 
 
-def install() -> str:
-    """How this machine gets an interpreter that has vLLM."""
-    command = INSTALL_CPU if device() == "cpu" else INSTALL
-    return f"run `{command}` in {ROOT}, or name another Python that has vLLM in R3_VLLM_PYTHON"
-
-
 class Server:
     """Serves `model` on a free loopback port with `python`, an interpreter that has vLLM.
 
@@ -64,7 +56,10 @@ class Server:
 
     def __init__(self, model, python, rank=64, log="vllm.log", options: Sequence[str] = ()):
         if not shutil.which(python):
-            raise R3Error(f"no Python interpreter at {python}: {install()}")
+            raise R3Error(
+                f"no Python that has vLLM at {python}: make it as docs/scaling.md says, or name "
+                "another in R3_VLLM_PYTHON"
+            )
         self.command = [
             *WITH_US, str(python), "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(model), "--enable-lora", "--max-lora-rank", str(rank),
@@ -85,11 +80,14 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        ours = CPU_ENVIRONMENT if device() == "cpu" else {}
+        fixed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        env = {"VLLM_NO_USAGE_STATS": "1"} | ours | os.environ | fixed
         command = [*self.command, "--host", "127.0.0.1", "--port", str(port)]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment(), start_new_session=True
+                command, stdout=log, stderr=log, env=env, start_new_session=True
             )
         try:
             self._wait()
@@ -129,13 +127,6 @@ class Server:
                 return
             time.sleep(0.2)
         raise R3Error(f"the vLLM server is not up after {STARTUP:.0f} s: see {self.log}")
-
-
-def environment() -> dict[str, str]:
-    """A server's environment variables."""
-    ours = CPU_ENVIRONMENT if device() == "cpu" else {}
-    fixed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    return {"VLLM_NO_USAGE_STATS": "1"} | ours | os.environ | fixed
 
 
 @cache
