@@ -68,19 +68,10 @@ def parser() -> argparse.ArgumentParser:
 
 def add_study(one: argparse.ArgumentParser, task: bool = True, results: bool = True) -> None:
     """Add the options that name a study: --profile, --set, and what else the command reads."""
-    one.add_argument(
-        "--profile",
-        default="nano",
-        help="nano (default), smoke, smol, colab, paper, or a .yaml file of your own",
-    )
-    one.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override settings",
-    )
+    about = "nano (default), smoke, smol, colab, paper, or a .yaml file of your own"
+    one.add_argument("--profile", default="nano", help=about)
+    pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
+    one.add_argument("--set", **pairs, help="override settings")
     if task:
         about = "all (default), one task, or your own as file.py:Class"
         one.add_argument("--task", default="all", help=about)

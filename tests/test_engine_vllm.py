@@ -387,6 +387,7 @@ def test_a_missing_interpreter_is_refused():
         Server("m", "nowhere/python")
 
 
+@pytest.mark.skipif(not vllm_server.WITH_US, reason="there is no setpriv here")
 def test_the_server_ends_when_we_are_killed(command, tmp_path):
     code = "import sys, time; from r3lib.engines.vllm_server import Server\n"
     code += "Server('m', sys.argv[1], log=sys.argv[2], options=['--pids', sys.argv[3]]).start(); time.sleep(60)"
