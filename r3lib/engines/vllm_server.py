@@ -134,7 +134,8 @@ def own_server(model: str, options: str, rank: int, log: Path) -> Server:
     """This process's server for `model`."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise R3Error(
-            "several processes share vLLM servers: start them on GPUs of their own and give servers=ADDRESS"
+            "several processes share vLLM servers: start them on GPUs of their own and give "
+            "servers=ADDRESS"
         )
     return Server(model, interpreter(), rank, log, options.split())
 
