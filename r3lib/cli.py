@@ -1,6 +1,7 @@
 """The command `r3`: reproduce, sample, doctor, report, base-model."""
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,13 +54,13 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("doctor", doctor, "Check this machine for a profile; suggest fixes.")
     add_study(one, results=False)
-    one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="estimate for such a GPU")
+    one.add_argument("--gpu-memory", type=float, metavar="GIB", help="estimate for such a GPU")
 
     one = command("report", report, "Write report.html again from the results that are there.")
     add_study(one, task=False)
 
     one = command("base-model", base_model, "Pretrain the embedded model (44 minutes; resumes).")
-    one.add_argument("--out", type=_folder, help="folder of the model (default: data/base_model)")
+    one.add_argument("--out", help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int)
     one.add_argument("--steps", type=int, help="number of training steps (default: as shipped)")
     return top
@@ -67,25 +68,16 @@ def parser() -> argparse.ArgumentParser:
 
 def add_study(one: argparse.ArgumentParser, task: bool = True, results: bool = True) -> None:
     """Add the options that name a study: --profile, --set, and what else the command reads."""
-    one.add_argument(
-        "--profile",
-        default="nano",
-        help="nano (default), smoke, smol, colab, paper, or a .yaml file of your own",
-    )
-    one.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override settings",
-    )
+    about = "nano (default), smoke, smol, colab, paper, or a .yaml file of your own"
+    one.add_argument("--profile", default="nano", help=about)
+    pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
+    one.add_argument("--set", **pairs, help="override settings")
     if task:
         about = "all (default), one task, or your own as file.py:Class"
         one.add_argument("--task", default="all", help=about)
     if results:
         about = "folder of the results"
-        one.add_argument("--results", type=_folder, default=Path("results"), help=about)
+        one.add_argument("--results", type=os.path.abspath, default=Path("results"), help=about)
 
 
 def reproduce(options) -> int:
@@ -115,12 +107,8 @@ def sample(options) -> int:
 def doctor(options) -> int:
     from . import doctor
 
-    return doctor.report(
-        options.profile,
-        gpu_memory=options.gpu_memory,
-        overrides=_overrides(options.set),
-        task=options.task,
-    )
+    overrides = _overrides(options.set)
+    return doctor.report(options.profile, options.task, overrides, options.gpu_memory)
 
 
 def report(options) -> int:
@@ -137,8 +125,8 @@ def base_model(options) -> int:
 
     command = [sys.executable, str(EMBEDDED / "pretrain.py")]
     for name in ("out", "seed", "steps"):
-        if (value := getattr(options, name)) is not None:
-            command += [f"--{name}", str(value)]
+        if getattr(options, name) is not None:
+            command += [f"--{name}", str(getattr(options, name))]
     return subprocess.run(command).returncode
 
 
@@ -158,16 +146,6 @@ def _shard(text: str) -> tuple[int, int]:
             f"{text!r}: write I/N with I from 0 to N - 1, for example 0/4"
         )
     return int(i), int(n)
-
-
-def _gib(text: str) -> float:
-    if not 0 < (size := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: write GiB above 0, for example 15")
-    return size
-
-
-def _folder(text: str) -> Path:
-    return Path(text).resolve()
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import R3Error
@@ -28,14 +27,14 @@ def install() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = project["dependencies"] + project["optional-dependencies"]["gpu"]
     wanted = {re.match(r"[\w.-]+", line)[0]: line for line in lines}
-    wanted = {name: line for name, line in wanted.items() if name not in KEPT}
+    kept = {name: f"{name}=={version(name)}" for name in KEPT if version(name)}
+    wanted = {name: line for name, line in wanted.items() if name not in KEPT} | kept
     pip("install", "--no-deps", "--editable", str(ROOT))
-    pip(
-        "install", *wanted.values(), *[f"{name}=={version(name)}" for name in KEPT if version(name)]
-    )
+    pip("install", *wanted.values())
     pip("install", "--no-deps", DATA)
     pip("uninstall", "--yes", REMOVED)
-    if stale := [name for name in wanted if loaded(name) not in (None, version(name))]:
+    stale = [name for name in wanted if loaded(name) not in (None, version(name))]
+    if stale:
         fix = "choose Runtime > Restart session, then Runtime > Run all"
         raise R3Error(f"pip replaced {', '.join(stale)}, which this session has loaded: {fix}")
 
@@ -56,11 +55,6 @@ def version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def on_colab() -> bool:
-    """Whether this Python is Colab's."""
-    return bool(find_spec("google") and find_spec("google.colab"))
 
 
 def loaded(name: str) -> str | None:

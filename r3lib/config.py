@@ -4,7 +4,6 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from math import gcd
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -20,34 +19,17 @@ DEFAULTS = yaml.safe_load((FOLDER / "defaults.yaml").read_text(encoding="utf-8")
 BLOCKS = ("sampling", "training", "lora")  # an override may leave out the name of the block
 HOMES = {name: block for block in BLOCKS for name in DEFAULTS[block]}
 HOMES["dynamic_sampling"] = "training"  # off by default
-ELSEWHERE = {  # fields of R3Config that no profile sets
-    "seed": "a study trains with the seeds 0, 1, ...: use seeds",
-    "output_dir": "use name, which names the folder of results",
-    "gradient_accumulation_steps": "it follows from failures_per_step: leave it out",
-    "steps_per_generation": "a step of R3 is one rollout: leave it out",
-    "generation_batch_size": "a step of R3 is one rollout: leave it out",
-}
-# vLLM has its NF4, which is double quantised as ours, from that package since version 0.28
-VLLM_NF4 = 'vllm_options="--quantization bitsandbytes" with vllm-bnb-plugin installed beside vLLM'
 CHOICES = {
     "mask": ("reflection", "reflection+retry", "retry"),
     "retry_turn": RETRY_TURNS,
     "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
     "quantization": ("none", "nf4"),
     "engine": ("transformers", "vllm"),
-    "save_strategy": ("no", "steps", "epoch", "best"),  # YAML takes a bare no for false
 }
-COUNTS = """seeds test_problems train_problems mine_samples shard_size max_steps failures_per_step
-    num_generations dynamic_sampling per_device_train_batch_size sample_batch max_attempt_length
-    max_completion_length max_retry_length r""".split()
-NOT_NEGATIVE = """learning_rate warmup_steps beta mine_temperature retry_temperature
-    truncation_penalty""".split()
-POSITIVE = ["temperature", "save_steps"]
-WHY = {  # a value is out of range, where that is not plain
-    "num_generations": "a group of 1 has no variance, so nothing is learned: ",
-    "truncation_penalty": "it would reward being cut off: ",
-    "temperature": "greedy reflections of a group are all alike, so nothing is learned: ",
-}
+FLAT = DEFAULTS | DEFAULTS["sampling"] | DEFAULTS["training"] | DEFAULTS["lora"]
+NUMBERS = {name: type(value) for name, value in FLAT.items() if type(value) in (int, float)}
+NUMBERS |= {"dynamic_sampling": int, "save_steps": float}  # which may be a share of the steps
+LEAST = {"num_generations": 2, "temperature": 0.01}  # equal reflections teach nothing
 
 
 class Loader(yaml.SafeLoader):
@@ -92,8 +74,7 @@ class Profile:
     @property
     def quantized_server(self) -> bool:
         """Whether `vllm_options` has the server quantize its weights."""
-        words = self.vllm_options.replace("=", " ").split()
-        return "--quantization" in words or "-q" in words
+        return "--quantization" in self.vllm_options
 
 
 KINDS = {field.name: field.type for field in fields(Profile)}
@@ -110,20 +91,15 @@ def load_profile(name: str, /, **overrides) -> Profile:
     for key, value in overrides.items():
         block, inner = _place(key)
         if isinstance(value, str) and KINDS.get(key) is not str:
-            value = _parsed(value)
+            value = _parsed(value, f"{key}={value}")
         _merge(values, {block: {inner: value}} if block else {key: value}, name)
     profile = Profile(**values)
-    folder = profile.name
-    if Path(folder).name != folder or not folder[:1].isalnum() or " " in folder:
-        fix = "use letters, digits, - and _"
-        raise R3Error(f"name={folder!r} cannot name a folder of results: {fix}")
-    check_settings({**values, **profile.sampling, **profile.training, **profile.lora})
+    if not re.fullmatch(r"\w[\w.-]*", profile.name):
+        raise R3Error(f"name={profile.name!r} names a folder: use letters, digits, - and _")
     training = profile.training
-    accumulation_steps(
-        training["failures_per_step"],
-        training["num_generations"],
-        training["per_device_train_batch_size"],
-    )
+    check_settings({**values, **profile.sampling, **training, **profile.lora})
+    rows = ("failures_per_step", "num_generations", "per_device_train_batch_size")
+    accumulation_steps(*[training[key] for key in rows])
     _check_server(profile)
     return profile
 
@@ -131,19 +107,20 @@ def load_profile(name: str, /, **overrides) -> Profile:
 def check_settings(settings: Mapping) -> None:
     """R3Error for a setting out of range, or two that exclude each other; `settings` by name."""
     for key, known in CHOICES.items():
-        if key in settings and settings[key] not in known:
+        if settings.get(key, known[0]) not in known:
             takes = ", ".join(known)
             raise R3Error(f"{key}={settings[key]!r} is not supported by R3: it takes {takes}")
-    for key in (*COUNTS, *NOT_NEGATIVE, *POSITIVE):
+    for key in NUMBERS:
         if key in settings:
             _check_number(key, settings[key])
-    temperature, retry_temperature = settings["temperature"], settings["retry_temperature"]
-    if settings["mask"] != "reflection" and retry_temperature != temperature:
+    if settings["mask"] == "reflection":
+        return
+    if settings["retry_temperature"] != settings["temperature"]:
         raise R3Error(
             f"mask={settings['mask']!r} trains the retry, which must then be sampled as the "
-            f"reflection is: set retry_temperature={temperature} (now {retry_temperature})"
+            f"reflection is: set retry_temperature={settings['temperature']}"
         )
-    if settings["mask"] != "reflection" and settings.get("mask_truncated_completions"):
+    if settings.get("mask_truncated_completions"):
         raise R3Error(
             "mask_truncated_completions looks at the last token, which under "
             f"mask={settings['mask']!r} is the retry's: use truncation_penalty"
@@ -157,12 +134,11 @@ def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1
     process has whole groups.
     """
     rows, local = failures * group, batch * processes
-    if rows % local or (rows // processes) % group:
-        fits = gcd(rows // processes, batch)
+    if rows % local or failures % processes:
         raise R3Error(
             f"failures_per_step x num_generations = {failures} x {group} = {rows} rows do not "
             f"divide into learning batches of {local}: change one of them, or "
-            f"per_device_train_batch_size, for example to {fits}"
+            "per_device_train_batch_size"
         )
     return rows // local
 
@@ -173,11 +149,7 @@ def _read(name: str) -> dict:
     if not path.is_file() or name == "defaults":
         known = sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "defaults")
         raise R3Error(f"unknown profile {name!r}: {nearest(name, known)}")
-    try:
-        given = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        why = " ".join(str(error).split())
-        raise R3Error(f"{path} is not a profile ({why}): fix that line") from error
+    given = _parsed(path.read_text(encoding="utf-8"), path)
     if not isinstance(given, dict) or "name" not in given:
         raise R3Error(f"{path} is not a profile: its first line must be name: ...")
     base = given.pop("base", None)
@@ -194,14 +166,13 @@ def _merge(values: dict, given: Mapping, where: str) -> None:
         _check_kind(key, value, KINDS[key])
         if key in BLOCKS:
             _check_names(key, value, where)
-            for name, setting in value.items():
-                values[key][name] = _like(DEFAULTS[key].get(name), setting)
+            values[key] |= {name: _number(name, setting) for name, setting in value.items()}
         elif key == "task_options":
             for task, options in value.items():
                 _check_kind(f"task_options of {task!r}", options, dict)
                 values[key][task] = values[key].get(task, {}) | options
         else:
-            values[key] = _like(DEFAULTS.get(key), value)
+            values[key] = _number(key, value)
 
 
 def _place(key: str) -> tuple[str, str]:
@@ -219,28 +190,19 @@ def _place(key: str) -> tuple[str, str]:
 
 def _check_names(block: str, names: Iterable[str], where: str) -> None:
     """R3Error for a setting that `block` does not have, or that R3 refuses."""
-    for name in names:
-        if HOMES.get(name) == block:
-            continue
-        if name in HOMES or name in KINDS:
-            place = HOMES.get(name, "the profile itself")
-            raise R3Error(f"{block}.{name} in {where}: it is a setting of {place}: move it there")
-        why = (ELSEWHERE | REFUSED).get(name)
-        if block == "training" and why:
-            raise R3Error(f"training.{name} in {where} is not supported: {why}")
-        known = _others(block)
-        if name not in known:
-            hint = nearest(name, [*DEFAULTS[block], *sorted(known)])
-            raise R3Error(f"{block}.{name} in {where}: no such setting: {hint}")
-
-
-def _others(block: str) -> set[str]:
-    """Settings of a block that are not among the defaults."""
-    if block == "lora":
+    known = {name for name, home in HOMES.items() if home == block}
+    further = set(names) - known
+    if further and block == "training":
+        known |= (HONOURED | FREE) - HOMES.keys() - {"output_dir", "seed"}  # a study sets those
+    elif further and block == "lora":
         from peft import LoraConfig  # seconds: only where such a setting is given
 
-        return set(LoraConfig.__dataclass_fields__)
-    return HONOURED | FREE if block == "training" else set()
+        known |= LoraConfig.__dataclass_fields__.keys()
+    for name in further - known:
+        why = nearest(name, sorted(known))
+        if block == "training":
+            why = REFUSED.get(name, why)
+        raise R3Error(f"{block}.{name} in {where} is not supported: {why}")
 
 
 def _check_kind(key: str, value, kind: type) -> None:
@@ -250,47 +212,42 @@ def _check_kind(key: str, value, kind: type) -> None:
         raise R3Error(f"{key}={value!r} is not {wanted[kind]}: write {wanted[kind]}")
 
 
-def _like(default, value):
-    """`value`, as a float where the default is one: 1 and 1.0 are the same setting."""
-    return float(value) if type(value) is int and type(default) is float else value
+def _number(key: str, value):
+    """`value`, as a float where `key` takes one: 1 and 1.0 are the same setting."""
+    return float(value) if type(value) is int and NUMBERS.get(key) is float else value
 
 
 def _check_number(key: str, value) -> None:
     """R3Error unless `value` is a number in the range of the setting `key`."""
-    number = isinstance(value, Integral if key in COUNTS else Real) and not isinstance(value, bool)
-    if key in POSITIVE:
-        wanted, fits = "a number above 0", number and value > 0
-    elif key in NOT_NEGATIVE:
-        wanted, fits = "a number, 0 or more", number and value >= 0
-    else:
-        least = 2 if key == "num_generations" else 1
-        wanted, fits = f"a whole number, {least} or more", number and value >= least
-    if not fits:
-        raise R3Error(f"{key}={value!r} is out of range: {WHY.get(key, '')}use {wanted}")
+    whole = NUMBERS[key] is int
+    least = LEAST.get(key, int(whole))
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not (number and value >= least):
+        kind = "a whole number" if whole else "a number"
+        raise R3Error(f"{key}={value!r} is out of range: use {kind}, {least} or more")
 
 
-def _parsed(text: str):
-    """What YAML makes of `text`."""
+def _parsed(text: str, where):
+    """What YAML makes of `text`, which stands at `where`."""
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError:
-        return text
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise R3Error(f"{where} is not YAML ({why}): fix it there") from error
 
 
 def _check_server(profile: Profile) -> None:
     """R3Error for vLLM settings that nobody would read, or a server that has other weights."""
-    for key in ("servers", "vllm_options"):
-        given = getattr(profile, key)
-        if given and profile.engine != "vllm":
-            raise R3Error(f"{key}={given!r} is for engine=vllm: set engine=vllm, or leave it out")
-    if profile.servers and profile.vllm_options:
+    if profile.servers and profile.engine != "vllm":
+        raise R3Error(f"servers={profile.servers!r} is for engine=vllm: set that, or leave it out")
+    if profile.vllm_options and not profile.own_server:
         raise R3Error(
-            f"vllm_options={profile.vllm_options!r} are for a server of our own: start those of "
-            "servers= with them, and leave vllm_options out"
+            f"vllm_options={profile.vllm_options!r} are for a server of our own: set engine=vllm "
+            "without servers, or leave them out"
         )
-    unpacked = profile.own_server and not profile.quantized_server
-    if unpacked and profile.quantization == "nf4":
+    if profile.own_server and profile.quantization == "nf4" and not profile.quantized_server:
         raise R3Error(
             "engine=vllm would sample from unquantised weights while quantization=nf4 trains on "
-            f"4 bits: set quantization=none, or {VLLM_NF4}"
+            '4 bits: set quantization=none, or vllm_options="--quantization bitsandbytes" with '
+            "vllm-bnb-plugin installed beside vLLM"
         )

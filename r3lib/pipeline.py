@@ -21,13 +21,10 @@ from .errors import R3Error
 from .files import claimed, disk_full_as_error
 from .provenance import TCMALLOC, reaches_hub
 from .render import render
-from .weights import folder_of
 
 NOTEBOOKS = ROOT / "notebooks"
 STUDY = "05"  # its last notebook; a later one runs alone
-NEWS = re.compile(
-    r"(cached|running|step) .+|.*no group has variance.+"
-)  # lines of a notebook shown at once
+NEWS = re.compile(r"(cached|running|step) .+|.*no group has variance.+")  # lines shown at once
 
 
 def reproduce(
@@ -44,19 +41,13 @@ def reproduce(
     """Run notebooks 00 to 05 (from `start`, or `only` one); return the path of the report.
 
     Before notebook 04 has ever run there is no report, and the path is that of the results.
-    `results`, if relative, lies beside the notebooks, as does the kernels' working directory.
-    Executed copies go to `results/<profile>/executed`, pages of them to `notebooks`. R3Error before
-    anything runs: an unknown profile, setting, task, notebook or parameter, what `check_run`
-    refuses, a folder that cannot be written or that another run holds. R3Error later: a cell fails.
+    `results`, if relative, lies beside the notebooks. Executed copies go to
+    `results/<profile>/executed`, pages of them to `notebooks`. R3Error before anything runs: an
+    unknown profile, setting, task, notebook or parameter, what `check_run` refuses, a folder that
+    cannot be written or that another run holds. R3Error later: a cell fails.
     """
-    settings = load_profile(profile, **(overrides or {}))
-    profile = str(Path(profile).resolve()) if profile.endswith(".yaml") else profile
-    if ".py:" in task:
-        task = str(Path(task).resolve())
-    overrides = dict(overrides or {})
-    folder = folder_of(settings.model)
-    if folder and folder.absolute() != ROOT / settings.model and not folder.is_absolute():
-        overrides["model"] = str(folder.absolute())  # the kernels run in the repository
+    overrides = overrides or {}
+    settings = load_profile(profile, **overrides)
     given = dict(profile=profile, task=task, overrides=json.dumps(overrides), results=str(results))
     notebooks = choose(start, only)
     for notebook in notebooks:
@@ -71,14 +62,20 @@ def reproduce(
             copy = folder / "executed" / notebook.name
             execute(notebook, copy, given, kernel, News(log, verbose))
             render(copy, folder / "notebooks")
-    seconds = f"{time.time() - started:.0f} s in all"
+    log(f"{time.time() - started:.0f} s in all")
+    return report_of(folder, log)
+
+
+def report_of(folder: Path, log) -> Path:
+    """The report on the results in `folder`, or `folder` where there are no tables yet."""
     if not (folder / "tables" / "comparisons.csv").exists():
-        log(f"no report yet, notebook 04 writes its tables ({seconds})")
+        log("no report yet, notebook 04 writes its tables")
         return folder
     from .report import write_report
 
-    log(f"report: {write_report(folder)} ({seconds})")
-    return folder / "report.html"
+    report = write_report(folder)
+    log(f"report: {report}")
+    return report
 
 
 def choose(start: str | None, only: str | None) -> list[Path]:
@@ -114,24 +111,14 @@ def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
     needs_hub = profile.model != "base_model" or '"hub"' in json.dumps(profile.task_options)
-    if (
-        not needs_hub or not reaches_hub()
-    ):  # what is in the cache is then taken at once, without retries
+    if not needs_hub or not reaches_hub():  # the cache is then read without retries
         env["HF_HUB_OFFLINE"] = "1"
     if TCMALLOC:
         env["LD_PRELOAD"] = f"{TCMALLOC}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
     if fresh or os.environ.get("R3_FRESH") == "1":
-        env["R3_FRESH"] = str(
-            time.time_ns()
-        )  # one run: what an earlier notebook made afresh counts as cached
-    command = [
-        sys.executable,
-        "-m",
-        "ipykernel_launcher",
-        "-f",
-        "{connection_file}",
-        "--log-level=ERROR",
-    ]
+        env["R3_FRESH"] = str(time.time_ns())  # what this run made afresh counts as cached later
+    launcher = [sys.executable, "-m", "ipykernel_launcher"]
+    command = [*launcher, "-f", "{connection_file}", "--log-level=ERROR"]
 
     class ThisInterpreter(AsyncKernelManager):
         kernel_spec = KernelSpec(argv=command, env=env, display_name="Python 3", language="python")
@@ -148,8 +135,7 @@ def execute(notebook: Path, copy: Path, given: dict, kernel: type, news: "News")
             papermill.execute_notebook(
                 notebook, copy, given, kernel_name="python3", language="python",
                 progress_bar={"leave": False, "disable": None},  # none where there is no terminal
-                cwd=NOTEBOOKS.parent, stdout_file=news, stderr_file=news,
-                kernel_manager_class=kernel,
+                stdout_file=news, stderr_file=news, kernel_manager_class=kernel,
             )  # fmt: skip
     except PapermillExecutionError as error:
         place = sources.index(error.source) + 1 if error.source in sources else "of parameters"

@@ -34,9 +34,7 @@ def config_file(model: str) -> Path:
     try:
         return Path(hf_hub_download(model, "config.json", local_files_only=not online))
     except (ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        why = f"the hub does not give it: {' '.join(str(error).split())[:200]}"
-        if not online:
-            why = "it is not in the hub's cache, and the hub does not answer: go online"
+        why = "the hub does not give it" if online else "the hub does not answer: go online"
         raise R3Error(f"model {model!r} is no folder with a model, and {why}") from error
 
 

@@ -8,7 +8,6 @@ import urllib.request
 from contextlib import suppress
 from functools import cache
 from glob import glob
-from pathlib import Path
 
 import psutil
 
@@ -29,7 +28,7 @@ def machine() -> dict:
     hardware = {
         "cpus": os.cpu_count(),
         "gpu": _output("nvidia-smi --query-gpu=name --format=csv,noheader"),
-        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "memory_gib": round(ram_gib(), 1),
     }
     return {
         "commit": _output(f'git -C "{ROOT}" rev-parse --verify HEAD'),
@@ -46,11 +45,8 @@ def _output(command: str) -> str | None:
 
 
 def ram_gib() -> float:
-    """RAM in GiB, within the limit of this process's cgroup."""
-    limits = [psutil.virtual_memory().total]
-    with suppress(OSError, ValueError):  # no cgroup (v2), or "max"
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits) / GIB
+    """This machine's RAM in GiB."""
+    return psutil.virtual_memory().total / GIB
 
 
 def gpu_gib() -> float | None:

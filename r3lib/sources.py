@@ -24,6 +24,6 @@ def sources_hash(task, engine: str) -> str:
     others = tuple(name for name, shipped in TASKS.items() if not isinstance(task, shipped))
     found = [path for path in HERE.glob("tasks/*.*") if not path.name.startswith(others)]
     files += [path for path in found if path.stem not in WITHOUT_EFFECT]
-    unused = () if engine == "vllm" else ("vllm", "watch")
+    unused = () if engine == "vllm" else ("vllm",)
     files += [path for path in HERE.glob("engines/*.py") if not path.name.startswith(unused)]
     return folder_hash(*sorted(files))

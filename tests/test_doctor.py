@@ -1,17 +1,13 @@
 """The doctor: what each check finds, the fix it names, and what stops a run before it starts."""
 
-import socket
-import types
 from importlib.metadata import version
 
 import pytest
 import torch
-from fake_vllm import FakeServer
 
 from r3lib import doctor, preflight, provenance, weights
 from r3lib.config import load_profile
 from r3lib.doctor import Run, check_run, outcome
-from r3lib.engines.vllm_server import INSTALL
 from r3lib.errors import R3Error
 from r3lib.tasks import function_calling_records as records
 from r3lib.weights import EMBEDDED
@@ -39,7 +35,7 @@ def refused(**overrides):
 
 def test_a_laptop_without_network_passes_with_a_line_for_each_check():
     lines = []
-    assert doctor.report("nano", lines.append) == 0
+    assert doctor.report("nano", log=lines.append) == 0
     assert [line[6:14].strip() for line in lines] == [check.__name__ for check in doctor.CHECKS]
     assert not any("\n" in line or line.startswith("fail") for line in lines)
 
@@ -58,22 +54,18 @@ def test_a_time_is_told_only_of_a_profile_as_it_was_measured(tmp_path):
     assert "not measured for this profile" in ask("time", str(tmp_path / "own.yaml"))[1]
 
 
-def test_what_fails_stops_a_run_packages_and_vllm_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("R3_VLLM_PYTHON", "nowhere/python")
-    assert "nowhere/python is no Python that has vLLM: run" in refused(engine="vllm")
-    silent = {"engine": "vllm", "servers": "http://127.0.0.1:1"}
-    assert "http://127.0.0.1:1/health does not answer" in refused(**silent)
+def test_what_fails_stops_a_run(monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda name: None)
     assert refused().startswith("missing ")
 
 
 def test_a_check_that_fails_gives_exit_code_1_and_a_doubt_does_not(monkeypatch):
     lines = []
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**30))
-    assert ask("disk") == ("warn", "1.0 GiB free, about 2 are needed: free some disk space")
-    assert doctor.report("smoke", lines.append, task="countdown") == 0
+    monkeypatch.setattr(preflight, "estimate", lambda *_: (False, "about 9 GiB of 4 GiB RAM"))
+    assert ask("memory")[0] == "warn"
+    assert doctor.report("smoke", "countdown", log=lines.append) == 0
     monkeypatch.setattr(doctor, "version", lambda name: None)
-    assert doctor.report("smoke", lines.append, task="countdown") == 1
+    assert doctor.report("smoke", "countdown", log=lines.append) == 1
 
 
 def test_missing_packages_fail_and_other_versions_are_a_doubt_each_in_one_line(monkeypatch):
@@ -81,28 +73,24 @@ def test_missing_packages_fail_and_other_versions_are_a_doubt_each_in_one_line(m
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     state, text = ask("packages")
     assert state == "warn" and "trl 1.0.0 (tested: ==" in text and "peft 0.1.0" in text
-    versions |= {"trl": None, "bitsandbytes": None}
-    state, text = ask("packages", quantization="nf4")
-    assert state == "fail" and "missing trl==" in text and "bitsandbytes==" in text
-    assert "pip install -e '.[gpu]'" in text and "\n" not in text
+    versions |= {"trl": None}
+    state, text = ask("packages")
+    assert state == "fail" and "missing trl==" in text and "`pip install -e .`" in text
 
 
 def test_what_colab_keeps_of_its_own_is_no_doubt_there(monkeypatch):
     versions = {"jupyterlab": None, "torch": "2.11.0"}
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     assert ask("packages")[0] == "fail"
-    monkeypatch.setattr(doctor, "on_colab", lambda: True)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
     assert ask("packages")[0] == "ok"
 
 
-@pytest.mark.parametrize("capability, state", [((7, 5), "warn"), ((8, 0), "ok")])
-def test_a_gpu_is_judged_by_its_bf16_and_its_absence_by_the_model(monkeypatch, capability, state):
+def test_a_missing_gpu_is_judged_by_the_model(monkeypatch):
     assert ask("gpu")[0] == "ok" and ask("gpu", model="some/model")[0] == "warn"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    found, text = ask("gpu", model="some/model")
-    assert found == state and text.startswith("Some GPU") and ("fp16" in text) == (state == "warn")
+    assert ask("gpu", model="some/model") == ("ok", "Some GPU")
 
 
 def test_weights_that_are_missing_stop_a_run_with_how_to_get_them(tmp_path, monkeypatch):
@@ -124,11 +112,10 @@ def test_an_empty_folder_is_no_model_and_one_with_a_config_is(tmp_path, monkeypa
     (tmp_path / "models" / "mine").mkdir(parents=True)
     assert "has no config.json: name the folder of a model" in refused(model="models/mine")
     (tmp_path / "models" / "mine" / "config.json").touch()
-    doctor.check_model("models/mine")
-    doctor.check_model(str(EMBEDDED))
+    assert ask("model", model="models/mine")[0] == ask("model", model=str(EMBEDDED))[0] == "ok"
     cached = "huggingface_hub.hf_hub_download"
     monkeypatch.setattr(cached, lambda *_, local_files_only: "somewhere/config.json")
-    doctor.check_model("some/model")
+    assert ask("model", model="some/model")[0] == "ok"
 
 
 def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
@@ -139,7 +126,7 @@ def test_a_model_that_the_hub_does_not_know_is_named(monkeypatch):
 
     monkeypatch.setattr(provenance, "reaches_hub", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unknown)
-    assert "the hub does not give it: no such model" in refused(model="some/model")
+    assert "and the hub does not give it" in refused(model="some/model")
 
 
 @pytest.mark.parametrize(
@@ -191,37 +178,6 @@ def test_memory_that_may_be_short_or_is_unknown_is_a_warning_and_no_stop(monkeyp
     monkeypatch.setattr(provenance, "reaches_hub", lambda: False)
     state, text = ask("memory", model="some/model")
     assert state == "warn" and "does not answer: go online" in text
-
-
-def fake_python(folder, status):
-    path = folder / f"python{status}"
-    path.write_text(f"#!/bin/sh\nexit {status}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_a_vllm_server_of_our_own_needs_an_interpreter_that_has_vllm(tmp_path, monkeypatch):
-    assert ask("vllm") == ("ok", "not asked for")
-    with_vllm, without = fake_python(tmp_path, 0), fake_python(tmp_path, 1)
-    for python, wanted in ((with_vllm, "ok"), (without, "fail"), ("nowhere", "fail")):
-        monkeypatch.setenv("R3_VLLM_PYTHON", python)
-        state, text = ask("vllm", engine="vllm")
-        assert state == wanted and python in text
-    assert "`make .venv-vllm/.installed`" in text and "R3_VLLM_PYTHON" in text
-    monkeypatch.setattr("r3lib.engines.vllm_server.device", lambda: "cuda:0")
-    assert f"`{INSTALL}`" in ask("vllm", engine="vllm")[1]
-
-
-def test_vllm_servers_of_others_are_asked(request):
-    server = FakeServer()
-    request.addfinalizer(server.close)
-    assert ask("vllm", engine="vllm", servers=server.url) == ("ok", server.url)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        silent = f"http://127.0.0.1:{free.getsockname()[1]}"
-    state, text = ask("vllm", engine="vllm", servers=f"{server.url},{silent}")
-    assert state == "fail" and "does not answer" in text and "give another address" in text
-    state, text = ask("vllm", engine="vllm", servers=f"{server.url} elsewhere")
-    assert state == "fail" and "http://host:port" in text
 
 
 def test_the_manifest_gets_commit_versions_and_hardware():

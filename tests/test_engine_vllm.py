@@ -181,22 +181,14 @@ def test_what_fails_is_one_error_that_says_how_to_go_on(
     assert len(server.asked) < len(PROMPTS) / 2, "what was queued is not sent"
 
 
-def test_a_server_without_token_ids_is_refused(serve, connect):
-    with pytest.raises(R3Error, match="returns no token ids: use vLLM"):
-        connect(serve(faults=["no ids"])).generate(PROMPTS[:1], 1, SamplingParams(4))
-
-
 def test_nobody_answers(connect):
     with pytest.raises(R3Error, match="does not answer.*start it or give another address"):
         connect(dead_address())
 
 
-@pytest.mark.parametrize(
-    ("servers", "message"), [(["localhost:8000"], "http://host:port"), ([], "no vLLM server")]
-)
-def test_an_address_must_be_one(connect, servers, message):
-    with pytest.raises(R3Error, match=message):
-        connect(*servers)
+def test_an_address_must_be_one(connect):
+    with pytest.raises(R3Error, match="localhost:8000.*does not answer .*UnsupportedProtocol"):
+        connect("localhost:8000")
 
 
 # several servers
@@ -344,25 +336,23 @@ def test_the_interpreter_is_the_named_one_or_the_first_that_has_vllm(monkeypatch
 def test_a_server_that_will_not_stop_is_killed(own, tmp_path, monkeypatch):
     server = own("--stubborn")
     server.start()
-    monkeypatch.setattr(vllm_server, "GRACE", -4.5)  # do not wait for the watcher's own patience
+    monkeypatch.setattr(vllm_server, "GRACE", 0.5)
     server.stop()
     assert gone(pids(tmp_path)[0])
 
 
-@pytest.mark.parametrize("victim", ["server", "watcher"])
 def test_a_dead_server_is_an_error_and_the_next_engine_starts_it_again(
-    command, tmp_path, monkeypatch, victim
+    command, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("R3_VLLM_PYTHON", str(command))
     ends, log = frozenset([3]), tmp_path / "vllm.log"
     ours = ("some/model", "", f"--pids {tmp_path / 'pids'}", 8, log, ends)
     engine, server = vllm_engine(*ours), vllm_server.own_server(*ours[:1], *ours[2:5])
     [first] = pids(tmp_path)
-    os.kill(first[0] if victim == "server" else server.process.pid, signal.SIGKILL)
+    os.kill(first[0], signal.SIGKILL)
     server.process.wait(30)
-    if victim == "server":
-        with pytest.raises(R3Error, match="does not answer.*run again: the run resumes"):
-            engine.generate(PROMPTS, 1, SamplingParams(4))
+    with pytest.raises(R3Error, match="does not answer.*run again: the run resumes"):
+        engine.generate(PROMPTS, 1, SamplingParams(4))
     vllm_engine(*ours).generate(PROMPTS, 1, SamplingParams(4))
     assert gone(first) and len(pids(tmp_path)) == 2
     server.stop()
@@ -392,11 +382,12 @@ def test_a_server_that_is_never_ready_is_stopped(own, monkeypatch):
 
 def test_a_missing_interpreter_is_refused():
     with pytest.raises(
-        R3Error, match="no Python interpreter at nowhere/python: run `.*, or name .* R3_VLLM_PYTHON"
+        R3Error, match="no Python that has vLLM at nowhere/python: .*, or name another in R3_VLLM_PYTHON"
     ):
         Server("m", "nowhere/python")
 
 
+@pytest.mark.skipif(not vllm_server.WITH_US, reason="there is no setpriv here")
 def test_the_server_ends_when_we_are_killed(command, tmp_path):
     code = "import sys, time; from r3lib.engines.vllm_server import Server\n"
     code += "Server('m', sys.argv[1], log=sys.argv[2], options=['--pids', sys.argv[3]]).start(); time.sleep(60)"
@@ -408,7 +399,8 @@ def test_the_server_ends_when_we_are_killed(command, tmp_path):
     [found] = pids(tmp_path)
     parent.kill()
     parent.wait()
-    assert gone(found)
+    assert gone(found[:1])
+    os.kill(found[1], signal.SIGKILL)  # a child of the fake, which vLLM would end itself
 
 
 # training

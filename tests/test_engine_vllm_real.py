@@ -12,7 +12,6 @@ from pathlib import Path
 from threading import Timer
 
 import pandas as pd
-import psutil
 import pytest
 import torch
 from conftest import BASE_MODEL, CoinTask, base_model, coin_failures, gone, small_config, small_lora
@@ -243,7 +242,7 @@ def test_a_study_runs_through_a_server_of_its_own_that_ends_with_it(tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     left = json.loads(done.stdout.splitlines()[-1])
-    assert len(left["pids"]) > 2 and gone(left["pids"])
+    assert gone(left["pids"])
 
     study = Study("smoke", "countdown", tmp_path / "transformers", **settings)
     pd.testing.assert_frame_equal(pd.read_parquet(left["mine"]), pd.read_parquet(study.mine()))
@@ -285,8 +284,7 @@ def test_a_server_killed_in_mid_batch_is_an_error_and_starts_again(
     server, engine, tokenizer, prompts
 ):
     wanted = engine.generate(prompts, 1, SamplingParams(24, 0.0))
-    (victim,) = psutil.Process(server.process.pid).children()
-    Timer(0.2, victim.kill).start()
+    Timer(0.2, server.process.kill).start()
     with pytest.raises(R3Error, match="does not answer.*the run resumes"):
         for _ in range(100):
             engine.generate(prompts, 2, SamplingParams(24))

@@ -89,7 +89,7 @@ def test_a_server_of_our_own_holds_the_weights_again_and_one_elsewhere_does_not(
     elsewhere = parts(load_profile("paper", servers="http://host:8000"), QWEN, gpu=True)
     assert own["vLLM's weights"] == own["weights"]
     assert not {"vLLM's weights", "KV cache"} & set(elsewhere)
-    packed = load_profile("paper", vllm_options="-q bitsandbytes")
+    packed = load_profile("paper", vllm_options="--quantization bitsandbytes")
     assert parts(packed, QWEN, gpu=True)["vLLM's weights"] < 0.5 * own["weights"]
 
 

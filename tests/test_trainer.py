@@ -421,7 +421,7 @@ REFUSED = [  # settings of TRL that R3 cannot honour: see test_trl_contract.py
     ({"mask": "answer"}, ["'answer'", "reflection+retry"]),
     ({"num_generations": 1}, ["num_generations=1", "2 or more"]),
     ({"failures_per_step": 3}, ["12 rows", "failures_per_step"]),
-    ({"temperature": 0.0}, ["temperature=0.0", "all alike"]),
+    ({"temperature": 0.0}, ["temperature=0.0", "0.01 or more"]),
     ({"gradient_accumulation_steps": 4}, ["steps=4", "is 1 here", "leave it unset"]),
     ({"logging_steps": 2}, ["logging_steps=2", "a line for every step"]),
 ]

@@ -24,9 +24,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from r3lib import doctor
 from r3lib.chat import Chat
 from r3lib.checkpoints import last_checkpoint
-from r3lib.doctor import check_model
 from r3lib.errors import R3Error
 from r3lib.study import Study
 from r3lib.tasks import Task
@@ -59,7 +59,7 @@ def main() -> int:
     try:
         chosen = {"model": options.model} if options.model else {}
         study = Study(options.profile, options.task, **chosen)
-        check_model(study.profile.model)
+        doctor.model(doctor.Run(study.profile))
         settings = {k: getattr(options, k) for k in ("steps", "learning_rate", "batch", "seed")}
         print(warm_start(study, options.out, **settings))
     except R3Error as error:

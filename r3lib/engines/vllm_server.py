@@ -18,12 +18,11 @@ from ..config import ROOT
 from ..errors import R3Error
 from ..weights import compute_dtype, device
 from .vllm import VLLMEngine, ask
-from .watch import GRACE
 
-INSTALL = "python3 -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # for GPUs
-INSTALL_CPU = "make .venv-vllm/.installed"
 STARTUP = 1800.0  # seconds in which a server must be up
-WATCH = Path(__file__).with_name("watch.py")
+GRACE = 10.0  # seconds between asking it to end and killing it
+# Linux asks the server to end when this process dies, even of kill -9
+WITH_US = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
 GPU_OPTIONS = (
     *("--gpu-memory-utilization", "0.5"),  # the other half is the trainer's
     *("--max-model-len", "auto"),  # else vLLM wants cache for a whole context, or does not start
@@ -46,12 +45,6 @@ def interpreter() -> str:
     return sys.executable if find_spec("vllm") else str(ROOT / ".venv-vllm" / "bin" / "python")
 
 
-def install() -> str:
-    """How this machine gets an interpreter that has vLLM."""
-    command = INSTALL_CPU if device() == "cpu" else INSTALL
-    return f"run `{command}` in {ROOT}, or name another Python that has vLLM in R3_VLLM_PYTHON"
-
-
 class Server:
     """Serves `model` on a free loopback port with `python`, an interpreter that has vLLM.
 
@@ -63,12 +56,15 @@ class Server:
 
     def __init__(self, model, python, rank=64, log="vllm.log", options: Sequence[str] = ()):
         if not shutil.which(python):
-            raise R3Error(f"no Python interpreter at {python}: {install()}")
+            raise R3Error(
+                f"no Python that has vLLM at {python}: make it as docs/scaling.md says, or name "
+                "another in R3_VLLM_PYTHON"
+            )
         self.command = [
-            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-            "--enable-lora", "--max-lora-rank", str(rank), "--max-loras", "2",
-            "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
-            "--dtype", str(compute_dtype()).removeprefix("torch."),
+            *WITH_US, str(python), "-m", "vllm.entrypoints.openai.api_server",
+            "--model", str(model), "--enable-lora", "--max-lora-rank", str(rank),
+            "--max-loras", "2", "--logprobs-mode", "processed_logprobs",
+            "--generation-config", "vllm", "--dtype", str(compute_dtype()).removeprefix("torch."),
             *(CPU_OPTIONS if device() == "cpu" else GPU_OPTIONS), *options,
         ]  # fmt: skip
         self.log = Path(log)
@@ -84,14 +80,15 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        address = ["--host", "127.0.0.1", "--port", str(port)]
+        ours = CPU_ENVIRONMENT if device() == "cpu" else {}
+        fixed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        env = {"VLLM_NO_USAGE_STATS": "1"} | ours | os.environ | fixed
+        command = [*self.command, "--host", "127.0.0.1", "--port", str(port)]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(WATCH), *self.command, *address],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment(),
-                start_new_session=True,
-            )  # fmt: skip
+                command, stdout=log, stderr=log, env=env, start_new_session=True
+            )
         try:
             self._wait()
         except BaseException:
@@ -99,13 +96,13 @@ class Server:
             raise
 
     def stop(self) -> None:
-        """Let the watcher end the server, then kill what is left if the watcher was killed."""
+        """Ask the server to end, then kill it and what it has left behind."""
         if self.process is None:
             return
-        self.process.stdin.close()
+        self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(GRACE + 5)
-        with suppress(ProcessLookupError, PermissionError):
+            self.process.wait(GRACE)
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = None
@@ -132,13 +129,6 @@ class Server:
         raise R3Error(f"the vLLM server is not up after {STARTUP:.0f} s: see {self.log}")
 
 
-def environment() -> dict[str, str]:
-    """A server's environment variables."""
-    ours = CPU_ENVIRONMENT if device() == "cpu" else {}
-    fixed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-    return {"VLLM_NO_USAGE_STATS": "1"} | ours | os.environ | fixed
-
-
 @cache
 def own_server(model: str, options: str, rank: int, log: Path) -> Server:
     """This process's server for `model`."""
@@ -153,11 +143,7 @@ def own_server(model: str, options: str, rank: int, log: Path) -> Server:
 def vllm_engine(
     model: str, servers: str, options: str, rank: int, log: Path, end_ids: frozenset
 ) -> VLLMEngine:
-    """An engine over `servers`, addresses with commas; for "", over our own, started if needed.
-
-    Our own holds the weights in the trainer's precision, where `options` name no quantization:
-    see `config.VLLM_NF4`.
-    """
+    """An engine over `servers`, addresses with commas; for "", over our own, started if needed."""
     addresses = servers.replace(",", " ").split()
     if not addresses:
         server = own_server(model, options, rank, log)
