@@ -8,9 +8,7 @@ from pathlib import Path
 
 from .errors import R3Error
 from .files import write_atomic
-from .source_facts import code_of, told, values_of
 
-ANALYSIS = ("reasons", "categories", "style", "part")  # of a task, for tables and figures alone
 UNLIKE = {
     "_name_or_path",
     "transformers_version",
@@ -31,16 +29,16 @@ def task_facts(task) -> dict:
     """What decides the task's problems, prompts and verdicts: its values, and what its code does.
 
     All that the code calls by name counts, outside Python, installed packages and R3. R3Error: a
-    value that nothing tells from another.
+    value that cannot be pickled.
     """
-    owners = [owner for owner in reversed(type(task).__mro__) if owner is not object]
-    seen = {id(known): place for place, known in enumerate([task, *owners])}
-    code = [code_of(owner, seen, ANALYSIS) for owner in owners]
+    from .source_facts import deciding, hash_of  # half a second, for `datasets`
+
     facts = {}
-    for name, value in sorted(values_of(task).items()):
-        if name not in ANALYSIS:
-            facts[f"task.{name}"] = _short(told(value, seen, f"task.{name}"))
-    return facts | {"task's class": f"{type(task).__qualname__} {digest(code)}"}
+    for name, value in sorted(deciding(vars(task), type(task)).items()):
+        shown = isinstance(value, (str, int, float)) and len(str(value)) <= SHOWN
+        facts[f"task.{name}"] = value if shown else hash_of(value, f"task.{name}")
+    kind = type(task)
+    return facts | {"task's class": f"{kind.__qualname__} {hash_of(kind, kind.__qualname__)}"}
 
 
 def content(problem) -> dict:
