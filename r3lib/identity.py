@@ -9,11 +9,7 @@ from pathlib import Path
 from .errors import R3Error
 from .files import write_atomic
 
-UNLIKE = {
-    "_name_or_path",
-    "transformers_version",
-    "base_model_name_or_path",
-}  # no part of the model
+UNLIKE = ("_name_or_path", "transformers_version", "base_model_name_or_path")  # decide no weight
 SHOWN = 60  # characters of a value that a message shows
 
 
@@ -132,11 +128,6 @@ def read_note(note: Path) -> dict:
 def write_note(note: Path, facts: dict) -> None:
     """Write `facts` to `note`."""
     write_atomic(note, json.dumps(facts, indent=1, default=_plain) + "\n")
-
-
-def _short(value):
-    text = json.dumps(value, sort_keys=True, default=_plain)
-    return json.loads(text) if len(text) <= SHOWN else f"{text[: SHOWN - 20]}... {digest([value])}"
 
 
 def _cut(value) -> str:
