@@ -101,9 +101,9 @@ def claim(note: Path, facts: dict, used: bool, held: str, fix: str) -> None:
 
 def check_claim(note: Path, facts: dict, held: str, fix: str) -> None:
     """R3Error, naming what differs, unless `note` holds `facts`."""
-    differing = differences(read_note(note), facts)
-    if not note.exists():
-        differing = f"there is no {note.name} that says of which"
+    differing = f"there is no {note.name} that says of which"
+    if note.exists():
+        differing = differences(json.loads(note.read_text()), facts)
     if differing:
         raise R3Error(f"{note.parent} holds {held}: {differing}: {fix}")
 
@@ -114,15 +114,6 @@ def differences(old: dict, new: dict) -> str:
     names = [name for name in new | old if old.get(name) != new.get(name)]
     shown = (f"{name} was {_cut(old.get(name))}, is {_cut(new.get(name))}" for name in names)
     return "; ".join(shown)
-
-
-def read_note(note: Path) -> dict:
-    """The facts in `note`; {} where there is none, or one of another form."""
-    try:
-        facts = json.loads(note.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def write_note(note: Path, facts: dict) -> None:
