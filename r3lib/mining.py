@@ -111,8 +111,9 @@ def check_failures(
 def mine_for_training(sampler: RolloutSampler, args) -> MinedFailures:
     """Answer every row of the task; return the failures (paper: section on data).
 
-    `mine_samples` answers a row. Several processes share the rows. What is mined is kept in `output_dir/failures`: the same training takes it from there,
-    and another one (other weights, rows, verifier or settings) is refused with what differs.
+    `mine_samples` answers a row. Several processes share the rows. What is mined is kept in
+    `output_dir/failures`: the same training takes it from there, and another one (other weights,
+    rows, verifier or settings) is refused with what differs.
     """
     from accelerate import PartialState
 
