@@ -127,15 +127,14 @@ class Recorder:
         except (ValueError, KeyError) as error:
             raise R3Error(f"{manifest} is damaged: delete it and run again") from error
         made = machine() | {"prompt_date": DATE}
+        seeds = data["seed"].dropna().astype(str).unique() if "seed" in data else []
         origin = {
             "notebook": self.notebook,
             "cell": cell,
             "inputs": _hashes(self.inputs, self.results),
+            "seconds": round(time.time() - STARTED, 1),  # since the notebook began
+            "seeds": sorted(seeds),
         }
-        origin["seconds"] = round(time.time() - STARTED, 1)  # since the notebook began
-        origin["seeds"] = (
-            sorted(data["seed"].dropna().astype(str).unique()) if "seed" in data else []
-        )
         for name, digest in _hashes(paths, self.results).items():
             entries[name] = {"sha256": digest, **origin, **made}
         write_atomic(manifest, json.dumps({**made, "artefacts": entries}, indent=1, sort_keys=True))
@@ -146,9 +145,8 @@ def _marker(target: Path) -> Path:
 
 
 def _wanted(config: dict, inputs: Iterable[Path], target: Path) -> dict:
-    return json.loads(
-        json.dumps({"config": config, "inputs": _hashes(inputs, target.parent)}, default=str)
-    )
+    wanted = {"config": config, "inputs": _hashes(inputs, target.parent)}
+    return json.loads(json.dumps(wanted, default=str))
 
 
 def _remove_others(target: Path, work: Path, run: str) -> None:
@@ -175,10 +173,9 @@ def _hashes(paths: Path | Iterable[Path], base: Path) -> dict[str, str]:
         if not path.exists():
             raise R3Error(f"{path} is missing: run the step that writes it first (r3 reproduce)")
         names = glob("**", root_dir=path, recursive=True) if path.is_dir() else [""]
-        files = [path / name for name in sorted(names) if not name.endswith(".stage.json")]
-        found |= {
-            Path(os.path.relpath(f, base)).as_posix(): sha256(f) for f in files if f.is_file()
-        }
+        for file in (path / name for name in sorted(names) if not name.endswith(".stage.json")):
+            if file.is_file():
+                found[Path(os.path.relpath(file, base)).as_posix()] = sha256(file)
     return found
 
 
@@ -190,27 +187,27 @@ def _why(marker: Path, wanted: dict, run: str) -> str | None:
         return f"file missing or damaged: {marker.name}" if marker.exists() else "not there yet"
     if run and old["run"] != run:
         return "fresh run"
-    before, now = old["config"], wanted["config"]
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if changed:
-        return "config changed: " + "; ".join(
-            _change(key, before.get(key), now.get(key)) for key in changed
-        )
+    if old["config"] != wanted["config"]:
+        return f"config changed: {_changes(old['config'], wanted['config'])}"
     inputs = dict(old["inputs"].items() ^ wanted["inputs"].items())
     if inputs:
         return f"input changed: {', '.join(sorted(inputs))}"
-    kept = {marker.parent / name: digest for name, digest in old["files"].items()}
-    lost = [
-        file.name for file, digest in kept.items() if not file.is_file() or sha256(file) != digest
-    ]
-    return f"file missing or damaged: {', '.join(lost)}" if lost else None
+    for name, digest in old["files"].items():
+        file = marker.parent / name
+        if not file.is_file() or sha256(file) != digest:
+            return f"file missing or damaged: {file.name}"
+    return None
 
 
-def _change(key: str, before, now) -> str:
-    """What changed in a setting; of a block, only the entries that did."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        inner = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
-        return ", ".join(_change(name, before.get(name), now.get(name)) for name in inner)
-    if key == "code":
-        return "the code of task, sampler or trainer"
-    return f"{key} {before} -> {now}"
+def _changes(before: dict, now: dict) -> str:
+    """What changed in the settings; in a block of them, only the entries that did."""
+    lines = []
+    for key in sorted(key for key in before | now if before.get(key) != now.get(key)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines.append(_changes(old, new))
+        elif key == "code":
+            lines.append("the code of task, sampler or trainer")
+        else:
+            lines.append(f"{key} {old} -> {new}")
+    return "; ".join(lines)

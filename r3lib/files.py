@@ -14,7 +14,6 @@ ROOM = 2**20  # bytes; with less than that free, a failed write is blamed on the
 NO_EFFECT = (".pyc", ".md", ".pt")  # endings of files that change no result
 SCRIPTS = (".py",)  # beside the weights of a model they change none either
 LOCK = ".r3.lock"  # in a folder of results; holds the id of the process that took it last
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def sha256(path: Path) -> str:
@@ -49,7 +48,13 @@ def claimed(folder: Path, shared: bool = False):
     The lock ends with the process, however it ends. On a disk without locks there is none. Raises
     R3Error when the folder cannot be written, or another run holds it.
     """
-    with _lock_file(folder) as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")
+    except OSError as error:
+        fix = "give yourself permission and room there, or name another folder with --results"
+        raise R3Error(f"cannot write {folder} ({error.strerror}): {fix}") from error
+    with lock as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -63,21 +68,6 @@ def claimed(folder: Path, shared: bool = False):
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def _lock_file(folder: Path):
-    """The open lock of `folder`, which is made; R3Error unless this process may write there."""
-    try:
-        with disk_full_as_error(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return open(folder / LOCK, "a+")
-    except OSError as error:
-        if error.errno not in DENIED:
-            raise
-        fix = "give yourself permission to write there, or name another folder with --results"
-        raise R3Error(f"cannot write {folder} ({error.strerror}): {fix}") from error
 
 
 @contextmanager

@@ -8,14 +8,8 @@ from pathlib import Path
 
 from .errors import R3Error
 from .files import write_atomic
-from .source_facts import code_of, told, values_of
 
-ANALYSIS = ("reasons", "categories", "style", "part")  # of a task, for tables and figures alone
-UNLIKE = {
-    "_name_or_path",
-    "transformers_version",
-    "base_model_name_or_path",
-}  # no part of the model
+UNLIKE = ("_name_or_path", "transformers_version", "base_model_name_or_path")  # decide no weight
 SHOWN = 60  # characters of a value that a message shows
 
 
@@ -31,16 +25,16 @@ def task_facts(task) -> dict:
     """What decides the task's problems, prompts and verdicts: its values, and what its code does.
 
     All that the code calls by name counts, outside Python, installed packages and R3. R3Error: a
-    value that nothing tells from another.
+    value that cannot be pickled.
     """
-    owners = [owner for owner in reversed(type(task).__mro__) if owner is not object]
-    seen = {id(known): place for place, known in enumerate([task, *owners])}
-    code = [code_of(owner, seen, ANALYSIS) for owner in owners]
+    from .source_facts import deciding, hash_of  # half a second, for `datasets`
+
     facts = {}
-    for name, value in sorted(values_of(task).items()):
-        if name not in ANALYSIS:
-            facts[f"task.{name}"] = _short(told(value, seen, f"task.{name}"))
-    return facts | {"task's class": f"{type(task).__qualname__} {digest(code)}"}
+    for name, value in sorted(deciding(vars(task), type(task)).items()):
+        shown = isinstance(value, (str, int, float)) and len(str(value)) <= SHOWN
+        facts[f"task.{name}"] = value if shown else hash_of(value, f"task.{name}")
+    kind = type(task)
+    return facts | {"task's class": f"{kind.__qualname__} {hash_of(kind, kind.__qualname__)}"}
 
 
 def content(problem) -> dict:
@@ -107,9 +101,9 @@ def claim(note: Path, facts: dict, used: bool, held: str, fix: str) -> None:
 
 def check_claim(note: Path, facts: dict, held: str, fix: str) -> None:
     """R3Error, naming what differs, unless `note` holds `facts`."""
-    differing = differences(read_note(note), facts)
-    if not note.exists():
-        differing = f"there is no {note.name} that says of which"
+    differing = f"there is no {note.name} that says of which"
+    if note.exists():
+        differing = differences(json.loads(note.read_text()), facts)
     if differing:
         raise R3Error(f"{note.parent} holds {held}: {differing}: {fix}")
 
@@ -122,23 +116,9 @@ def differences(old: dict, new: dict) -> str:
     return "; ".join(shown)
 
 
-def read_note(note: Path) -> dict:
-    """The facts in `note`; {} where there is none, or one of another form."""
-    try:
-        facts = json.loads(note.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
 def write_note(note: Path, facts: dict) -> None:
     """Write `facts` to `note`."""
     write_atomic(note, json.dumps(facts, indent=1, default=_plain) + "\n")
-
-
-def _short(value):
-    text = json.dumps(value, sort_keys=True, default=_plain)
-    return json.loads(text) if len(text) <= SHOWN else f"{text[: SHOWN - 20]}... {digest([value])}"
 
 
 def _cut(value) -> str:

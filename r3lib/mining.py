@@ -13,8 +13,8 @@ from .chat import Chat
 from .engines.base import identity
 from .episodes import in_shards
 from .errors import R3Error
-from .identity import check_problems, check_task, claim, content, digest, task_facts
-from .sampler import Failure, Limits, RolloutSampler, mine_failures
+from .identity import check_problems, claim, content, digest, task_facts
+from .sampler import Failure, RolloutSampler, mine_failures
 
 logger = logging.getLogger(__name__)
 FAILURE = ["problem_id", "attempt", "reason", "count", "attempt_ids"]  # columns of the table
@@ -55,10 +55,6 @@ class MinedFailures(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         name, ids, reason, count = (column[index].as_py() for column in self._rows.columns)
-        if name not in self._problems:
-            raise R3Error(
-                f"failure {index} is of problem {name!r}, which is not among the problems"
-            )
         problem = self._problems[name]
         prompt = self._chat.start(self._task, problem)
         return Failure(problem, prompt, ids, self._chat.text(ids), reason, count)
@@ -112,26 +108,18 @@ def check_failures(
             )
 
 
-def mine_for_training(model, tokenizer, task, args, engine=None) -> MinedFailures:
-    """Answer every row of the task with `model`; return the failures (paper: section on data).
+def mine_for_training(sampler: RolloutSampler, args) -> MinedFailures:
+    """Answer every row of the task; return the failures (paper: section on data).
 
-    `mine_samples` answers a row, of at most `max_attempt_length` tokens. Several processes share
-    the rows. What is mined is kept in `output_dir/failures`: the same training takes it from there,
-    and another one (other weights, rows, verifier or settings) is refused with what differs.
+    `mine_samples` answers a row. Several processes share the rows. What is mined is kept in
+    `output_dir/failures`: the same training takes it from there, and another one (other weights,
+    rows, verifier or settings) is refused with what differs.
     """
     from accelerate import PartialState
 
-    from .engines.transformers import TransformersEngine
-
     state = PartialState()
     folder = Path(args.output_dir) / "failures"
-    chat = Chat(tokenizer, model.generation_config, args.chat_template_kwargs)
-    if engine is None:
-        model.to(args.device)
-        engine = TransformersEngine(model, tokenizer, args.sample_batch, end_ids=chat.end_ids)
-    sampler = RolloutSampler(engine, chat, task, Limits(args.max_attempt_length))
-    check_task(task)
-    problems = task.problems("train")
+    problems = sampler.task.problems("train")
     check_problems(problems)
     note = folder / "run.json"
     used = note.exists() or any(folder.glob("*.parquet"))
@@ -144,7 +132,7 @@ def mine_for_training(model, tokenizer, task, args, engine=None) -> MinedFailure
 
     in_shards(folder, problems, mined, part=(state.process_index, state.num_processes))
     state.wait_for_everyone()
-    failures = MinedFailures(folder, problems, chat, task)
+    failures = MinedFailures(folder, problems, sampler.chat, sampler.task)
     logger.warning(f"mined {len(failures)} failures on {len(problems)} rows, kept in {folder}")
     return failures
 

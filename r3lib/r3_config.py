@@ -61,16 +61,15 @@ class R3Config(GRPOConfig):
         check_settings(vars(self))
         self._fit_device()
         self._fit_accumulation()
-        generation = self.steps_per_generation, self.generation_batch_size
         super().__post_init__()
         self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees
-        self._check_steps(generation)
 
     def _fit_device(self) -> None:
         """Precision, checkpointing and device, where they are not given."""
         device = training_options(self.use_cpu)
         if self.bf16 is None and not self.fp16:
-            self.bf16, self.fp16 = device["bf16"], device["fp16"]
+            self.bf16 = device["bf16"]
+            self.fp16 = device["fp16"]
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = device["gradient_checkpointing"]
         self.use_cpu = device["use_cpu"]
@@ -92,12 +91,3 @@ class R3Config(GRPOConfig):
                 f"{needed} here: leave it unset"
             )
         self.gradient_accumulation_steps = needed
-
-    def _check_steps(self, generation: tuple) -> None:
-        """Check what TRL's defaults decide; `generation` holds its two settings as given."""
-        one_rollout = self.steps_per_generation == self.gradient_accumulation_steps
-        if generation != (None, None) and not one_rollout:
-            raise R3Error(
-                "a step of R3 is one rollout: leave steps_per_generation and "
-                "generation_batch_size unset"
-            )

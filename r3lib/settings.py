@@ -21,6 +21,7 @@ REFUSED_FOR = {  # why, or what to do instead: settings that must have their def
         load_best_model_at_end metric_for_best_model""",
     "R3 has one reward, the verdict on the retry": "reward_weights multi_objective_aggregation",
     "R3 takes one step a rollout: raise the learning rate or max_steps instead": "num_iterations",
+    "a step of R3 is one rollout: leave it unset": "steps_per_generation generation_batch_size",
     "R3 counts steps, not epochs: use max_steps and failures_per_step": "num_train_epochs",
     "the order is drawn from the seed already: use seed": "shuffle_dataset train_sampling_strategy",
     "use seed, which draws the order and the samples": "data_seed",
@@ -39,8 +40,8 @@ REFUSED_FOR = {  # why, or what to do instead: settings that must have their def
 REFUSED = {name: why for why, names in REFUSED_FOR.items() for name in names.split()}
 FREE = set(  # decides no weight but by rounding, so that a resumed run may change it
     """
-    output_dir sample_batch trust_remote_code gradient_accumulation_steps steps_per_generation
-    generation_batch_size gradient_checkpointing gradient_checkpointing_kwargs use_cache use_cpu
+    output_dir sample_batch trust_remote_code gradient_accumulation_steps
+    gradient_checkpointing gradient_checkpointing_kwargs use_cache use_cpu
     torch_empty_cache_steps parallelism_config accelerator_config fsdp fsdp_config deepspeed debug
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
     ddp_timeout local_rank skip_memory_metrics do_train do_predict

@@ -1,194 +1,127 @@
-"""What an object is and what its code does, as JSON: the same in every process."""
+"""The hash of an object and of what its code does: the same in every process.
 
-import dataclasses
+The hash of `datasets`, which this builds on, takes a function in a file for its name, and what a
+verifier caches for a part of it.
+"""
+
 import dis
 import functools
-import inspect
-import json
-import logging
+import hashlib
+import io
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+
+from datasets.utils._dill import Pickler
 
 from .errors import R3Error
+from .tasks.base import Task
 
-FIXED = (str, int, float, bytes, tuple, frozenset, Path, re.Pattern, functools.partial)
-PARTIAL = (functools.partial, functools.partialmethod)
-HOLDS = {  # where the function is
-    property: "fget",
-    classmethod: "__func__",
-    staticmethod: "__func__",
-    functools.cached_property: "func",
-    type(functools.cache(len)): "__wrapped__",
-}
+PLAIN = (str, int, float, bytes, tuple, frozenset, Path, re.Pattern)
+WRAPPERS = (property, classmethod, staticmethod, functools.cached_property, ModuleType)  # of code
+FIRST = ("__init__", "__post_init__")
+ANALYSIS = ("reasons", "categories", "style", "part")  # of a task, for tables and figures alone
 
 
-def told(value, seen: dict, name: str | None):
-    """`value` as JSON, the same in every process.
+def hash_of(value, name: str) -> str:
+    """The hash of `value`, with all that its code calls by name outside packages and R3.
 
-    `name` is its own to the user; None: what code calls by name. `seen`: the number, by id, of what
-    was told before, where references go in a circle. R3Error, for what has a name: nothing tells it
-    from another.
+    R3Error, which calls it `name`: it has a part that cannot be pickled.
     """
-    bound = getattr(value, "__self__", None) if inspect.isroutine(value) else None
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        pairs = [(told(key, seen, name), told(inner, seen, name)) for key, inner in value.items()]
-        return {key if isinstance(key, str) else json.dumps(key): inner for key, inner in pairs}
-    if isinstance(value, (list, tuple)):
-        return [told(inner, seen, name) for inner in value]
-    if isinstance(value, (set, frozenset)):
-        # each by itself: a set has another order in every process
-        return sorted(json.dumps(told(inner, dict(seen), name)) for inner in value)
-    if isinstance(value, re.Pattern):
-        return [str(value.pattern), value.flags]
-    if isinstance(value, PARTIAL):
-        return told([value.func, value.args, value.keywords], seen, name)
-    if bound is not None and not inspect.ismodule(bound):  # a method of an object
-        return [value.__name__, told(bound, seen, name)]
-    if _is_source(value):
-        return _told_source(value, seen, name)
-    return _told_object(value, seen, name)
-
-
-def _told_source(value, seen: dict, name: str | None):
-    """A function, class or module: what its code does; of a library's the name."""
-    if _home(value):
-        owner = getattr(value, "__module__", None)
-        return f"{owner} {getattr(value, '__qualname__', value.__name__)}"
-    if id(value) in seen:
-        return f"told before: {seen[id(value)]}"
-    seen[id(value)] = len(seen)
-    if _function(value):
-        return _told_function(_function(value), seen, name)
-    if inspect.ismodule(value):
-        return told(_deciding(vars(value)), seen, None)
-    data = {key: inner for key, inner in vars(value).items() if not _function(inner)}
-    data |= getattr(value, "__members__", {})  # of an Enum
-    return [code_of(value, seen), told([*value.__bases__, _deciding(data)], seen, None)]
-
-
-def _told_function(function, seen: dict, name: str | None) -> list:
-    code = function.__code__
-    names = sorted(_names(code, "LOAD_GLOBAL", "LOAD_NAME") & function.__globals__.keys())
-    used = _deciding({key: function.__globals__[key] for key in names})
-    closure = [cell.cell_contents for cell in function.__closure__ or ()]
-    given = told([function.__defaults__, function.__kwdefaults__, closure], seen, name)
-    return [function.__name__, _compiled(code), given, told(used, seen, None)]
-
-
-def _told_object(value, seen: dict, name: str | None):
-    """An object: its class and its values; what the library's own text says of one of Python's."""
-    if hasattr(value, "tolist"):  # an array of numpy or torch
-        return told(value.tolist(), seen, name)
-    if _is_opaque(value) and name is None:
-        return type(value).__name__
-    if _is_opaque(value):
+    stream = io.BytesIO()
+    try:
+        CodePickler(stream, recurse=True).dump(value)
+    except Exception as error:  # pickle raises errors of any kind
         raise R3Error(
-            f"{name} has a {type(value).__name__}, which cannot be told apart from another: pass a "
-            "plain function or value, or keep it under a name with _ if it decides nothing"
-        )
-    if _home(type(value)) == "python":
-        return repr(value)
-    if id(value) in seen:
-        return f"told before: {seen[id(value)]}"
-    seen[id(value)] = len(seen)
-    return told([type(value), values_of(value)], seen, name)
+            f"{name} cannot be told apart from another ({error}): pass a plain function or value, "
+            "or keep it under a name with _ if it decides nothing"
+        ) from error
+    return hashlib.sha256(stream.getvalue()).hexdigest()[:16]
 
 
-def _is_opaque(value) -> bool:
-    """Whether `value` is of a library's class and shows nothing that tells it from another."""
-    home = _home(type(value))
-    if dataclasses.is_dataclass(value):
-        return False
-    return home == "package" or home == "python" and " at 0x" in repr(value)
+class CodePickler(Pickler):
+    """Pickles a user's functions, classes and modules by content, wherever they stand."""
+
+    def reducer_override(self, value):
+        """What pickle asks first: (a callable, its arguments, the content)."""
+        if isinstance(value, (set, frozenset)):
+            return list, (sorted(value, key=_label),)
+        if isinstance(value, FunctionType) and _is_users(value):
+            return str, (value.__name__,), _content(value)
+        if isinstance(value, type) and _is_users(value):
+            members = deciding(vars(value) | getattr(value, "__members__", {}), value)
+            return str, (value.__name__,), [value.__bases__, members]
+        if isinstance(value, ModuleType) and _is_users(value):
+            return str, (value.__name__,), deciding(vars(value))
+        if not isinstance(value, (FunctionType, type, ModuleType)) and _is_users(type(value)):
+            new, given, *state = value.__reduce_ex__(4)
+            if state and isinstance(state[0], dict):
+                state[0] = deciding(state[0], type(value))
+            return new, given, *state
+        return NotImplemented
+
+    def memoize(self, obj):
+        """Not plain values: whether two equal ones are one object differs between processes."""
+        if not isinstance(obj, PLAIN):
+            super().memoize(obj)
 
 
-def values_of(thing) -> dict:
-    """The attributes of an object that decide what it does, those of its class among them."""
-    members = {}
-    for owner in reversed(type(thing).__mro__):
-        members |= vars(owner)
-    own = getattr(thing, "__dict__", {})
-    values = {}
-    assigned = set()
-    for name, member in members.items():
-        function = _function(member)
-        if function and name not in ("__init__", "__post_init__"):
-            assigned |= _names(function.__code__, "STORE_ATTR")
-        if inspect.ismemberdescriptor(member):  # in __slots__
-            values[name] = getattr(thing, name, None)
-        elif not function:
-            values[name] = member
-    for name, value in own.items():
-        if not isinstance(members.get(name), functools.cached_property):
-            values[name] = value
-    return _deciding(values, assigned)
+def deciding(values: dict, owner: type = object) -> dict:
+    """Those `values` of a module, a class, or an object of the class `owner` that are no caches.
 
-
-def _deciding(values: dict, assigned=frozenset()) -> dict:
-    """Those of `values` that are no caches: a private one that may change during a run is one."""
+    A name with _ is a cache where it holds no code and no plain value, or a method assigns it.
+    """
+    members = {name: member for base in owner.__mro__ for name, member in vars(base).items()}
+    caches = {name for name, m in members.items() if isinstance(m, functools.cached_property)}
+    for method in members.values():
+        if isinstance(method, FunctionType) and method.__name__ not in FIRST:
+            caches |= {n for n in _names(method.__code__, "STORE_ATTR") if n.startswith("_")}
     kept = {}
     for name, value in values.items():
-        is_fixed = (isinstance(value, FIXED) or _is_source(value)) and name not in assigned
-        is_noted = name.startswith("__") or isinstance(value, logging.Logger)
-        if (is_fixed or not name.startswith("_")) and not is_noted:
+        is_code = callable(value) or isinstance(value, WRAPPERS)
+        is_plain = isinstance(value, PLAIN) and not name.startswith("__")
+        is_cache = name in caches and value is not members.get(name)
+        if (is_code or is_plain or not name.startswith("_")) and not is_cache:
             kept[name] = value
-    return kept
+    return {n: v for n, v in kept.items() if n not in ANALYSIS or not issubclass(owner, Task)}
 
 
-def _is_source(value) -> bool:
-    is_routine = inspect.isroutine(value) or _function(value) is not None
-    return is_routine or inspect.isclass(value) or inspect.ismodule(value)
+def _content(function: FunctionType) -> list:
+    """Code, defaults, closure and the globals that the code names."""
+    names = set(_names(function.__code__, "LOAD_GLOBAL", "LOAD_NAME"))
+    used = {name: value for name, value in function.__globals__.items() if name in names}
+    closure = [cell.cell_contents for cell in function.__closure__ or ()]
+    given = [function.__defaults__, function.__kwdefaults__, closure]
+    return [function.__code__, given, deciding(used)]
 
 
-def _home(thing) -> str:
-    """Whose a function, class or module is: "python", "package", "r3"; "" is the user's."""
-    module = thing.__name__ if inspect.ismodule(thing) else getattr(thing, "__module__", None)
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if module == "__main__":
-        return ""
-    if module is None or file is None:
-        known = module is None or module.partition(".")[0] in sys.stdlib_module_names
-        return "python" if known else ""
-    folders = Path(file).parents
-    if Path(__file__).parent in folders:
-        return "r3"
-    if {"site-packages", "dist-packages"} & set(Path(file).parts):
-        return "package"
-    return "python" if Path(os.__file__).parent in folders else ""
-
-
-def code_of(owner: type, seen: dict, without=()) -> dict:
-    """What the functions of a class do, by name."""
-    name = owner.__qualname__
-    functions = {key: _function(member) for key, member in vars(owner).items()}
-    wanted = {key: f for key, f in functions.items() if f and key not in without}
-    return {key: _told_function(f, seen, f"{name}.{key}") for key, f in wanted.items()}
-
-
-def _function(member):
-    """The function in a method, a property or what is cached; None: there is none."""
-    inner = HOLDS.get(type(member))
-    if inner:
-        return _function(getattr(member, inner))
-    return member if inspect.isfunction(member) else None
-
-
-def _names(code, *operations) -> set[str]:
+def _names(code: CodeType, *operations: str) -> Iterator[str]:
     """The names on which the operations of `code`, and of the functions in it, work."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname in operations}
-    for constant in code.co_consts:
-        if inspect.iscode(constant):
-            names |= _names(constant, *operations)
-    return names
+    for step in dis.get_instructions(code):
+        if step.opname in operations:
+            yield step.argval
+        if isinstance(step.argval, CodeType):
+            yield from _names(step.argval, *operations)
 
 
-def _compiled(code) -> list:
-    constants = [_compiled(c) if inspect.iscode(c) else told(c, {}, None) for c in code.co_consts]
-    return [code.co_code.hex(), constants, list(code.co_names)]
+def _label(item) -> str:
+    """What sorts the items of a set alike in every process."""
+    return getattr(item, "__qualname__", repr(item))
+
+
+def _is_users(thing) -> bool:
+    """Whether a function, class or module is neither Python's, nor a package's, nor R3's."""
+    name = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
+    module = sys.modules.get(name)
+    if module is None or name == "__main__":
+        return True
+    files = getattr(module, "__file__", None) or getattr(module, "__path__", ())
+    if not files:  # compiled into Python, or by Cython
+        return False
+    path = Path(files if isinstance(files, str) else next(iter(files)))
+    folders = {Path(os.__file__).parent, Path(__file__).parent}
+    installed = {"site-packages", "dist-packages"}
+    return not (installed & set(path.parts) or folders & set(path.parents))

@@ -110,8 +110,7 @@ class R3Trainer(SharedPrefixGRPO):
         self._join_engine()
         check_model(self.model)
         if verifier is not None:
-            sampling = self.sampler().engine
-            failures = mine_for_training(self.model, self.processing_class, task, args, sampling)
+            failures = mine_for_training(self.sampler(), args)
         self._take(failures)
         self._packs = self._check_packing()
         self._facts = self._decisive(fresh=peft_config is not None)

@@ -54,7 +54,7 @@ def test_what_was_mined_is_taken_again_and_other_rows_are_refused(tiny, tokenize
     second = make(tiny(), tokenizer, tmp_path)
     assert second._engine.calls == []
     assert [f.attempt_ids for f in second.failures] == [f.attempt_ids for f in first.failures]
-    with pytest.raises(R3Error, match="failures of another training: rows was"):
+    with pytest.raises(R3Error, match="failures of another training: task.rows was"):
         make(tiny(), tokenizer, tmp_path, rows=ROWS[1:])
     with pytest.raises(R3Error, match="failures of another training: task.verifier was"):
         make(tiny(), tokenizer, tmp_path, verifier=graded)

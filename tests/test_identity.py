@@ -61,6 +61,14 @@ EDITS = [  # an end of a cell that makes `task`, and what is edited in it
     ("class P(Mine):\n    words = {'a', 'b'}\ntask = P()", "'b'", "'c'"),
     ("class P(Mine):\n    _within = 0.1\ntask = P()", "_within = 0.1", "_within = 0.2"),
     ("class P(Mine):\n    def __init__(self):\n        self._units = ('s', 'h')\ntask = P()", "'h'", "'m'"),
+    ("class P(Mine):\n    def __init__(self):\n        self._near = Near(0.1)\ntask = P()", "Near(0.1)", "Near(0.2)"),
+    ("class P(Mine):\n    @functools.cached_property\n    def _a(self): return 7\ntask = P()", "return 7", "return 8"),
+    ("class P(Mine):\n    @classmethod\n    def _gold(cls): return 7\ntask = P()", "return 7", "return 8"),
+    ("class P(Mine):\n    __slots__ = ('_b',)\n    def __init__(self): self._b = 1\ntask = P()", "b = 1", "b = 2"),
+    ("_near = functools.cache(near)\ntask = DatasetTask([], lambda text, row: _near(text, row))", "abs(", "+("),
+    ("task = DatasetTask([], lambda text, row: text in {'a', 'b', 'c'})", "'c'", "'d'"),
+    ("def f(n): return n and g(n)\ndef g(n): return f(n - 1)\ntask = DatasetTask([], f)", "n - 1", "n - 2"),
+    ("task = DatasetTask([{'prompt': 'a', 'gold': 7}], near)", "'gold': 7", "'gold': 8"),
     ("class P(Mine):\n    @property\n    def gold(self): return 7\ntask = P()", "return 7", "return 8"),
     ("class P(Mine):\n    @staticmethod\n    def gold(): return 7\ntask = P()", "return 7", "return 8"),
 ]  # fmt: skip
@@ -149,19 +157,35 @@ def test_caches_that_a_run_fills_change_no_fact():
     assert task_facts(used) == task_facts(Everything())
 
 
+def test_a_verifiers_cache_and_a_variable_of_the_notebook_change_no_fact():
+    """`text` is a name in the notebook, and what the verifier's rows call one of their values."""
+    end = """
+_seen = []
+text = 1
+class Caching:
+    def __init__(self):
+        self._cache, self._rule = {}, None
+    def __call__(self, text, row):
+        self._rule = self._rule or re.compile("7")
+        self._cache[text] = row.text
+        _seen.append(text)
+task = DatasetTask([], Caching())
+"""
+    use = """
+task.verifier("7", type("Row", (), {"text": ""}))
+text = 2
+"""
+    assert facts_of(CELL + end) == facts_of(CELL + end + use)
+
+
 def test_what_serves_tables_and_figures_alone_is_no_fact():
     cell = CELL + "class P(Mine):\n    reasons = ('a',)\n    def style(self, text): return 'a'\ntask = P()"
     assert facts_of(cell) == facts_of(cell.replace("'a'", "'b'"))
 
 
-@pytest.mark.parametrize("thing", [random.Random(0), object(), re.finditer("a", "a")])
-def test_an_object_that_nothing_tells_from_another_is_refused_with_the_fix(thing):
-    task = Everything()
-    task.thing = thing
-    with pytest.raises(R3Error, match=r"task.thing has a .* cannot be told apart .* plain function"):
-        task_facts(task)
-    with pytest.raises(R3Error, match="task.verifier has a "):
-        task_facts(DatasetTask([], functools.partial(print, thing)))
+def test_an_object_that_nothing_tells_from_another_is_refused_with_the_fix():
+    with pytest.raises(R3Error, match=r"task.verifier cannot be told apart .*plain function"):
+        task_facts(DatasetTask([], functools.partial(print, re.finditer("a", "a"))))
 
 
 @dataclass(frozen=True, slots=True)

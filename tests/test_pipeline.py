@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from r3lib import cli, doctor, pipeline
+from r3lib import cli, doctor, files, pipeline
 from r3lib.errors import R3Error
 from r3lib.files import claimed
 
@@ -170,13 +170,13 @@ def test_bad_arguments_stop_everything_before_it_starts(checkout, arguments, wor
     assert ran(checkout) == []
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(checkout, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_2(checkout, capsys):
     write(checkout / "notebooks", "00_fine")
     folder = checkout / "results" / "smoke"
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    (folder / files.LOCK).mkdir()
     assert cli.main(["reproduce", "--profile", "smoke", "--results", str(folder.parent)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"r3: error: cannot write {folder} (Permission denied): ") and error.count("\n") == 1
+    assert error.startswith(f"r3: error: cannot write {folder} (Is a directory): ") and error.count("\n") == 1
     assert ran(checkout) == []
 
 

@@ -35,7 +35,7 @@ class DatasetTask(Task):
     name = "dataset"
 
     def __init__(self, dataset: Sequence, verifier: Callable, reflection_prompt=REFLECTION_PROMPT):
-        self._rows = dataset
+        self.rows = dataset
         self.verifier = verifier
         self.reflection_prompt = reflection_prompt
         if not callable(verifier):
@@ -43,7 +43,7 @@ class DatasetTask(Task):
 
     def problems(self, split: str, n: int | None = None, seed: int = 0) -> list[Row]:
         """Return the first `n` rows (None: all); the data set is one split, whatever its name."""
-        size = len(self._rows) if n is None else min(n, len(self._rows))
+        size = len(self.rows) if n is None else min(n, len(self.rows))
         return [self._row(index) for index in range(size)]
 
     def messages(self, problem: Row) -> list[dict]:
@@ -55,7 +55,7 @@ class DatasetTask(Task):
         return as_verdict(self.verifier(text, problem.values))
 
     def _row(self, index: int) -> Row:
-        values = self._rows[index]
+        values = self.rows[index]
         if not isinstance(values, Mapping) or "prompt" not in values:
             raise R3Error(f"row {index} of the data set has no column 'prompt': add one, or rename")
         messages = values["prompt"]
