@@ -15,6 +15,10 @@ STAGES = ("baseline", "mine", "evaluate")
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return 0, 1 (a check failed), 2 (a stated error) or 130 (interrupted)."""
     options = parser().parse_args(argv)
+    if argv is None and options.run is sample:  # the kernels of `reproduce` have it by themselves
+        from .provenance import restart_with_allocator
+
+        restart_with_allocator()
     try:
         return options.run(options)
     except R3Error as error:

@@ -24,6 +24,7 @@ CHOICES = {
     "retry_turn": RETRY_TURNS,
     "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
     "quantization": ("none", "nf4"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
     "engine": ("transformers", "vllm"),
 }
 FLAT = DEFAULTS | DEFAULTS["sampling"] | DEFAULTS["training"] | DEFAULTS["lora"]
@@ -52,6 +53,7 @@ class Profile:
     name: str
     model: str  # "base_model" is the embedded one; else a local folder or a hub id
     quantization: str
+    dtype: str  # of frozen weights
     task_options: dict
     seeds: int
     test_problems: int

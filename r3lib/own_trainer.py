@@ -7,7 +7,6 @@ from .identity import UNLIKE, differences, task_facts
 from .mining import failures_digest
 from .r3_config import R3Config
 from .settings import settings_facts
-from .weights import compute_dtype
 
 
 def check_trainer(study, trainer, seed: int) -> None:
@@ -19,11 +18,10 @@ def check_trainer(study, trainer, seed: int) -> None:
     folder = study.training_folder(seed)
     if Path(trainer.args.output_dir) != folder:
         raise R3Error(f"give R3Config output_dir=study.training_folder({seed}) and seed={seed}")
-    settings = study.profile.sampling | study.profile.training
     beside = {"use_configured_state": True}  # leaves the trainer its devices
-    args = R3Config(str(folder), seed=seed, accelerator_config=beside, **settings)
+    args = R3Config(str(folder), seed=seed, accelerator_config=beside, **study.settings())
     wanted = _facts(args, study.task, study.failures(), _adapters(study))
-    wanted |= {"model": study.model_path, "dtype": str(compute_dtype())}
+    wanted |= {"model": study.model_path, "dtype": f"torch.{study.dtype}"}
     wanted |= {"quantization": study.profile.quantization}
     wanted |= {"engine of its own": study.profile.engine != "transformers"}
     config = trainer.model.config

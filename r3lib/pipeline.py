@@ -19,7 +19,7 @@ from .config import ROOT, Profile, load_profile
 from .doctor import Run, check_run, tasks_of
 from .errors import R3Error
 from .files import claimed, disk_full_as_error
-from .provenance import TCMALLOC, reaches_hub
+from .provenance import allocator, reaches_hub
 from .render import render
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -113,8 +113,7 @@ def kernel_of(profile: Profile, fresh: bool) -> type[AsyncKernelManager]:
     needs_hub = profile.model != "base_model" or '"hub"' in json.dumps(profile.task_options)
     if not needs_hub or not reaches_hub():  # the cache is then read without retries
         env["HF_HUB_OFFLINE"] = "1"
-    if TCMALLOC:
-        env["LD_PRELOAD"] = f"{TCMALLOC}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
+    env |= allocator()
     if fresh or os.environ.get("R3_FRESH") == "1":
         env["R3_FRESH"] = str(time.time_ns())  # what this run made afresh counts as cached later
     launcher = [sys.executable, "-m", "ipykernel_launcher"]

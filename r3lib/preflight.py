@@ -78,7 +78,7 @@ def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
     is computed again for a quarter of the rows at a time, as the trainer has it.
     """
     sampling, training, s = profile.sampling, profile.training, sizes(config)
-    number = 2 if gpu else 4
+    number = 4 if profile.dtype == "float32" or not gpu else 2
     retry = sampling["max_retry_length"]
     learned = PROMPT + sampling["max_attempt_length"] + sampling["max_completion_length"]
     length = learned + retry

@@ -28,7 +28,15 @@ from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
 from .sources import sources_hash
 from .tasks import TASKS, Task, check_options, load_task
-from .weights import generation_config, hash_of, load, locate, reading
+from .weights import (
+    compute_dtype,
+    generation_config,
+    hash_of,
+    load,
+    locate,
+    precision,
+    reading,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -88,7 +96,15 @@ class Study:
 
     def model(self, adapter: Path | None = None, trainable: bool = False):
         """The model, with the adapter in the folder `adapter` if one is named."""
-        return load(self.model_path, self.profile.quantization, adapter, trainable)
+        p = self.profile
+        return load(self.model_path, p.quantization, adapter, trainable, p.dtype)
+
+    @cached_property
+    def dtype(self) -> str:
+        """Of the frozen weights, on this machine: "float32", "bfloat16" or "float16"."""
+        if self.profile.dtype != "auto":
+            return self.profile.dtype  # without torch, which takes seconds
+        return str(compute_dtype()).removeprefix("torch.")
 
     def sampler(self, adapter: Path | None = None, progress: bool = True) -> RolloutSampler:
         """Samples tries and reflections from the model, under the profile's limits."""
@@ -113,7 +129,8 @@ class Study:
         log, ends = self.results / "vllm.log", self.chat.end_ids
         from .engines.vllm_server import vllm_engine
 
-        return vllm_engine(self.model_path, p.servers, p.vllm_options, p.lora["r"], log, ends)
+        options = f"--dtype {self.dtype} {p.vllm_options}"
+        return vllm_engine(self.model_path, p.servers, options, p.lora["r"], log, ends)
 
     def problems(self, split: str, n: int) -> list:
         """`n` problems of a split: the same for every policy and seed, drawn once a study."""
@@ -182,8 +199,12 @@ class Study:
         """The profile's settings of a training."""
         from .r3_config import R3Config
 
-        settings = self.profile.sampling | self.profile.training
-        return R3Config(str(self.training_folder(seed)), seed=seed, **settings)
+        return R3Config(str(self.training_folder(seed)), seed=seed, **self.settings())
+
+    def settings(self) -> dict:
+        """Arguments of R3Config: the profile's blocks, and the precision that goes with `dtype`."""
+        mixed = precision(compute_dtype(self.dtype))
+        return mixed | self.profile.sampling | self.profile.training
 
     def lora(self) -> "LoraConfig":
         """The adapter that is trained."""
@@ -257,7 +278,7 @@ class Study:
         same = {"task": self.task.name, "task_facts": task_facts(self.task)}
         same["code"] = sources_hash(self.task, self.profile.engine)
         same["data"] = folder_hash(*self.task.files())
-        same |= {"model": self.model_hash, "prompt_date": DATE}
+        same |= {"model": self.model_hash, "dtype": self.dtype, "prompt_date": DATE}
         same["sampling"] = _decisive(self.profile.sampling)
         same |= {key: profile[key] for key in ("quantization", "engine", *keys)}
         return same | extra

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from .cli import add_study, study_of
 from .errors import R3Error
+from .provenance import restart_with_allocator
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,4 +38,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    restart_with_allocator()
     sys.exit(main())

