@@ -35,10 +35,10 @@ from r3lib.tasks.function_calling_tools import (
 )
 from r3lib.tasks.function_calling_values import DATA
 from r3lib.tasks.sources import GENERATED as SPLITS
-from r3lib.tasks.styles import function_calling as style
 from r3lib.verifiers.function_calling import verify
 
 TASK, COUNT = FunctionCallingTask(), 3000
+style = TASK.style
 STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 APPLY = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 

@@ -11,16 +11,9 @@ from random import Random
 from ..errors import R3Error
 from ..verifiers import countdown as verifier
 from ..verifiers.verdict import Verdict
-from . import styles
 from .base import Task
-from .sources import (
-    GENERATED,
-    check_request,
-    draw_distinct,
-    load_table,
-    split_by_hash,
-    too_few,
-)
+from .sources import GENERATED, check_request, draw_distinct, load_table, split_by_hash, too_few
+from .styles import style_of
 
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 
@@ -87,8 +80,8 @@ class CountdownTask(Task):
         return verifier.verify(text, problem.nums, problem.target)
 
     def style(self, reflection: str) -> str:
-        """See `r3lib.tasks.styles.countdown`."""
-        return styles.countdown(reflection)
+        """See `r3lib.tasks.styles`."""
+        return style_of(reflection, "countdown")
 
     def files(self) -> list[Path]:
         """The local copy that `source` names, if it names one."""

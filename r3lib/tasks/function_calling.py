@@ -8,11 +8,11 @@ from ..errors import R3Error
 from ..verifiers import function_calling as verifier
 from ..verifiers.verdict import Verdict
 from . import function_calling_records as records
-from . import styles
 from .base import Task
 from .function_calling_records import FunctionCallingProblem
 from .function_calling_tools import PARTS, draw
 from .sources import GENERATED, check_request, draw_distinct, too_few
+from .styles import style_of
 
 HARD = 0.5  # chance that an amount takes several steps
 # the paper's Table 4
@@ -78,8 +78,8 @@ class FunctionCallingTask(Task):
         return verifier.verify(text, list(problem.tools), list(answers), self.rule)
 
     def style(self, reflection: str) -> str:
-        """See `r3lib.tasks.styles.function_calling`."""
-        return styles.function_calling(reflection)
+        """See `r3lib.tasks.styles`."""
+        return style_of(reflection, "function_calling")
 
     def part(self, problem_id: str) -> str:
         """What a generated test problem has new: "combinations" of tools, "phrasings", "tools"."""
