@@ -1,13 +1,7 @@
 """Does a text solve a Countdown problem? A small parser reads it; nothing is evaluated as code.
 
 The rule is the paper's: an equation with every given number exactly once, whose value is the
-target. What a careful reader would accept as that is accepted, in whatever notation: the table is
-in `docs/choices.md`.
-
-Every side of an equation must equal the target, and one must be made of the given numbers.
-Several lines of working must be one such equation. Reasoning, and what follows the end of the
-turn, is no answer (`r3lib.verifiers.reasoning`). An answer has at most `MAX_LENGTH` characters
-and `MAX_DEPTH` nested brackets.
+target. The notations that are accepted are in `docs/verdicts.md`.
 """
 
 import operator

@@ -1,21 +1,7 @@
 """Are the function calls in a text the ones a problem asks for?
 
-How calls are read is in `calls_reader`, what a tool declares in `schemas`. Two rules compare the
-calls with gold; the order of calls is free, and 1, "1" and true are three values:
-
-| | strict | lenient, plain gold | lenient, BFCL's possible answers |
-|---|---|---|---|
-| accepted values | gold's (of BFCL's the first) | gold's | any that is listed |
-| integers and floats | types count, 1 is not 1.0 | an integer passes for a float | the same |
-| strings | exact | without case, spaces and `,./-_*^` | the same |
-| lists | exact | their items as above | the same |
-| objects | unordered | unordered, their values as above | the same, keys may be optional |
-| left out by the call | missing_argument | ok if gold's value is the default | ok if "" is listed |
-| left out by gold | unexpected_argument | ok if it is the default | unexpected_argument |
-
-The lenient rule is BFCL's AST checker, but for this: it pairs calls optimally instead of greedily,
-looks into nested values, takes integers in lists of floats, and lets "" stand for a required
-argument, so that the gold of every record is right.
+How calls are read is in `calls_reader`, what a tool declares in `schemas`, and the two rules that
+compare calls with gold, "strict" and "lenient" (BFCL's), are in `docs/verdicts.md`.
 """
 
 import json

@@ -1,26 +1,6 @@
-r"""The arguments that a tool declares: their types, defaults, and which may be left out.
+"""The arguments that a tool declares: their types, defaults, and which may be left out.
 
-| form | example of `parameters` |
-|---|---|
-| xlam | `{"days": {"type": "int, optional", "default": 1}}`, or a bare type, `{"days": "int"}` |
-| JSON Schema | `{"type": "object", "properties": {"days": {"type": "integer"}}, "required": []}` |
-
-`parameters` is a JSON Schema if its type is or includes "object" or "dict", or if it has
-"properties" or another keyword of JSON Schema. `None`, `True` and `[]` declare no arguments.
-
-One reading of types holds for prompts, verifiers and records:
-
-| written | values | may be left out |
-|---|---|---|
-| `int`, `integer`, `long` (any case, also `typing.X`, `np.X`) | integer | no |
-| `List[int]`, `list of int`, `{"type": "array", "items": ...}` | a list of integers | no |
-| `int or str`, `Union[int, str]`, `["integer", "string"]`, `anyOf`, `oneOf` | either | no |
-| `Optional[int]`, `int \| None`, `int or null`, `Union[int, None]` | integer or null | yes |
-| `int, optional`, a default, not among `required` | integer | yes |
-| no type, `Any`, `Callable[...]`, `true`, an unknown `$ref` | anything | no |
-
-`enum` and `const` give the types of their values where there is no type; nothing else of a schema
-is checked.
+The forms of tools and of types that are read are in `docs/verdicts.md`.
 """
 
 import json
