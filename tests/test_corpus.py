@@ -28,10 +28,14 @@ from r3lib.errors import R3Error
 from r3lib.tasks import CountdownProblem, CountdownTask, FunctionCallingTask
 from r3lib.tasks.countdown import split_of
 from r3lib.tasks.styles import SENTENCES
-from r3lib.verifiers.countdown import answer, read
+from r3lib.verifiers.countdown import _read, _tokens, answer
 
 TASK, COUNT = training_task(), 10_000
 style = TASK.style
+
+
+def read(equation):
+    return _read(_tokens(equation))
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
 
 

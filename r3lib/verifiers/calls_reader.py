@@ -53,11 +53,9 @@ def calls(text: str | None, declared: Collection[str] = ()) -> list[dict]:
     """Return the calls of `text` in order, each {"name": str, "arguments": dict}; none for `[]`.
 
     `declared` are the names of the tools. Raises Unread when nothing looks like a call or one
-    cannot be read, TypeError for no string and not None.
+    cannot be read.
     """
-    if not isinstance(text, str | None):
-        raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
-    parts = _counted(list(_parts(_readable(answer_text(text or "")), declared)))
+    parts = _counted(list(_parts(_readable(answer_text(text)), declared)))
     if any(part.calls is None for part in parts):
         raise Unread("invalid_json")
     if not parts:
@@ -142,6 +140,7 @@ class _Reader:
         return None
 
     def next_mark(self, position: int) -> int | None:
+        """Return where the next mark begins."""
         mark = _MARK.search(self.text, position)
         return mark.start() if mark else None
 

@@ -34,8 +34,8 @@ def verify(
     (one not in gold is called), "wrong_call_count" (also for `[]`). Then calls and gold are paired
     so that most pairs are right and the others fail as late in `REASONS` as they can; "wrong_type"
     is a type that neither the tool nor gold allows, or (strict) the only difference, as 1 for 1.0.
-    Raises TypeError when `text` is neither a string nor None, and R3Error for an unknown rule,
-    `tools` that are no list of named objects, or an answer in neither form.
+    Raises R3Error for an unknown rule, `tools` that are no list of objects, or an answer in neither
+    form.
     """
     if rule not in RULES:
         raise R3Error(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
@@ -83,17 +83,13 @@ def unwrapped(tool: dict) -> dict:
 
 
 def _declared(tools: list | str) -> dict[str, dict[str, Argument]]:
-    functions = [unwrapped(tool) for tool in _loaded(tools, "tools")]
-    if not all(isinstance(tool.get("name"), str) for tool in functions):
-        raise R3Error("one of the tools has no name")
+    functions = [unwrapped(tool) for tool in loaded(tools, "tools")]
     return {tool["name"]: declared_arguments(tool) for tool in functions}
 
 
-def _loaded(value: list | str, what: str) -> list[dict]:
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise R3Error(f"the {what} are not valid JSON: {error}") from None
+def loaded(value: list | str, what: str) -> list[dict]:
+    """Return a list of objects that may be written as JSON."""
+    value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
         raise R3Error(f"the {what} must be a list of objects")
     return value
@@ -101,7 +97,7 @@ def _loaded(value: list | str, what: str) -> list[dict]:
 
 def _answers(answers: list | str) -> Iterator[tuple[str, dict, bool]]:
     """Yield name and arguments of each answer, and if these are values, not accepted ones."""
-    for answer in _loaded(answers, "answers"):
+    for answer in loaded(answers, "answers"):
         try:
             plain = calls_in(answer) or []
         except Unread as error:

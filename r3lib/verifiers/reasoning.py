@@ -52,9 +52,9 @@ _OBJECT = re.compile(
 )
 
 
-def answer_text(text: str) -> str:
-    """Return `text` without its reasoning, up to the end of the model's turn."""
-    if len(text) > MAX_LENGTH or text.count("<") + text.count("[") > MAX_TAGS:
+def answer_text(text: str | None) -> str:
+    """Return `text` without its reasoning, up to the end of the model's turn; "" for None."""
+    if text is None or len(text) > MAX_LENGTH or text.count("<") + text.count("[") > MAX_TAGS:
         return ""
     searched = text[:-MAX_JSON] + _OBJECT.sub(_without_tags, text[-MAX_JSON:])
     kept: list[str] = []
