@@ -119,7 +119,7 @@ class FunctionCallingTask(Task):
 
 
 def _without_blanks(value):
-    """`value` without the empty strings inside its dicts."""
+    """Return `value` without the empty strings inside its dicts."""
     if isinstance(value, dict):
         return {key: _without_blanks(inner) for key, inner in value.items() if inner != ""}
     return value
