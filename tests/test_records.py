@@ -143,10 +143,6 @@ BROKEN = {
     "the answer calls 'get_wether', which is no tool": {"answers": [{**CALL, "name": "get_wether"}]},
     "the answer gives get_weather undeclared ['town']": {"answers": [{**CALL, "arguments": {"town": "Lima"}}]},
     "two tools of one name": {"tools": [TOOL, TOOL]},
-    "its id occurs before": {"id": 7},
-    "get_weather has an argument of unknown type 'quaternion'": {
-        "tools": [{**TOOL, "parameters": {**TOOL["parameters"], "days": {"type": "quaternion"}}}]
-    },
 }
 
 
@@ -164,9 +160,7 @@ def test_a_broken_record_is_skipped_with_its_id_and_one_logged_line(tmp_path, ca
     assert "1 of 3 records skipped" in line and name in line and said in line
 
 
-def test_what_a_schema_requires_and_what_is_accepted_must_be_declared():
-    required = replace(GOOD, tools=({**TOOL, "required": ["place", "hour"]}, CLOCK))
-    assert records.check(required) == "get_weather requires undeclared ['hour']"
+def test_what_is_accepted_must_be_declared():
     assert "undeclared ['town']" in records.check(replace(GOOD, possible=({"get_weather": {"town": ["Lima", ""]}},)))
     assert "'place' is acceptable" in records.check(replace(GOOD, possible=({"get_weather": {"place": []}},)))
     assert records.check(GOOD) is None

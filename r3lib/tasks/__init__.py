@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import R3Error, nearest
 from .base import Task
 from .countdown import CountdownProblem, CountdownTask
-from .function_calling import FunctionCallingProblem, FunctionCallingTask
+from .function_calling import FunctionCallingTask
 
 TASKS = {"countdown": CountdownTask, "function_calling": FunctionCallingTask}
 
@@ -70,11 +70,4 @@ def _module(name: str):
     return module
 
 
-__all__ = [
-    "CountdownProblem",
-    "CountdownTask",
-    "FunctionCallingProblem",
-    "FunctionCallingTask",
-    "Task",
-    "load_task",
-]
+__all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingTask", "Task", "load_task"]

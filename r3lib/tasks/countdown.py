@@ -11,16 +11,9 @@ from random import Random
 from ..errors import R3Error
 from ..verifiers import countdown as verifier
 from ..verifiers.verdict import Verdict
-from . import styles
 from .base import Task
-from .sources import (
-    GENERATED,
-    check_request,
-    draw_distinct,
-    load_table,
-    split_by_hash,
-    too_few,
-)
+from .sources import GENERATED, check_request, draw_distinct, load_table, split_by_hash, too_few
+from .styles import style_of
 
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 
@@ -87,8 +80,8 @@ class CountdownTask(Task):
         return verifier.verify(text, problem.nums, problem.target)
 
     def style(self, reflection: str) -> str:
-        """See `r3lib.tasks.styles.countdown`."""
-        return styles.countdown(reflection)
+        """See `r3lib.tasks.styles`."""
+        return style_of(reflection, "countdown")
 
     def files(self) -> list[Path]:
         """The local copy that `source` names, if it names one."""
@@ -123,28 +116,26 @@ class CountdownTask(Task):
         parts = {"train", "pretrain"} if split == "train" else {split}
         found: dict[str, CountdownProblem] = {}
         skipped = []
-        for row, nums, target in read_rows(self.source, seed):
-            are_whole = bool(nums) and all(isinstance(number, int) for number in (*nums, target))
-            problem = CountdownProblem(tuple(nums), target) if are_whole else None
-            if problem and (problem.id in found or split_of(problem) not in parts):
+        for problem in read_rows(self.source, seed):
+            if problem.id in found or split_of(problem) not in parts:
                 continue
             # slow, so only of rows that are taken
-            if problem and target in reachable(tuple(sorted(nums))):
+            if problem.target in reachable(tuple(sorted(problem.nums))):
                 found[problem.id] = problem
             else:
-                skipped.append(f"row {row}: nums={nums}, target={target}")
+                skipped.append(problem)
             if len(found) == n:
                 break
         if skipped:
-            said = "%s: skipped %d rows with no solvable problem of whole numbers, e.g. %s"
+            said = "%s: skipped %d rows with no solvable problem, e.g. %s"
             logging.getLogger(__name__).warning(said, self.source, len(skipped), skipped[0])
         if len(found) < n:
             raise too_few(f"{self.source} has {len(found)} {split} problems", n)
         return list(found.values())
 
 
-def read_rows(source: str, seed: int) -> Iterator[tuple[int, list[int], int]]:
-    """The data set's rows (number, `nums`, `target`), of the hub or a path, in a seeded order."""
+def read_rows(source: str, seed: int) -> Iterator[CountdownProblem]:
+    """The data set's rows, of the hub or a path, in a seeded order."""
     fix = 'check the path or the network, or use source="generator"'
     data = load_table(source, HUB_DATASET, "Countdown problems", fix)
     if not {"nums", "target"} <= set(data.column_names):
@@ -153,8 +144,8 @@ def read_rows(source: str, seed: int) -> Iterator[tuple[int, list[int], int]]:
             "`target` (int)"
         )
     order = Random(f"{seed}").sample(range(len(data)), len(data))
-    for number, row in zip(order, data.select(order)):
-        yield number, row["nums"], row["target"]
+    for row in data.select(order):
+        yield CountdownProblem(tuple(row["nums"]), row["target"])
 
 
 # room for all 1,540 of three numbers up to 20; one of four numbers takes some 20 kB

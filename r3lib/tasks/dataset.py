@@ -78,8 +78,6 @@ def as_verdict(value) -> Verdict:
     if not hasattr(value, "__float__"):
         raise TypeError(f"{value!r:.60} is no bool, float or Verdict")
     score = float(value)
-    if not 0 <= score <= 1:
-        raise ValueError(f"a reward of {score} is not between 0 and 1")
     return Verdict(score == 1, "ok" if score == 1 else "wrong", score)
 
 

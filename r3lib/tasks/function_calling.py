@@ -8,11 +8,11 @@ from ..errors import R3Error
 from ..verifiers import function_calling as verifier
 from ..verifiers.verdict import Verdict
 from . import function_calling_records as records
-from . import styles
 from .base import Task
 from .function_calling_records import FunctionCallingProblem
 from .function_calling_tools import PARTS, draw
 from .sources import GENERATED, check_request, draw_distinct, too_few
+from .styles import style_of
 
 HARD = 0.5  # chance that an amount takes several steps
 # the paper's Table 4
@@ -42,12 +42,15 @@ class FunctionCallingTask(Task):
     def __init__(self, source="generator", rule="strict", parts=PARTS, hard=HARD):
         if rule not in verifier.RULES:
             raise R3Error(f"unknown rule {rule!r}: use {' or '.join(verifier.RULES)}")
-        if not (isinstance(hard, (int, float)) and 0 <= hard <= 1):
+        if not 0 <= hard <= 1:
             raise R3Error(f"function_calling option hard={hard!r}: it is a chance, from 0 to 1")
         self.source = str(source)
         self.rule = rule
-        self.parts = _checked_shares(dict(parts))
+        self.parts = dict(parts)
         self.hard = hard
+        for part in self.parts:
+            if part not in PARTS:
+                raise R3Error(f"function_calling option parts: unknown {part!r}: use {[*PARTS]}")
 
     def messages(self, problem: FunctionCallingProblem) -> list[dict]:
         """The plain form, for models whose chat template has no place for tools."""
@@ -78,8 +81,8 @@ class FunctionCallingTask(Task):
         return verifier.verify(text, list(problem.tools), list(answers), self.rule)
 
     def style(self, reflection: str) -> str:
-        """See `r3lib.tasks.styles.function_calling`."""
-        return styles.function_calling(reflection)
+        """See `r3lib.tasks.styles`."""
+        return style_of(reflection, "function_calling")
 
     def part(self, problem_id: str) -> str:
         """What a generated test problem has new: "combinations" of tools, "phrasings", "tools"."""
@@ -115,19 +118,8 @@ class FunctionCallingTask(Task):
         return Random(f"{seed}").sample(rows, len(rows))[:n]
 
 
-def _checked_shares(parts: dict[str, float]) -> dict[str, float]:
-    unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        known = ", ".join(PARTS)
-        raise R3Error(f"function_calling option parts: unknown {unknown[0]!r}: known: {known}")
-    if sum(parts.values()) <= 0 or min(parts.values()) < 0:
-        why = f"function_calling option parts={parts}"
-        raise R3Error(f"{why}: give shares above 0, for example {PARTS}")
-    return parts
-
-
 def _without_blanks(value):
-    """`value` without the empty strings inside its dicts."""
+    """Return `value` without the empty strings inside its dicts."""
     if isinstance(value, dict):
         return {key: _without_blanks(inner) for key, inner in value.items() if inner != ""}
     return value

@@ -15,16 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import R3Error
-from ..verifiers.function_calling import gold, unwrapped
-from ..verifiers.schemas import (
-    declared_arguments,
-    is_optional,
-    is_schema,
-    json_schema,
-    parameters_of,
-    read_type,
-    unknown_word,
-)
+from ..verifiers.function_calling import gold, loaded, unwrapped
+from ..verifiers.schemas import is_optional, is_schema, json_schema, parameters_of, read_type
 from .sources import load_table, split_by_hash
 
 HUB_DATASET = "Salesforce/xlam-function-calling-60k"
@@ -87,34 +79,19 @@ def check(problem: FunctionCallingProblem) -> str | None:
         return "no query, no tools or no answers"
     if len({tool["name"] for tool in problem.tools}) < len(problem.tools):
         return "two tools of one name"
-    faults = [fault for tool in problem.tools for fault in _tool_faults(tool)]
-    return next(iter([*faults, *_answer_faults(problem)]), None)
-
-
-def _tool_faults(tool: dict) -> Iterable[str]:
-    declared_arguments(tool)
-    absent = set(tool.get("required") or ()) - set(tool["parameters"])
-    if absent:
-        yield f"{tool['name']} requires undeclared {sorted(absent)}"
-    for spec in tool["parameters"].values():
-        if unknown_word(spec.get("type", "any")):
-            yield f"{tool['name']} has an argument of unknown type {spec['type']!r}"
-
-
-def _answer_faults(problem: FunctionCallingProblem) -> Iterable[str]:
     declared = {tool["name"]: set(tool["parameters"]) for tool in problem.tools}
     plain = [(call["name"], call["arguments"]) for call in problem.answers]
     accepted = [call for answer in problem.possible or () for call in answer.items()]
     for name, arguments in accepted or plain:
         if name not in declared:
-            yield f"the answer calls {name!r}, which is no tool"
-            return
+            return f"the answer calls {name!r}, which is no tool"
         absent = set(arguments) - declared[name]
         if absent:
-            yield f"the answer gives {name} undeclared {sorted(absent)}"
+            return f"the answer gives {name} undeclared {sorted(absent)}"
         for argument, values in arguments.items():
             if accepted and not values:
-                yield f"no value of {name}'s {argument!r} is acceptable"
+                return f"no value of {name}'s {argument!r} is acceptable"
+    return None
 
 
 @lru_cache(maxsize=2)
@@ -141,9 +118,7 @@ def read_xlam(source: str = "hub") -> Records:
 
 
 def _xlam(id: str, row: dict) -> FunctionCallingProblem:
-    written = row["tools"]
-    tools = json.loads(written) if isinstance(written, str) else written
-    tools = tuple(map(_tool, tools))
+    tools = tuple(map(_tool, loaded(row["tools"], "tools")))
     answers = tuple(gold(row["answers"]))
     return FunctionCallingProblem(id, row["query"], tools, answers, kind="xlam")
 
@@ -230,14 +205,12 @@ def _present(arguments: dict, required) -> dict:
 def _collect(source: str, rows: Iterable[tuple[str, dict]], make: Callable) -> Records:
     """Make the records; log one line about those that are skipped."""
     problems, skipped = [], []
-    known = set()
     for id, row in rows:
         try:
             problem = make(id, row)
-            why = "its id occurs before" if id in known else check(problem)
+            why = check(problem)
         except (R3Error, ValueError, TypeError, KeyError, AttributeError) as error:
             why = f"malformed: {type(error).__name__} {error}"
-        known.add(id)
         if why:
             skipped.append((id, why))
         else:

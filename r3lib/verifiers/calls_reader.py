@@ -1,46 +1,6 @@
-r"""The function calls in a model's text, in the syntax of any family; nothing is evaluated.
+"""The function calls in a model's text, in the syntax of any family; nothing is evaluated.
 
-Reasoning, and what follows the end of the turn, is removed first (`reasoning.answer_text`). Then
-these are read:
-
-| syntax | families | example |
-|---|---|---|
-| JSON | most | `{"name": "f", "arguments": {"a": 1}}`, a list of these, or several |
-| | Llama | `{"name": "f", "parameters": {"a": 1}}` |
-| | Cohere | `[{"tool_call_id": "0", "tool_name": "f", "parameters": {}}]` |
-| envelopes | OpenAI, xlam | `{"tool_calls": [...]}`, `{"function_call": {}}`, `{"function": {}}` |
-| name, then JSON | Llama | `<function=f>{"a": 1}</function>` |
-| | Mistral | `[TOOL_CALLS]f{"a": 1}`, `[TOOL_CALLS]f[CALL_ID]x[ARGS]{"a": 1}` |
-| | gpt-oss | `to=functions.f<\|channel\|>commentary json<\|message\|>{"a": 1}` |
-| | DeepSeek | `<｜tool▁call▁begin｜>function<｜tool▁sep｜>f`, a line, the JSON in a fence |
-| | Kimi | `<\|tool_call_begin\|>functions.f:0<\|tool_call_argument_begin\|>{"a": 1}` |
-| | Gemma 4 | `<\|tool_call>call:f{a:1,b:<\|"\|>x<\|"\|>}<tool_call\|>` |
-| XML | Qwen3-Coder, Nemotron 3 | `<function=f><parameter=a>1</parameter></function>` |
-| | Muse, MiniMax | `<invoke name="f"><parameter name="a">1</parameter></invoke>` |
-| | GLM | `<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>` |
-| Python | LFM2, Llama 3.2, Gemma 3 | `[f(a=1), g()]`, `f(a=1)` |
-
-Which of them count:
-
-| in the text | rule |
-|---|---|
-| a mark before a call, `<tool_call>` or else ` ```json ` ... | what is before it is not read |
-| several calls | all count, so the same call twice is two calls |
-| Python without a mark beside calls in another syntax | a mention, not read |
-| Python without a mark, alone | `[f(...)]`, or a line, or a declared tool with arguments |
-| `{"name": "f"}` and no more | a call without arguments if `f` is a declared tool |
-| arguments `""` or `null`, or absent inside an envelope | no arguments, as `{}` |
-| arguments in a string | read as JSON, also if they were encoded twice |
-| a value in XML | has no type: it is text, JSON or a constant, as the tool or gold wants |
-| other JSON: without a name or arguments, or the declaration of a tool | passed over |
-| the empty list `[]` | an answer that makes no calls |
-
-What is meant as a call but cannot be read spoils the text ("invalid_json"): all that a mark
-announces, a broken block of JSON with a name and arguments or with a declared tool, one cut short
-in its beginning, a list of calls and other things, a repeated key, NaN and infinities, more than
-`MAX_DEPTH` nested brackets, `MAX_BLOCKS` blocks, or `MAX_LENGTH` characters from the first mark
-on. Any other text without a call is "no_call". After `MAX_UNCLOSED` blocks of other JSON that
-never end nothing more is read.
+Which syntaxes are read, which of several calls count and what cannot be read: `docs/verdicts.md`.
 """
 
 import re
@@ -93,11 +53,9 @@ def calls(text: str | None, declared: Collection[str] = ()) -> list[dict]:
     """Return the calls of `text` in order, each {"name": str, "arguments": dict}; none for `[]`.
 
     `declared` are the names of the tools. Raises Unread when nothing looks like a call or one
-    cannot be read, TypeError for no string and not None.
+    cannot be read.
     """
-    if not isinstance(text, str | None):
-        raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
-    parts = _counted(list(_parts(_readable(answer_text(text or "")), declared)))
+    parts = _counted(list(_parts(_readable(answer_text(text)), declared)))
     if any(part.calls is None for part in parts):
         raise Unread("invalid_json")
     if not parts:
@@ -182,6 +140,7 @@ class _Reader:
         return None
 
     def next_mark(self, position: int) -> int | None:
+        """Return where the next mark begins."""
         mark = _MARK.search(self.text, position)
         return mark.start() if mark else None
 

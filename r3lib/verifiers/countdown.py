@@ -1,13 +1,7 @@
 """Does a text solve a Countdown problem? A small parser reads it; nothing is evaluated as code.
 
 The rule is the paper's: an equation with every given number exactly once, whose value is the
-target. What a careful reader would accept as that is accepted, in whatever notation: the table is
-in `docs/choices.md`.
-
-Every side of an equation must equal the target, and one must be made of the given numbers.
-Several lines of working must be one such equation. Reasoning, and what follows the end of the
-turn, is no answer (`r3lib.verifiers.reasoning`). An answer has at most `MAX_LENGTH` characters
-and `MAX_DEPTH` nested brackets.
+target. The notations that are accepted are in `docs/verdicts.md`.
 """
 
 import operator
@@ -22,8 +16,9 @@ from .verdict import Verdict
 MAX_LENGTH = 500
 MAX_DEPTH = 50
 
-_TAG = re.compile(r"<(/?)(?ai:answer)>")
-
+_ANSWER = re.compile(
+    r"<(?ai:answer)>([^<]*+(?:<(?!/?(?ai:answer)>)[^<]*+)*+)</(?ai:answer)>"  # no tag inside
+)
 _QUOTES = frozenset("\"'`“”‘’")
 _SPELLINGS = {"*": "×✕✖⨯⨉·⋅∙•∗⁎✱", "/": "÷∕⁄⧸➗", "-": "−–—―‒‑‐˗⁃﹘➖", "+": "➕"}
 _INVISIBLE = "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"
@@ -73,15 +68,13 @@ def verify(text: str | None, nums: Iterable[int], target: int) -> Verdict:
     - "wrong_numbers": no side of the equation has exactly the given numbers, as a multiset
     - "missed_target": a side of the equation has another value
     - "ok"
-
-    Raises TypeError when `text` is neither a string nor None.
     """
     content = answer(text)
     if content is None:
         return Verdict.of("no_answer")
     try:
         sides = [_side(tokens) for tokens in _sides(_tokens(content))]
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         return Verdict.of("invalid_expression")
     used = [sorted(numbers) for _, numbers in sides if numbers is not None]
     if not used:
@@ -95,48 +88,24 @@ def answer(text: str | None) -> str | None:
     """Return what the last well-formed `<answer>...</answer>` of `text` holds; None without one.
 
     Only text outside reasoning and before the end of the turn counts. Tags may be in any case.
-    The content runs from the last opening tag that a closing one follows to the first closing
-    tag after it, so neither a later unclosed tag nor a stray closing one hides it. Nor does a tag
-    that is only mentioned: one without a digit, or in quotation marks or backticks. Raises
-    TypeError when `text` is neither a string nor None.
+    Neither a later unclosed tag nor a stray closing one hides an answer. Nor does one that is only
+    mentioned: without a digit, or in quotation marks or backticks.
     """
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise TypeError(f"the text to verify must be a string or None, not {type(text).__name__}")
-    text = answer_text(text)
-    contents, plain = [], []
-    start = None
-    for tag in _TAG.finditer(text):
-        if not tag[1]:
-            start = tag
-            continue
-        if start is None:
-            continue
-        content = text[start.end() : tag.start()]
-        contents.append(content)
-        if not (_quotes(text, start.start() - 1) and _quotes(text, tag.end())):
-            plain.append(content)
-        start = None
-    answers = _given(plain) or _given(contents) or contents
-    return answers[-1] if answers else None
+    found = list(_ANSWER.finditer(answer_text(text)))
+    plain = [one for one in found if not _is_quoted(one)]
+    answers = _given(plain) or _given(found) or found
+    return answers[-1][1] if answers else None
 
 
-def _quotes(text: str, place: int) -> bool:
-    return 0 <= place < len(text) and text[place] in _QUOTES
+def _is_quoted(found: re.Match) -> bool:
+    before = found.string[found.start() - 1 : found.start()]
+    after = found.string[found.end() : found.end() + 1]
+    return before in _QUOTES and after in _QUOTES
 
 
-def _given(contents: list[str]) -> list[str]:
-    """The contents that may be answers: with a digit, or too long to look."""
-    return [text for text in contents if len(text) > MAX_LENGTH or re.search(r"\d", text)]
-
-
-def read(expression: str) -> tuple[Fraction, list[int]]:
-    """Return the exact value of `expression` (without `=`) and its numbers in order.
-
-    Raises ValueError for anything outside the table and for a division by zero.
-    """
-    return _read(_tokens(expression))
+def _given(found: list[re.Match]) -> list[re.Match]:
+    """Those that may be answers: with a digit, or too long to look."""
+    return [one for one in found if len(one[1]) > MAX_LENGTH or re.search(r"\d", one[1])]
 
 
 def _tokens(text: str) -> list[str]:
@@ -173,13 +142,7 @@ def _sides(tokens: list[str]) -> list[list[str]]:
     """Split an equation, perhaps in brackets as a whole, at its equals signs."""
     if "=" not in tokens:
         return [tokens]
-    sides: list[list[str]] = [[]]
-    for token in _unwrapped(tokens):
-        if token == "=":
-            sides.append([])
-        else:
-            sides[-1].append(token)
-    return sides
+    return [side.split() for side in " ".join(_unwrapped(tokens)).split("=")]
 
 
 def _unwrapped(tokens: list[str]) -> list[str]:
@@ -218,22 +181,15 @@ def _sum(tokens: list[str], depth: int) -> Fraction | int:
     """Read a sum off the end of `tokens`, which are reversed and begin with an end marker."""
     result = _product(tokens, depth)
     while tokens[-1] in ("+", "-"):
-        result = _operation(tokens.pop(), result, _product(tokens, depth))
+        result = _OPERATIONS[tokens.pop()](result, _product(tokens, depth))
     return result
 
 
 def _product(tokens: list[str], depth: int) -> Fraction | int:
     result = _atom(tokens, depth)
     while tokens[-1] in ("*", "/"):
-        result = _operation(tokens.pop(), result, _atom(tokens, depth))
+        result = _OPERATIONS[tokens.pop()](result, _atom(tokens, depth))
     return result
-
-
-def _operation(sign: str, left: Fraction | int, right: Fraction | int) -> Fraction | int:
-    try:
-        return _OPERATIONS[sign](left, right)
-    except ZeroDivisionError:
-        raise ValueError("the expression divides by zero") from None
 
 
 def _atom(tokens: list[str], depth: int) -> Fraction | int:
@@ -242,7 +198,7 @@ def _atom(tokens: list[str], depth: int) -> Fraction | int:
         return _group(token, tokens, depth)
     if token == "\\frac":
         numerator = _argument(tokens, depth)
-        return _operation("/", numerator, _argument(tokens, depth))
+        return Fraction(numerator, _argument(tokens, depth))
     return _whole(token)
 
 

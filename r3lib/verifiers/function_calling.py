@@ -1,21 +1,7 @@
 """Are the function calls in a text the ones a problem asks for?
 
-How calls are read is in `calls_reader`, what a tool declares in `schemas`. Two rules compare the
-calls with gold; the order of calls is free, and 1, "1" and true are three values:
-
-| | strict | lenient, plain gold | lenient, BFCL's possible answers |
-|---|---|---|---|
-| accepted values | gold's (of BFCL's the first) | gold's | any that is listed |
-| integers and floats | types count, 1 is not 1.0 | an integer passes for a float | the same |
-| strings | exact | without case, spaces and `,./-_*^` | the same |
-| lists | exact | their items as above | the same |
-| objects | unordered | unordered, their values as above | the same, keys may be optional |
-| left out by the call | missing_argument | ok if gold's value is the default | ok if "" is listed |
-| left out by gold | unexpected_argument | ok if it is the default | unexpected_argument |
-
-The lenient rule is BFCL's AST checker, but for this: it pairs calls optimally instead of greedily,
-looks into nested values, takes integers in lists of floats, and lets "" stand for a required
-argument, so that the gold of every record is right.
+How calls are read is in `calls_reader`, what a tool declares in `schemas`, and the two rules that
+compare calls with gold, "strict" and "lenient" (BFCL's), are in `docs/verdicts.md`.
 """
 
 import json
@@ -48,8 +34,8 @@ def verify(
     (one not in gold is called), "wrong_call_count" (also for `[]`). Then calls and gold are paired
     so that most pairs are right and the others fail as late in `REASONS` as they can; "wrong_type"
     is a type that neither the tool nor gold allows, or (strict) the only difference, as 1 for 1.0.
-    Raises TypeError when `text` is neither a string nor None, and R3Error for an unknown rule,
-    `tools` that are no list of named objects, or an answer in neither form.
+    Raises R3Error for an unknown rule, `tools` that are no list of objects, or an answer in neither
+    form.
     """
     if rule not in RULES:
         raise R3Error(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
@@ -97,17 +83,13 @@ def unwrapped(tool: dict) -> dict:
 
 
 def _declared(tools: list | str) -> dict[str, dict[str, Argument]]:
-    functions = [unwrapped(tool) for tool in _loaded(tools, "tools")]
-    if not all(isinstance(tool.get("name"), str) for tool in functions):
-        raise R3Error("one of the tools has no name")
+    functions = [unwrapped(tool) for tool in loaded(tools, "tools")]
     return {tool["name"]: declared_arguments(tool) for tool in functions}
 
 
-def _loaded(value: list | str, what: str) -> list[dict]:
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise R3Error(f"the {what} are not valid JSON: {error}") from None
+def loaded(value: list | str, what: str) -> list[dict]:
+    """Return a list of objects that may be written as JSON."""
+    value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or not all(isinstance(item, dict) for item in value):
         raise R3Error(f"the {what} must be a list of objects")
     return value
@@ -115,7 +97,7 @@ def _loaded(value: list | str, what: str) -> list[dict]:
 
 def _answers(answers: list | str) -> Iterator[tuple[str, dict, bool]]:
     """Yield name and arguments of each answer, and if these are values, not accepted ones."""
-    for answer in _loaded(answers, "answers"):
+    for answer in loaded(answers, "answers"):
         try:
             plain = calls_in(answer) or []
         except Unread as error:

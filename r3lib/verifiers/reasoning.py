@@ -1,31 +1,6 @@
 """What a model answers: its text without reasoning and without what follows the end of its turn.
 
-| family | reasoning | end of turn |
-|---|---|---|
-| DeepSeek, GLM, LFM2, Nemotron, Qwen | `<think>...</think>` | below |
-| others | `<thinking>`, `<thought>`, `<reasoning>`, `<reasoning_content>` likewise | |
-| Mistral | `[THINK]...[/THINK]` | `</s>`, `[INST]` |
-| Cohere | `<|START_THINKING|>...<|END_THINKING|>` | `<|END_OF_TURN_TOKEN|>` |
-| Gemma 4 | `<|channel>...<channel|>` | `<turn|>`, `<|tool_response>` |
-| gpt-oss | messages of channel `analysis`, all before `final` | `<|return|>`, `<|call|>` |
-| Muse | messages ` to=self`, all before one ` to=user` | `<|eot|>` |
-| all | | `<|im_end|>`, `<|eot_id|>`, `<|endoftext|>`, `<|end|>` and others in `_ENDS` |
-
-The rules, for all families alike:
-
-- Reasoning runs from its opening tag to the next closing tag of the same kind, or to the end of
-  the text.
-- Everything before a closing tag that nothing opened is reasoning: its opening tag stood in the
-  prompt. Where the reasoning before it has more opening tags than closing ones, it is nested in
-  that reasoning, and what stands before that is kept.
-- The first end of turn outside reasoning ends the text. So does a header of the user's next turn.
-  `<|end|>` and `<|eom|>` do not where another message of the assistant follows, as in gpt-oss.
-- A tag between quotation marks or backticks is only mentioned and counts for nothing. Without
-  them it counts, so what follows a bare and unclosed `<think>` is no answer.
-- Nor does a tag count inside a string of a JSON object, as of a call (in the last `MAX_JSON`
-  characters of the text).
-- A text of more than `MAX_LENGTH` characters, or `MAX_TAGS` brackets that may begin a tag, is no
-  answer at all.
+The tags of each family of models, and the rules for all of them, are in `docs/verdicts.md`.
 """
 
 import re
@@ -77,9 +52,9 @@ _OBJECT = re.compile(
 )
 
 
-def answer_text(text: str) -> str:
-    """Return `text` without its reasoning, up to the end of the model's turn."""
-    if len(text) > MAX_LENGTH or text.count("<") + text.count("[") > MAX_TAGS:
+def answer_text(text: str | None) -> str:
+    """Return `text` without its reasoning, up to the end of the model's turn; "" for None."""
+    if text is None or len(text) > MAX_LENGTH or text.count("<") + text.count("[") > MAX_TAGS:
         return ""
     searched = text[:-MAX_JSON] + _OBJECT.sub(_without_tags, text[-MAX_JSON:])
     kept: list[str] = []

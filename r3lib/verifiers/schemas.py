@@ -1,26 +1,6 @@
-r"""The arguments that a tool declares: their types, defaults, and which may be left out.
+"""The arguments that a tool declares: their types, defaults, and which may be left out.
 
-| form | example of `parameters` |
-|---|---|
-| xlam | `{"days": {"type": "int, optional", "default": 1}}`, or a bare type, `{"days": "int"}` |
-| JSON Schema | `{"type": "object", "properties": {"days": {"type": "integer"}}, "required": []}` |
-
-`parameters` is a JSON Schema if its type is or includes "object" or "dict", or if it has
-"properties" or another keyword of JSON Schema. `None`, `True` and `[]` declare no arguments.
-
-One reading of types holds for prompts, verifiers and records:
-
-| written | values | may be left out |
-|---|---|---|
-| `int`, `integer`, `long` (any case, also `typing.X`, `np.X`) | integer | no |
-| `List[int]`, `list of int`, `{"type": "array", "items": ...}` | a list of integers | no |
-| `int or str`, `Union[int, str]`, `["integer", "string"]`, `anyOf`, `oneOf` | either | no |
-| `Optional[int]`, `int \| None`, `int or null`, `Union[int, None]` | integer or null | yes |
-| `int, optional`, a default, not among `required` | integer | yes |
-| no type, `Any`, `Callable[...]`, `true`, an unknown `$ref` | anything | no |
-
-`enum` and `const` give the types of their values where there is no type; nothing else of a schema
-is checked.
+The forms of tools and of types that are read are in `docs/verdicts.md`.
 """
 
 import json
@@ -29,7 +9,6 @@ from dataclasses import dataclass, field
 
 from ..errors import R3Error
 
-MAX_DEPTH = 50  # of nested schemas; what is deeper may be anything
 # The words for each type of JSON's values; the first is JSON Schema's.
 _WORDS = {
     str: "string str text char date datetime",
@@ -88,7 +67,7 @@ def declared_arguments(tool: dict) -> dict[str, Argument]:
     root = {**tool, **parameters}
     made = {}
     for argument, spec in specs.items():
-        declared = type_of(spec, root)
+        declared = type_of(spec, root, set())
         optional = is_optional(spec) if required is None else argument not in required
         made[argument] = Argument(declared, optional, _default(spec, declared))
     return made
@@ -143,14 +122,13 @@ def is_optional(spec) -> bool:
     return "optional" in written.lower() or type(None) in read_type(written).kinds
 
 
-def type_of(spec, root: dict, followed: set[str] | None = None, depth: int = 0) -> Type:
+def type_of(spec, root: dict, followed: set[str]) -> Type:
     """Return the type that `spec` declares: the text of a type, or a JSON Schema with its
     definitions in `root`."""
     if isinstance(spec, str):
         return read_type(spec)
-    if not isinstance(spec, dict) or depth > MAX_DEPTH:
+    if not isinstance(spec, dict):
         return Type()
-    followed = set() if followed is None else followed
     keys = ("type", "anyOf", "oneOf", "allOf")
     branches = [branch for key in keys for branch in _list(spec.get(key))]
     reference = spec.get("$ref")
@@ -159,14 +137,14 @@ def type_of(spec, root: dict, followed: set[str] | None = None, depth: int = 0) 
         branches.append(_definition(reference, root))
     made = Type()
     for branch in branches:
-        made.add(type_of(branch, root, followed, depth + 1))
+        made.add(type_of(branch, root, followed))
     if not made.kinds:
         constant = [spec["const"]] if "const" in spec else []
         made.kinds = set(map(type, [*_list(spec.get("enum")), *constant]))
     if spec.get("nullable") is True:
         made.kinds.add(type(None))
     for item in (*_list(spec.get("items")), *_list(spec.get("prefixItems"))):
-        made.add(Type(items=type_of(item, root, followed, depth + 1)))
+        made.add(Type(items=type_of(item, root, followed)))
     return made
 
 
@@ -203,15 +181,6 @@ def read_type(written: str) -> Type:
         elif word == "]" and len(stack) > 1:
             stack.pop()
     return Type() if "callable" in written else stack[0]
-
-
-def unknown_word(written) -> bool:
-    """Whether the text of a type names no type that is known; other forms of a type are legal."""
-    if not isinstance(written, str):
-        return False
-    words = re.findall("[a-z]+", written.lower())
-    words = [word for word in words if word not in ("typing", "optional", "np")]
-    return not words or words[0] not in (*KINDS, "any", "union", "callable")
 
 
 def json_schema(declared: Type) -> dict:
