@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from r3lib import cli, doctor, files, pipeline
+from r3lib import cli, doctor, files, pipeline, provenance
 from r3lib.errors import R3Error
 from r3lib.files import claimed
 

@@ -61,6 +61,15 @@ def test_smollm2_is_made_once_and_knows_its_template(tmp_path):
     assert "Paris" in chat.text(ids[0, len(asked) :].tolist())
 
 
+@pytest.mark.parametrize(("gain", "dtype"), [(4.0, torch.bfloat16), (1.2, torch.float32)])
+def test_a_cpu_computes_in_bf16_where_that_is_faster(monkeypatch, gain, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(weights, "bf16_gain", lambda: gain)
+    assert weights.compute_dtype() == dtype
+    assert weights.compute_dtype("float32") == torch.float32
+    assert weights.load(str(weights.EMBEDDED), dtype="bfloat16").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "gpu, bf16, use_cpu, dtype", [(False, False, False, None), (True, True, True, None), (True, True, False, "bf16"),
                                   (True, False, False, "fp16")],
