@@ -67,14 +67,16 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", choices=list(MASK), help=argparse.SUPPRESS)
     for name, default in (
         ("groups", 32), ("group", 8), ("attempt", 64), ("reflection", 96), ("retry", 64),
-        ("rows", 64), ("steps", 2), ("repeats", 3),
+        ("rows", 64), ("steps", 2), ("repeats", 3), ("context", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args(given)
 
 
-def in_a_process(kind: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--run", kind, *sys.argv[1:]]
+def in_a_process(kind: str, given: list[str] | None = None) -> dict[str, float]:
+    """What `measured` gives in a process of its own; `given`: its options, by default ours."""
+    given = sys.argv[1:] if given is None else given
+    command = [sys.executable, __file__, "--run", kind, *given]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -94,7 +96,7 @@ def measured(options) -> dict[str, float]:
 def step(model, tokenizer, options) -> dict[str, float]:
     """The same of a model that is loaded."""
     torch.manual_seed(0)
-    task = Coin(count=3, largest=20) if options.coin else load_task(
+    task = Coin(options.context) if options.coin else load_task(
         options.task, {"countdown": {"source": "generator", "count": 3, "largest": 20}}
     )  # fmt: skip
     failures = mined(model, tokenizer, task, options)
@@ -117,12 +119,25 @@ def step(model, tokenizer, options) -> dict[str, float]:
         "learning": learning,
         "peak_gib": peak_memory_gib(),
         "reflection_tokens": tokens,
+        "prompt_tokens": statistics.mean(len(f.prompt_ids) + len(f.attempt_ids) for f in failures),
+        "parameters": model.num_parameters(),
         "dead": dead,
     }
 
 
 class Coin(CountdownTask):
-    """Countdown whose verdict is a checksum's parity, so that any model's groups have variance."""
+    """Countdown whose verdict is a checksum's parity, so that any model's groups have variance.
+
+    `context`: words before the question, for a longer prompt.
+    """
+
+    def __init__(self, context: int = 0):
+        super().__init__(count=3, largest=20)
+        self.context = context
+
+    def messages(self, problem):
+        (asked,) = super().messages(problem)
+        return [{**asked, "content": "word " * self.context + asked["content"]}]
 
     def verify(self, text, problem):
         ok = zlib.crc32(text.encode()) % 2 == 0

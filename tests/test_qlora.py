@@ -36,7 +36,7 @@ def test_two_steps_in_nf4_move_fp32_adapters_which_reload_to_the_same_log_probs(
     tokenizer, task = AutoTokenizer.from_pretrained(path), CoinTask(count=3, largest=20)
     trainer = R3Trainer(
         path, small_config(tmp_path, learning_rate=1e-4), task=task, failures=coin_failures(tokenizer, 4, task),
-        quantization_config=weights.quantization_config("nf4"), peft_config=small_lora(),
+        quantization_config=weights.quantization_config("nf4", "float32"), peft_config=small_lora(),
         processing_class=tokenizer, engine=ScriptedEngine(tokenizer),
     )  # fmt: skip
     kinds = {type(module).__name__ for module in trainer.model.modules()}
@@ -48,10 +48,10 @@ def test_two_steps_in_nf4_move_fp32_adapters_which_reload_to_the_same_log_probs(
     assert trainer.state.global_step == 2 and changed > 0.9  # A moves once B has left zero: in the second step
     trainer.save_model(str(tmp_path / "adapter"))
     trainer.model.eval()
-    again = weights.load(path, "nf4", tmp_path / "adapter")
+    again = weights.load(path, "nf4", tmp_path / "adapter", dtype="float32")
     again.eval()
     assert torch.equal(logprobs(again, tokenizer), logprobs(trainer.model, tokenizer))
-    assert not torch.equal(logprobs(weights.load(path, "nf4"), tokenizer), logprobs(again, tokenizer))
+    assert not torch.equal(logprobs(weights.load(path, "nf4", dtype="float32"), tokenizer), logprobs(again, tokenizer))
 
 
 @needs_both
