@@ -16,6 +16,7 @@ import time
 from contextlib import nullcontext
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -37,6 +38,11 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     dtype = getattr(torch, options.dtype)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    folder = tempfile.mkdtemp()
+    if options.rank:
+        lora = LoraConfig(r=options.rank, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model, lora).eval()
+        model.save_pretrained(folder)
     own = TransformersEngine(model, tokenizer, options.prompts * options.group)
     prompts = failed_prompts(own, tokenizer, options.prompts)
     with vllm_server(path, options) as server:
@@ -46,6 +52,7 @@ def main() -> None:
         }
         if server is not None:
             vllm = VLLMEngine([server.url], tokenizer)
+            vllm.sync(folder if options.rank else None)
             by_engine(vllm, prompts, options, 0)  # a server's first batch is slower
             sample["vllm"] = lambda seed: by_engine(vllm, prompts, options, seed)
         report([turn(sample, repeat) for repeat in range(options.repeats)], options)
@@ -56,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="base_model", help="as in a profile")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--vllm", action="store_true", help="also a vLLM server of our own")
+    parser.add_argument("--rank", type=int, default=0, help="of a random LoRA adapter; 0: none")
     for name, default in (("prompts", 32), ("group", 8), ("tokens", 160), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()

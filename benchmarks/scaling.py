@@ -31,7 +31,7 @@ SERIES = {  # the axis: (label, column of the table, what differs from USUAL)
     "group": ("reflections in a group", "group", [{"group": n} for n in (2, 4, 8, 16, 32)]),
     "groups": ("failures in a step", "groups", [{"groups": n} for n in (4, 8, 16, 32)]),
     "prompt": ("tokens of prompt and failed try", "prompt_tokens",
-               [{"context": n} for n in (0, 100, 200, 400)]),
+               [{"context": n} for n in (0, 25, 50, 100)]),
 }  # fmt: skip
 LARGE = {"model": "smollm2", "groups": 2, "group": 8, "rows": 16, "reflection": 32, "retry": 16}
 LARGE |= {"steps": 1}
@@ -52,6 +52,7 @@ def main() -> None:
         cases += [("model", LARGE | {"model": "base_model"})]
     rows = []
     for axis, case in cases:
+        case = {"rows": min(64, case["groups"] * case["group"])} | case
         for kind in ("stock", "ours"):
             given = [word for name, value in case.items() for word in (f"--{name}", str(value))]
             turns = [in_a_process(kind, ["--coin", *given]) for _ in range(repeats)]

@@ -79,7 +79,8 @@ def sample_block(places: list[int], turn: int, trainer) -> list[Group]:
         reflections = sampler.reflect(failures, seeds, size)
         retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
     rewards = rewards_for(reflections, retries, args.truncation_penalty)
-    return [Group(*parts) for parts in zip(*(cut(x, size) for x in (reflections, retries, rewards)))]
+    parts = [cut(one, size) for one in (reflections, retries, rewards)]
+    return [Group(*group) for group in zip(*parts)]
 
 
 def group_seed(seed: int, place: int, turn: int = 0) -> int:

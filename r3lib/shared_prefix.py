@@ -238,7 +238,7 @@ def difference(
 
 
 def values_and_slopes(values: Callable[[], Tensor], parameters: list) -> tuple[Tensor, tuple]:
-    """Log-probs, and the gradient of some sum of them at each of `parameters`, None where unused."""
+    """Log-probs, and the gradient of a sum of them at each of `parameters`, None where unused."""
     logps = values().float()
     places = torch.arange(logps.numel(), device=logps.device).view_as(logps)
     score = (logps * places.cos()).sum()  # any weights that differ from token to token

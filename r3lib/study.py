@@ -28,15 +28,7 @@ from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
 from .sources import sources_hash
 from .tasks import TASKS, Task, check_options, load_task
-from .weights import (
-    compute_dtype,
-    generation_config,
-    hash_of,
-    load,
-    locate,
-    precision,
-    reading,
-)
+from .weights import compute_dtype, generation_config, hash_of, load, locate, precision, reading
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -245,9 +237,8 @@ class Study:
 
     def episodes(self, others: Sequence["Study"] = ()) -> pd.DataFrame:
         """Every episode of this task; also by policies trained on the tasks of `others`."""
-        return pd.concat(
-            [pd.read_parquet(path) for path in self.episode_files(others)], ignore_index=True
-        )
+        parts = [pd.read_parquet(path) for path in self.episode_files(others)]
+        return pd.concat(parts, ignore_index=True)
 
     def episode_files(self, others: Sequence["Study"] = ()) -> list[Path]:
         """The files that `episodes` reads."""
@@ -257,10 +248,8 @@ class Study:
 
     def metrics(self) -> pd.DataFrame:
         """One row a training step and seed."""
-        parts = [
-            pd.read_json(self.train(seed) / "metrics.jsonl", lines=True)
-            for seed in range(self.profile.seeds)
-        ]
+        folders = [self.train(seed) for seed in range(self.profile.seeds)]
+        parts = [pd.read_json(folder / "metrics.jsonl", lines=True) for folder in folders]
         return pd.concat(parts, ignore_index=True)
 
     # The cache
@@ -294,9 +283,8 @@ class Study:
         def sample(out: Path, part: tuple[int, int]) -> None:
             problems = self.problems("test", self.profile.test_problems)
             size = self.profile.shard_size
-            run_episodes(
-                self.sampler(adapter), problems, policy, out, shard=size, log=print, part=part
-            )
+            sampler = self.sampler(adapter)
+            run_episodes(sampler, problems, policy, out, shard=size, log=print, part=part)
 
         target = self.results / "episodes" / f"{self.task.name}-{policy.name}-{policy.seed}.parquet"
         conditions = [[c.name, c.told, c.reflection, c.temperature] for c in CONDITIONS]
@@ -356,9 +344,7 @@ def open_studies(
     """
     try:
         settings = yaml.load(overrides, Loader) if isinstance(overrides, str) else overrides
-        return [
-            Study(profile, name, results, **settings)
-            for name in (TASKS if task == "all" else [task])
-        ]
+        names = TASKS if task == "all" else [task]
+        return [Study(profile, name, results, **settings) for name in names]
     except (yaml.YAMLError, TypeError) as error:
         raise R3Error(f"overrides={overrides!r} is no mapping: write '{{\"seeds\": 3}}'") from error

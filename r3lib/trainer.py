@@ -89,9 +89,8 @@ class R3Trainer(SharedPrefixGRPO):
         check_task(task)
         if not isinstance(model, str):
             check_model(model, peft_config)
-        self.task = task
+        self.task, self._engine = task, engine
         self.r3_metrics: dict[str, float] = {}
-        self._engine = engine
         self._metrics_log = R3Metrics(self)
         start = trained_weights(model) if isinstance(model, PeftModel) else {}
         super().__init__(
@@ -109,9 +108,7 @@ class R3Trainer(SharedPrefixGRPO):
         self._check_and_cast(start)
         self._join_engine()
         check_model(self.model)
-        if verifier is not None:
-            failures = mine_for_training(self.sampler(), args)
-        self._take(failures)
+        self._take(mine_for_training(self.sampler(), args) if failures is None else failures)
         self._packs = self._check_packing()
         self._facts = self._decisive(fresh=peft_config is not None)
 

@@ -132,8 +132,8 @@ def load(
 ):
     """The causal language model at `path` on this machine's best device, with its `adapter`.
 
-    `dtype`: see `compute_dtype`. `quantization`: see `quantization_config`. `trainable`: for a training, which under FSDP and
-    DeepSpeed places the weights itself.
+    `dtype`: see `compute_dtype`; `quantization`: see `quantization_config`. `trainable`: for a
+    training, which under FSDP and DeepSpeed places the weights itself.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
