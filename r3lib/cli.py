@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("doctor", doctor, "Check this machine for a profile; suggest fixes.")
     add_study(one, results=False)
-    one.add_argument("--gpu-memory", type=float, metavar="GIB", help="estimate for such a GPU")
+    one.add_argument("--gpu-memory", type=_gib, metavar="GIB", help="estimate for such a GPU")
 
     one = command("report", report, "Write report.html again from the results that are there.")
     add_study(one, task=False)
@@ -150,6 +150,12 @@ def _shard(text: str) -> tuple[int, int]:
             f"{text!r}: write I/N with I from 0 to N - 1, for example 0/4"
         )
     return int(i), int(n)
+
+
+def _gib(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: write GiB above 0, for example 15")
+    return float(text)
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:

@@ -46,8 +46,8 @@ Loader.add_implicit_resolver(
 class Profile:
     """All settings of a run; profiles/defaults.yaml explains each.
 
-    `R3Config(output_dir, seed=seed, **profile.sampling, **profile.training)` and
-    `LoraConfig(**profile.lora)` are what is trained.
+    `R3Config(output_dir, seed=seed, **study.settings())` and `LoraConfig(**profile.lora)` are what
+    is trained.
     """
 
     name: str
@@ -90,7 +90,7 @@ def load_profile(name: str, /, **overrides) -> Profile:
     nearest), a value of wrong type or out of range, settings that exclude each other.
     """
     values = _read(name)
-    for key, value in overrides.items():
+    for key, value in _with_dtype(overrides).items():
         block, inner = _place(key)
         if isinstance(value, str) and KINDS.get(key) is not str:
             value = _parsed(value, f"{key}={value}")
@@ -154,10 +154,17 @@ def _read(name: str) -> dict:
     given = _parsed(path.read_text(encoding="utf-8"), path)
     if not isinstance(given, dict) or "name" not in given:
         raise R3Error(f"{path} is not a profile: its first line must be name: ...")
+    given = _with_dtype(given)
     base = given.pop("base", None)
     values = _read(base) if base else copy.deepcopy(DEFAULTS)
     _merge(values, given, str(path))
     return values
+
+
+def _with_dtype(given: Mapping) -> dict:
+    """`given`, with the default dtype where another model is given without one."""
+    another = given.get("model", "base_model") != "base_model"
+    return {"dtype": DEFAULTS["dtype"], **given} if another else dict(given)
 
 
 def _merge(values: dict, given: Mapping, where: str) -> None:

@@ -30,11 +30,22 @@ def task_facts(task) -> dict:
     from .source_facts import deciding, hash_of  # half a second, for `datasets`
 
     facts = {}
-    for name, value in sorted(deciding(vars(task), type(task)).items()):
+    for name, value in sorted(deciding(_values(task), type(task)).items()):
         shown = isinstance(value, (str, int, float)) and len(str(value)) <= SHOWN
         facts[f"task.{name}"] = value if shown else hash_of(value, f"task.{name}")
     kind = type(task)
     return facts | {"task's class": f"{kind.__qualname__} {hash_of(kind, kind.__qualname__)}"}
+
+
+def _values(task) -> dict:
+    """The attributes of an object, those in slots too."""
+    slots = {}
+    for owner in type(task).__mro__:
+        named = vars(owner).get("__slots__", ())
+        for name in [named] if isinstance(named, str) else named:
+            if hasattr(task, name):
+                slots[name] = getattr(task, name)
+    return slots | getattr(task, "__dict__", {})
 
 
 def content(problem) -> dict:

@@ -8,6 +8,7 @@ import urllib.request
 from contextlib import suppress
 from functools import cache
 from glob import glob
+from pathlib import Path
 
 import psutil
 
@@ -60,8 +61,11 @@ def _output(command: str) -> str | None:
 
 
 def ram_gib() -> float:
-    """This machine's RAM in GiB."""
-    return psutil.virtual_memory().total / GIB
+    """RAM in GiB, within the limit of this process's cgroup."""
+    limits = [psutil.virtual_memory().total]
+    with suppress(OSError, ValueError):  # no cgroup (v2), or "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits) / GIB
 
 
 def gpu_gib() -> float | None:
@@ -78,6 +82,9 @@ def peak_memory_gib() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
+    with suppress(OSError):  # Linux; its ru_maxrss begins with the parent's
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 

@@ -62,6 +62,8 @@ class R3Config(GRPOConfig):
         self._fit_device()
         self._fit_accumulation()
         super().__post_init__()
+        if not (self.bf16 or self.fp16):
+            self.mixed_precision = "no"  # which an accelerate launcher may have set
         self._n_gpu = min(1, self.n_gpu)  # a process trains on one GPU, however many it sees
 
     def _fit_device(self) -> None:

@@ -54,8 +54,9 @@ class CodePickler(Pickler):
         if isinstance(value, type) and _is_users(value):
             members = deciding(vars(value) | getattr(value, "__members__", {}), value)
             return str, (value.__name__,), [value.__bases__, members]
-        if isinstance(value, ModuleType) and _is_users(value):
-            return str, (value.__name__,), deciding(vars(value))
+        if isinstance(value, ModuleType):  # one of a library by its name alone
+            inner = (deciding(vars(value)),) if _is_users(value) else ()
+            return str, (value.__name__,), *inner
         if not isinstance(value, (FunctionType, type, ModuleType)) and _is_users(type(value)):
             new, given, *state = value.__reduce_ex__(4)
             if state and isinstance(state[0], dict):
@@ -95,7 +96,13 @@ def _content(function: FunctionType) -> list:
     used = {name: value for name, value in function.__globals__.items() if name in names}
     closure = [cell.cell_contents for cell in function.__closure__ or ()]
     given = [function.__defaults__, function.__kwdefaults__, closure]
-    return [function.__code__, given, deciding(used)]
+    return [_unplaced(function.__code__), given, deciding(used)]
+
+
+def _unplaced(code):
+    """`code` without its file and lines, so that a comment changes nothing."""
+    inner = tuple(_unplaced(c) if isinstance(c, CodeType) else c for c in code.co_consts)
+    return code.replace(co_consts=inner, co_filename="", co_linetable=b"", co_firstlineno=1)
 
 
 def _names(code: CodeType, *operations: str) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The study's expensive steps, cached: baseline, mining, training, evaluation.
 
 Torch, transformers, peft and trl are imported where a model is used: they take ten seconds, and a
-cached study needs none of them.
+cached study needs none of them (torch only for `dtype: auto`).
 """
 
 import os

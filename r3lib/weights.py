@@ -213,6 +213,8 @@ def compute_dtype(name: str = "auto"):
     """
     import torch
 
+    if name == "float16" and not torch.cuda.is_available():
+        raise R3Error("dtype=float16 is for GPUs: use auto, float32 or bfloat16")
     if name != "auto":
         return getattr(torch, name)
     if not torch.cuda.is_available():

@@ -78,6 +78,12 @@ def test_overrides_find_their_block_and_take_the_type_of_their_setting(key, text
     assert found == [value] and type(found[0]) is type(value)
 
 
+def test_another_model_has_the_machines_dtype_unless_one_is_given():
+    assert load_profile("nano").dtype == load_profile("nano", seeds=2, model="base_model").dtype == "float32"
+    assert load_profile("smol").dtype == load_profile("nano", model="some/model").dtype == "auto"
+    assert load_profile("nano", dtype="float32", model="some/model").dtype == "float32"
+
+
 def test_task_options_change_task_by_task():
     plain = load_profile("nano").task_options
     options = load_profile("nano", task_options="{countdown: {count: [3, 4]}}").task_options

@@ -65,6 +65,7 @@ EDITS = [  # an end of a cell that makes `task`, and what is edited in it
     ("class P(Mine):\n    @functools.cached_property\n    def _a(self): return 7\ntask = P()", "return 7", "return 8"),
     ("class P(Mine):\n    @classmethod\n    def _gold(cls): return 7\ntask = P()", "return 7", "return 8"),
     ("class P(Mine):\n    __slots__ = ('_b',)\n    def __init__(self): self._b = 1\ntask = P()", "b = 1", "b = 2"),
+    ("class P(Mine):\n    __slots__ = ('b',)\n    def __init__(self, b): self.b = b\ntask = P(1)", "P(1)", "P(2)"),
     ("_near = functools.cache(near)\ntask = DatasetTask([], lambda text, row: _near(text, row))", "abs(", "+("),
     ("task = DatasetTask([], lambda text, row: text in {'a', 'b', 'c'})", "'c'", "'d'"),
     ("def f(n): return n and g(n)\ndef g(n): return f(n - 1)\ntask = DatasetTask([], f)", "n - 1", "n - 2"),
@@ -181,6 +182,14 @@ text = 2
 def test_what_serves_tables_and_figures_alone_is_no_fact():
     cell = CELL + "class P(Mine):\n    reasons = ('a',)\n    def style(self, text): return 'a'\ntask = P()"
     assert facts_of(cell) == facts_of(cell.replace("'a'", "'b'"))
+
+
+def test_a_comment_and_what_else_is_imported_change_nothing():
+    cell = "import r3lib\nfrom r3lib.tasks.dataset import DatasetTask\ndef f(text, row):\n    return r3lib.Verdict(True)\n"
+    before = facts_of(cell + "task = DatasetTask([], f)")
+    import r3lib.stats  # noqa: F401
+
+    assert facts_of("# a comment\n" + cell.replace("    return", "    # why\n    return") + "task = DatasetTask([], f)") == before
 
 
 def test_an_object_that_nothing_tells_from_another_is_refused_with_the_fix():

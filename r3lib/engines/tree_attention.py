@@ -147,6 +147,8 @@ def attend(module, query, key, value, _, scaling=None, tree=None, sliding_window
     window = sliding_window or tree.longest
     if softcap is not None or s_aux is not None or window < tree.longest:
         raise R3Error(f"{layer}: soft caps, sinks, short windows are not supported: use vLLM")
+    if query.shape[-1] != value.shape[-1]:
+        raise R3Error(f"{layer}: values of another size than keys are not supported: {USE_VLLM}")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     # under autocast rotary positions leave queries and keys in fp32

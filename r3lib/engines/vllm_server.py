@@ -51,7 +51,7 @@ class Server:
     `start` makes its `url` answer; it stops with `stop`, a `with` block or this process. `rank` is
     the largest LoRA rank, one that vLLM takes: 1, 8, 16, 32, 64, 128, 256, 320, 512. `options` are
     further arguments, such as ("--dtype", "float32"), and win over ours: by default it computes in
-    the trainer's precision and leaves half of a GPU to it. Its output goes to the file `log`.
+    what this machine is best in and leaves half of a GPU to it. Its output goes to the file `log`.
     """
 
     def __init__(self, model, python, rank=64, log="vllm.log", options: Sequence[str] = ()):

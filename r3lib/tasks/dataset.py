@@ -35,7 +35,7 @@ class DatasetTask(Task):
     name = "dataset"
 
     def __init__(self, dataset: Sequence, verifier: Callable, reflection_prompt=REFLECTION_PROMPT):
-        self.rows = dataset
+        self.rows = list(dataset)  # by which this task is told from others, wherever they lie
         self.verifier = verifier
         self.reflection_prompt = reflection_prompt
         if not callable(verifier):

@@ -51,6 +51,8 @@ class FunctionCallingTask(Task):
         for part in self.parts:
             if part not in PARTS:
                 raise R3Error(f"function_calling option parts: unknown {part!r}: use {[*PARTS]}")
+        if not min(self.parts.values()) >= 0 < sum(self.parts.values()):
+            raise R3Error(f"function_calling option parts={self.parts}: give shares, 0 or more")
 
     def messages(self, problem: FunctionCallingProblem) -> list[dict]:
         """The plain form, for models whose chat template has no place for tools."""
