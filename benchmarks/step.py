@@ -96,6 +96,7 @@ def measured(options) -> dict[str, float]:
 def step(model, tokenizer, options) -> dict[str, float]:
     """The same of a model that is loaded."""
     torch.manual_seed(0)
+    parameters = model.num_parameters()  # without the adapter
     task = Coin(options.context) if options.coin else load_task(
         options.task, {"countdown": {"source": "generator", "count": 3, "largest": 20}}
     )  # fmt: skip
@@ -120,7 +121,7 @@ def step(model, tokenizer, options) -> dict[str, float]:
         "peak_gib": peak_memory_gib(),
         "reflection_tokens": tokens,
         "prompt_tokens": statistics.mean(len(f.prompt_ids) + len(f.attempt_ids) for f in failures),
-        "parameters": model.num_parameters(),
+        "parameters": parameters,
         "dead": dead,
     }
 
