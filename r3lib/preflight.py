@@ -71,7 +71,7 @@ def sizes(config: dict) -> dict[str, int]:
 
 
 def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
-    """GiB by part, for a GPU (with gradient checkpointing) or a CPU (as if in fp32); an upper bound.
+    """GiB by part, for a GPU (with gradient checkpointing) or a CPU (as in fp32); an upper bound.
 
     Every turn is as long as it may be. A layer keeps for the backward about four tensors each of
     the hidden, the attention's and the MLP's size; with checkpointing only its input, and one layer

@@ -83,9 +83,7 @@ class R3Trainer(SharedPrefixGRPO):
         eval_dataset=None,
     ):
         check_args(args, reward_funcs, eval_dataset)
-        check_data(task, failures, verifier, train_dataset)
-        if verifier is not None:
-            task = DatasetTask(train_dataset, verifier)
+        task = task_of(task, failures, verifier, train_dataset)
         check_task(task)
         if not isinstance(model, str):
             check_model(model, peft_config)
@@ -255,8 +253,8 @@ def check_args(args, reward_funcs, eval_dataset) -> None:
         raise R3Error("eval_dataset: R3 does not evaluate while it trains: use run_episodes")
 
 
-def check_data(task, failures, verifier, train_dataset) -> None:
-    """R3Error unless there are either `verifier` and `train_dataset`, or `task` and `failures`."""
+def task_of(task, failures, verifier, train_dataset):
+    """The task; R3Error unless verifier and train_dataset, or task and failures are given."""
     own = [thing is not None for thing in (verifier, train_dataset)]
     made = [thing is not None for thing in (task, failures)]
     if any(own) and any(made):
@@ -268,3 +266,4 @@ def check_data(task, failures, verifier, train_dataset) -> None:
             "what to train on is missing: give verifier(text, row) and train_dataset together, "
             "or task and failures"
         )
+    return task if verifier is None else DatasetTask(train_dataset, verifier)
