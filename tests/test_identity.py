@@ -185,11 +185,15 @@ def test_what_serves_tables_and_figures_alone_is_no_fact():
 
 
 def test_a_comment_and_what_else_is_imported_change_nothing():
-    cell = "import r3lib\nfrom r3lib.tasks.dataset import DatasetTask\ndef f(text, row):\n    return r3lib.Verdict(True)\n"
-    before = facts_of(cell + "task = DatasetTask([], f)")
+    cell = """import r3lib
+from r3lib.tasks.dataset import DatasetTask
+def f(text, row):
+    return r3lib.Verdict(True)
+task = DatasetTask([], f)"""
+    before = facts_of(cell)
     import r3lib.stats  # noqa: F401
 
-    assert facts_of("# a comment\n" + cell.replace("    return", "    # why\n    return") + "task = DatasetTask([], f)") == before
+    assert facts_of("# a comment\n" + cell.replace("    return", "    # why\n    return")) == before
 
 
 def test_an_object_that_nothing_tells_from_another_is_refused_with_the_fix():
