@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,7 +17,7 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from step import in_a_process  # noqa: E402
+from step import in_a_process, rates  # noqa: E402
 
 from r3lib.config import ROOT  # noqa: E402
 from r3lib.files import write_atomic  # noqa: E402
@@ -61,28 +60,6 @@ def main() -> None:
             print(axis, kind, case, f"{values['step']:.3g} s", flush=True)
             write_atomic(OUT / "scaling.csv", pd.DataFrame(rows).to_csv(index=False))
     figure(pd.DataFrame(rows)).savefig(OUT / "scaling.png", dpi=160, bbox_inches="tight")
-
-
-def rates() -> dict[str, float]:
-    """Products in each dtype, in GFLOP/s, and reading of memory, in GB/s: the best of five."""
-    size = 2048
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        square = torch.ones(size, size, dtype=dtype)
-        found[f"{dtype} gflops"] = 2 * size**3 / best(lambda: square @ square) / 1e9  # noqa: B023
-    large = torch.ones(2**27)  # 512 MiB, more than any cache
-    return found | {"read gb/s": large.nbytes / best(large.sum) / 1e9}
-
-
-def best(run) -> float:
-    """Seconds of the fastest of five runs, after one to warm up."""
-    run()
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def figure(table: pd.DataFrame):

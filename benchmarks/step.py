@@ -21,7 +21,7 @@ import zlib
 import torch
 from peft import LoraConfig
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOTrainer
 
 from r3lib import R3Config, R3Trainer, Verdict
@@ -55,6 +55,50 @@ def main() -> None:
     shared = ("step", "sampling", "learning", "peak_gib")
     ratios = {name: medians["stock"][name] / medians["ours"][name] for name in shared}
     print(f"stock / ours {line(ratios)}")
+    speed = rates()
+    print(f"this machine {line(speed)}")
+    for kind, values in medians.items():
+        print(f"of it {kind:5} {line(shares(values, speed, options.dtype))}")
+
+
+def rates() -> dict[str, float]:
+    """Products in each dtype, in GFLOP/s, and reading of memory, in GB/s: the best of five."""
+    size = 2048
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        square = torch.ones(size, size, dtype=dtype)
+        found[f"{dtype} gflops"] = 2 * size**3 / best(lambda: square @ square) / 1e9  # noqa: B023
+    large = torch.ones(2**27)  # 512 MiB, more than any cache
+    return found | {"read gb/s": large.nbytes / best(large.sum) / 1e9}
+
+
+def best(run) -> float:
+    """Seconds of the fastest of five runs, after one to warm up."""
+    run()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def shares(values: dict, speed: dict, dtype: str) -> dict[str, float]:
+    """Parts of the machine's speed that a step reached, and tokens a second.
+
+    2 operations a parameter and token forward, 4 with a LoRA's backward, attention left out; a pass
+    of sampling reads each weight once.
+    """
+    products = speed[f"torch.{dtype} gflops"] * 1e9
+    weights = values["parameters"] * getattr(torch, dtype).itemsize
+    sampling, learning = values["sampling"], values["learning"]
+    return {
+        "sampling_products": 2 * values["parameters"] * values["computed"] / sampling / products,
+        "sampling_reads": weights * values["passes"] / sampling / (speed["read gb/s"] * 1e9),
+        "learning_products": 4 * values["parameters"] * values["learned"] / learning / products,
+        "computed_per_s": values["computed"] / sampling,
+        "learned_per_s": values["learned"] / learning,
+    }
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -110,6 +154,7 @@ def step(model, tokenizer, options) -> dict[str, float]:
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
             processing_class=tokenizer,
         )
+        counts = Counts(model, trainer)
         trainer.train()
         steps = [e for e in trainer.state.log_history if "frac_reward_zero_std" in e][1:]
     names = ("seconds_sampling", "seconds_learning", "reflection_tokens", "frac_reward_zero_std")
@@ -123,7 +168,30 @@ def step(model, tokenizer, options) -> dict[str, float]:
         "prompt_tokens": statistics.mean(len(f.prompt_ids) + len(f.attempt_ids) for f in failures),
         "parameters": parameters,
         "dead": dead,
+        **{name: value / options.steps for name, value in counts.since_first.items()},
     }
+
+
+class Counts(TrainerCallback):
+    """Tokens `computed` in `passes` of sampling and tokens `learned` from, after the first step."""
+
+    def __init__(self, model, trainer):
+        self.since_first = dict.fromkeys(("computed", "passes", "learned"), 0)
+        self.steps = 0
+        model.get_input_embeddings().register_forward_pre_hook(self.count)
+        trainer.add_callback(self)
+
+    def count(self, _module, arguments) -> None:
+        if self.steps:
+            tokens = arguments[0].numel()
+            if torch.is_grad_enabled():
+                self.since_first["learned"] += tokens
+            else:
+                self.since_first["computed"] += tokens
+                self.since_first["passes"] += 1
+
+    def on_step_end(self, *_args, **_options) -> None:
+        self.steps += 1
 
 
 class Coin(CountdownTask):

@@ -4,10 +4,12 @@ What depends on TRL's private names for it is here.
 """
 
 import logging
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from trl import GRPOTrainer
 
 from .errors import R3Error
@@ -74,7 +76,7 @@ class SharedPrefixGRPO(GRPOTrainer):
             logps = zero.expand(len(input_ids), logits_to_keep)
             return logps, logps.detach(), None
         several = self.accelerator.num_processes > 1
-        with self.accelerator.autocast():
+        with self._autocast():
             logps, entropies = packed_values(
                 model, self._backbone(model), input_ids, attention_mask, logits_to_keep, rows,
                 batch_size or (len(rows) if several else None), several,
@@ -86,6 +88,18 @@ class SharedPrefixGRPO(GRPOTrainer):
             skipped[rows] = False
             entropies = torch.where(skipped, mean.detach(), entropies)
         return logps, entropies, None
+
+    @contextmanager
+    def _autocast(self):
+        """Accelerate's; PEFT then need not cast to fp32 what autocast casts to 16 bits again.
+
+        Checkpointing, which computes it again beyond the block, needs PEFT as it is there.
+        """
+        with self.accelerator.autocast():
+            on = torch.is_autocast_enabled(self.model.device.type)
+            once = on and not self.args.gradient_checkpointing
+            with disable_input_dtype_casting(self.model, once):
+                yield
 
     def _backbone(self, model):
         """The part of `model` that gives hidden states."""
@@ -158,7 +172,7 @@ class SharedPrefixGRPO(GRPOTrainer):
 
         def packed():
             backbone = self._backbone(self.model)
-            with self.accelerator.autocast():
+            with self._autocast():
                 return packed_values(self.model, backbone, *batch, width, rows)[0]
 
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}

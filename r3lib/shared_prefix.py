@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -147,7 +148,7 @@ def packed_values(
         if batch_size is not None:
             size = max(1, min(size, batch_size * len(groups) // len(rows)))
         parts = [groups[first : first + size] for first in range(0, len(groups), size)]
-    order, values = [], []
+    order, logps, entropies = [], [], []
     for some in parts:
         own = [row for group in some for row in group.of_row]
         packed = pack(some, own, kept, input_ids.device)
@@ -159,14 +160,13 @@ def packed_values(
                 shift_labels=packed.targets[None],
                 fused_lm_head=True,
             )
-        both = torch.stack([output.log_probs[0], output.entropy[0]])
-        both = torch.cat([both, both.new_zeros(2, 1)], 1)
         order += own
-        values.append(both[:, packed.place])
-    logps, entropies = torch.cat(values, 1)
-    shape = len(input_ids), kept
-    index = torch.tensor(order, device=logps.device)
-    return tuple(x.new_zeros(shape).index_copy(0, index, x) for x in (logps, entropies))
+        # apart: the head then has no gradient of the entropy to compute unless the loss has one
+        for values, x in ((logps, output.log_probs[0]), (entropies, output.entropy[0])):
+            values.append(F.pad(x, (0, 1))[packed.place])
+    index = torch.tensor(order, device=input_ids.device)
+    zeros = logps[0].new_zeros(len(input_ids), kept)
+    return tuple(zeros.index_copy(0, index, torch.cat(x)) for x in (logps, entropies))
 
 
 def dtype_of(backbone) -> torch.dtype:

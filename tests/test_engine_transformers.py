@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from scipy.stats import chisquare
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -326,6 +327,37 @@ def test_a_peft_model_is_sampled_with_its_adapter(model, tokenizer):
             assert c.logprobs == pytest.approx(teacher_forced(peft.eval(), prompt, c.ids), abs=1e-4)
     with peft.disable_adapter():
         assert_same(plain, TransformersEngine(peft, tokenizer).generate(prompts, 4, sampling))
+
+
+@pytest.mark.parametrize(
+    "dtype, targets, tied, autocast, joined",
+    [
+        ("float32", "all-linear", False, False, True),
+        ("float32", ["q_proj", "lm_head"], False, False, True),
+        ("float32", ["q_proj", "lm_head"], True, False, False),
+        ("float32", ["q_proj", "embed_tokens"], False, False, False),
+        ("float32", "all-linear", False, True, False),
+        ("bfloat16", "all-linear", False, False, False),
+    ],
+)
+def test_fp32_weights_hold_the_adapter_while_sampling_and_are_the_same_after(dtype, targets, tied, autocast, joined):
+    llama = CONFIGS["llama"].to_dict() | {"tie_word_embeddings": tied}
+    base = tiny(type(CONFIGS["llama"])(**llama)).to(getattr(torch, dtype))
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, lora_dropout=0.0)
+    peft = get_peft_model(base, config)
+    before = {name: value.clone() for name, value in peft.state_dict().items()}
+    ids = torch.arange(5)[None]
+    logits = peft.eval()(ids).logits
+    layers = [module for module in peft.modules() if isinstance(module, LoraLayer)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with pytest.raises(KeyError), engine.merged(peft):
+            assert {layer.merged for layer in layers} == {joined}
+            if not autocast:
+                torch.testing.assert_close(peft(ids).logits, logits)
+            raise KeyError
+    assert not any(layer.merged for layer in layers)
+    after = peft.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -11,6 +11,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -74,6 +75,7 @@ class TransformersEngine:
         completions = [[None] * n for _ in prompts]
         with (
             tree_attention(self.model),
+            merged(self.model),
             tqdm(total=n * len(prompts), unit="row", disable=not self.progress) as bar,
         ):
             for batch, logits in self._begun(prompts, n, sampling.max_tokens):
@@ -265,6 +267,37 @@ def follow(batches: list[Batch], prompts: list[list[int]]) -> list[tuple] | None
         place, number = free[known].pop(best)
         found[place][number] = Row(index, 0, ids, len(known) + common[best])
     return [(sorted(rows), [rows[number] for number in sorted(rows)]) for rows in found]
+
+
+@contextmanager
+def merged(model) -> Iterator[None]:
+    """Within the block LoRA adapters in fp32 are part of the weights: a sixth less time.
+
+    Where a weight or what is computed has 16 bits, which would round most of an adapter away, is
+    quantized, or also embeds tokens, all stay apart.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    bases = [layer.get_base_layer() for layer in layers]
+    embedding = model.get_input_embeddings().weight
+    apart = torch.is_autocast_enabled(model.device.type) or any(
+        layer.merged or layer.disable_adapters or type(base) is not torch.nn.Linear
+        or base.weight.dtype != torch.float32 or base.weight is embedding
+        for layer, base in zip(layers, bases)
+    )  # fmt: skip
+    if apart:
+        yield
+        return
+    parameters = [parameter for base in bases for parameter in base.parameters()]
+    before = [parameter.data for parameter in parameters]
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)  # of copies
+        yield
+    finally:
+        for parameter, data in zip(parameters, before):
+            parameter.data = data
+        for layer in layers:
+            layer.merged_adapters.clear()
 
 
 def uniform_draws(rows: list[Row], seeds, max_tokens: int) -> Tensor:
