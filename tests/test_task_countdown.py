@@ -1,6 +1,7 @@
 """Countdown problems: seeded, distinct, solvable, never in two splits; and what is said about bad sources."""
 
 import json
+import re
 from fractions import Fraction
 from itertools import combinations, permutations
 
@@ -165,6 +166,17 @@ def test_the_prompts_are_the_papers():
         "You tried solving the problem and got the wrong answer. Reflect on what went wrong and write a short "
         "explanation that will help you do better next time."
     )
+
+
+def test_a_worked_example_is_right_and_no_test_problem():
+    plain, task = load_task("countdown"), load_task("countdown", example=True)
+    problem = CountdownProblem((4, 73, 4, 23), 76)
+    (before,), (message,) = plain.messages(problem), task.messages(problem)
+    added = message["content"].removeprefix(before["content"])
+    *nums, target = map(int, re.findall(r"\d+", added.partition(" is ")[0]))
+    shown = CountdownProblem(tuple(nums), target)
+    assert task.verify(added.removesuffix("."), shown).ok
+    assert split_of(shown) not in ("test", "validation")
 
 
 def test_the_task_judges_with_the_verifier_and_knows_its_reasons():

@@ -42,6 +42,17 @@ def test_examples_are_joined_as_episodes_with_labels_on_own_turns_only(tokenizer
         assert tokenizer.decode(learned) == own
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_a_start_on_answers_alone_has_right_first_answers_and_nothing_else(tokenizer, task):
+    chat = Chat(tokenizer)
+    for example in tool.examples(task, chat, 20, seed=0, answers=True):
+        pairs = zip(example["input_ids"], example["labels"], strict=True)
+        learned = [i for i, label in pairs if label != -100]
+        assert example["input_ids"][-len(learned) :] == learned  # after the question alone
+        assert tokenizer.decode(example["input_ids"]).count("<|end|>") == 2
+        assert task.reflection_prompt not in tokenizer.decode(example["input_ids"])
+
+
 def test_two_steps_write_a_whole_model_that_any_profile_can_name(study, tmp_path):
     out = tool.warm_start(study, tmp_path / "started", **SETTINGS)
     before, after = (

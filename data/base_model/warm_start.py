@@ -5,7 +5,8 @@
 
 R3 rewards retries that succeed; where none does, there is nothing to reward. A LoRA learns the
 task's generated conversations (TRL's SFTTrainer) and is merged; the folder loads with plain
-transformers. `warm_start.json` in it has what the model was made from. A killed run resumes when it
+transformers. With `--answers` it learns right first answers alone, so that whatever it writes in a
+reflection is the model's own. `warm_start.json` in it has what the model was made from. A killed run resumes when it
 is repeated.
 """
 
@@ -19,9 +20,9 @@ from random import Random
 
 import corpus_countdown
 import corpus_function_calling
-import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from peft import PeftModel
+from transformers import AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from r3lib import doctor
@@ -30,7 +31,7 @@ from r3lib.checkpoints import last_checkpoint
 from r3lib.errors import R3Error
 from r3lib.study import Study
 from r3lib.tasks import Task
-from r3lib.weights import generation_config, reading, training_options
+from r3lib.weights import compute_dtype, generation_config, load, precision, training_options
 
 CORPORA = {"countdown": corpus_countdown, "function_calling": corpus_function_calling}
 MICRO_BATCH = 4  # rows in a forward
@@ -52,6 +53,7 @@ def main() -> int:
     parser.add_argument(
         "--batch", type=int, default=32, help=f"conversations a step, x {MICRO_BATCH}"
     )
+    parser.add_argument("--answers", action="store_true", help="learn no reflection and no retry")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.batch < 1 or options.batch % MICRO_BATCH or options.steps < 1:
@@ -60,7 +62,8 @@ def main() -> int:
         chosen = {"model": options.model} if options.model else {}
         study = Study(options.profile, options.task, **chosen)
         doctor.model(doctor.Run(study.profile))
-        settings = {k: getattr(options, k) for k in ("steps", "learning_rate", "batch", "seed")}
+        names = ("steps", "learning_rate", "batch", "seed", "answers")
+        settings = {name: getattr(options, name) for name in names}
         print(warm_start(study, options.out, **settings))
     except R3Error as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,6 +78,7 @@ def warm_start(
     learning_rate: float,
     batch: int,
     seed: int,
+    answers: bool = False,
     save_steps: int = 10,
 ) -> Path:
     """Train the `study`'s model on `steps` x `batch` conversations about its task; return `out`.
@@ -89,11 +93,16 @@ def warm_start(
     note["task_options"] = study.profile.task_options.get(study.task.name, {})
     note["lora"] = study.profile.lora
     note |= {"steps": steps, "learning_rate": learning_rate, "batch": batch, "seed": seed}
+    note |= {"answers": answers, "dtype": study.dtype}
     claim(work, note)
-    args = config(work / "state", steps, learning_rate, batch, seed, save_steps)
-    trainer = trainer_of(study, args)
+    settings = steps, learning_rate, batch, seed, save_steps
+    args = config(work / "state", *settings, **precision(compute_dtype(study.dtype)))
+    trainer = trainer_of(study, args, answers)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    trainer.model.merge_and_unload().save_pretrained(work)
+    trainer.model.save_pretrained(work / "state" / "adapter")
+    whole = load(study.model_path, dtype="float32")  # 16 bits would round most of the adapter away
+    whole = PeftModel.from_pretrained(whole, work / "state" / "adapter")
+    whole.merge_and_unload().save_pretrained(work)
     # a training may change ends and padding: these are the model's own
     generation_config(study.model_path).save_pretrained(work)
     AutoTokenizer.from_pretrained(study.model_path).save_pretrained(work)
@@ -114,7 +123,8 @@ def claim(work: Path, note: dict) -> None:
 
 
 def config(
-    folder: Path, steps: int, learning_rate: float, batch: int, seed: int, save_steps: int
+    folder: Path, steps: int, learning_rate: float, batch: int, seed: int, save_steps: int,
+    **options,
 ) -> SFTConfig:
     """Settings of the training: a cosine to zero, on one GPU or the CPU."""
     args = SFTConfig(
@@ -122,30 +132,34 @@ def config(
         lr_scheduler_type="cosine", warmup_steps=0.05, max_length=None,
         per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=batch // MICRO_BATCH,
         logging_steps=1, save_steps=save_steps, save_total_limit=1, report_to="none",
-        **training_options(),
+        **(training_options() | options),
     )  # fmt: skip
     args._n_gpu = min(1, args.n_gpu)  # a process trains on one GPU, however many it sees
     return args
 
 
-def trainer_of(study: Study, args: SFTConfig) -> SFTTrainer:
-    """The trainer, with as many conversations as `args` has steps for; in fp32, to be merged."""
+def trainer_of(study: Study, args: SFTConfig, answers: bool = False) -> SFTTrainer:
+    """The trainer, with as many conversations as `args` has steps for."""
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-    data = Dataset.from_list(list(examples(study.task, study.chat, count, args.seed)))
+    data = Dataset.from_list(list(examples(study.task, study.chat, count, args.seed, answers)))
     set_seed(args.seed)  # of the adapter's first weights
-    with reading(study.model_path):
-        model = AutoModelForCausalLM.from_pretrained(study.model_path, dtype=torch.float32)
+    model = load(study.model_path, dtype=study.dtype, trainable=True)
     lora, tokenizer = study.lora(), study.tokenizer
     return SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 
-def examples(task: Task, chat: Chat, count: int, seed: int) -> Iterator[dict]:
+def examples(
+    task: Task, chat: Chat, count: int, seed: int, answers: bool = False
+) -> Iterator[dict]:
     """Yield `count` conversations as {"input_ids", "labels"}, joined as episodes are.
 
     A label is -100 where nothing is to be learned: all but the right answers and own reflections.
     """
     for index in range(count):
-        turns = CORPORA[task.name].conversation(task, Random(f"warm start/{seed}/{index}"))
+        random = Random(f"warm start/{seed}/{index}")
+        turns = CORPORA[task.name].conversation(task, random)
+        while answers and len(turns) > 2:
+            turns = CORPORA[task.name].conversation(task, random)
         ids = chat.prompt([{"role": "user", "content": turns[0][1]}])
         labels = [-100] * len(ids)
         for (_, reply, learn), asked in zip(turns[1::2], [*turns[2::2], None]):

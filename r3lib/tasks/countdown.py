@@ -15,6 +15,10 @@ from .base import Task
 from .sources import GENERATED, check_request, draw_distinct, load_table, split_by_hash, too_few
 from .styles import style_of
 
+EXAMPLE = (  # its problem, 2-6-17=46, is in the split that is never tested
+    " For example, using the numbers [17, 2, 6], an equation that equals 46 is "
+    "<answer> 2 * (17 + 6) </answer>."
+)
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 
 
@@ -42,7 +46,8 @@ class CountdownTask(Task):
     `source` is "generator", "hub" or a local folder or file of the data set
     `Jiayi-Pan/Countdown-Tasks-3to4`. The generator draws `count` numbers (one of the given counts)
     from 1 to `largest` and a target from 1 to `largest_target` that they reach; a problem belongs
-    to one split whatever the order of its numbers.
+    to one split whatever the order of its numbers. With `example` the prompt ends with a worked
+    example, which no test problem is.
     """
 
     name = "countdown"
@@ -52,8 +57,11 @@ class CountdownTask(Task):
     )
     reasons = ("no_answer", "invalid_expression", "wrong_numbers", "missed_target")
 
-    def __init__(self, source="generator", count=(3, 4), largest=99, largest_target=100):
+    def __init__(
+        self, source="generator", count=(3, 4), largest=99, largest_target=100, example=False
+    ):
         self.source = source
+        self.example = example
         self.count = (count,) if isinstance(count, int) else tuple(count)
         self.largest = largest
         self.largest_target = largest_target
@@ -73,6 +81,8 @@ class CountdownTask(Task):
             "multiple times but each number can only be used once. Give the equation in <answer> "
             "</answer> tags."
         )
+        if self.example:
+            content += EXAMPLE
         return [{"role": "user", "content": content}]
 
     def verify(self, text: str, problem: CountdownProblem) -> Verdict:

