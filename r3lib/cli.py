@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 def add_study(one: argparse.ArgumentParser, task: bool = True, results: bool = True) -> None:
     """Add the options that name a study: --profile, --set, and what else the command reads."""
-    about = "nano (default), smoke, smol, colab, paper, or a .yaml file of your own"
+    about = "nano (default), smoke, smol, qwen, colab, paper, or a .yaml file of your own"
     one.add_argument("--profile", default="nano", help=about)
     pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
     one.add_argument("--set", **pairs, help="override settings")

@@ -75,6 +75,21 @@ def test_two_processes_resume_to_the_weights_of_a_whole_run(two, tmp_path):
         assert all(torch.equal(w, whole["weights"][name]) for name, w in rank["weights"].items())
 
 
+def test_weights_spread_by_fsdp2_learn_from_packed_rows_what_whole_ones_do(tmp_path):
+    """accelerate has FSDP on GPUs alone: here torch's own spreads the weights, in two processes on a CPU."""
+    ranks = {}
+    for name, processes in (("whole", 1), ("sharded", 2)):
+        (tmp_path / name).mkdir()
+        launch(processes, TESTS / "sharded.py", tmp_path / name, name)
+        ranks[name] = [torch.load(tmp_path / name / f"rank-{rank}.pt") for rank in range(processes)]
+    (whole,) = ranks["whole"]
+    torch.testing.assert_close(torch.cat([rank["logps"] for rank in ranks["sharded"]]), whole["logps"])
+    for rank in ranks["sharded"]:
+        for name, gradient in whole["gradients"].items():
+            torch.testing.assert_close(rank["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+    assert all(gradient.abs().max() > 0 for gradient in whole["gradients"].values())
+
+
 def test_the_command_trains_in_two_processes_what_a_study_then_finds(tmp_path, capsys):
     settings = {"train_problems": "64", "per_device_train_batch_size": "16", "max_steps": "1"}
     said = launch(2, "-m", "r3lib.train", "--profile", "smoke", "--task", "countdown", "--results", tmp_path,
