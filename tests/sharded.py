@@ -1,4 +1,4 @@
-"""Packed learning over weights that FSDP2 spreads over the processes; writes values and gradients. Run by test_processes.py."""
+"""Packed learning over weights that FSDP2 spreads over processes; run by test_processes.py."""
 
 import sys
 
@@ -27,7 +27,7 @@ def main(folder: str, sharded: str) -> None:
     ids = ids.chunk(count)[rank]
     rows = list(range(len(ids)))
     logps, _ = packed_values(model, model.base_model, ids, torch.ones_like(ids), 8, rows, 1, evenly=count > 1)
-    (logps * torch.arange(8).cos()).sum().div(4 / count).backward()  # a mean over all rows: FSDP averages over processes
+    (logps * torch.arange(8).cos()).sum().div(4 / count).backward()  # FSDP averages
     found = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()}
     torch.save({"logps": logps.detach(), "gradients": found}, f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
