@@ -144,6 +144,8 @@ def unpack(file: Path, folder: Path, dtype: str) -> None:
         model.tie_weights()
     tokenizer.save_pretrained(aside)
     model.save_pretrained(aside)
+    for weights in aside.glob("*.safetensors"):  # written for their owner alone
+        weights.chmod((aside / "config.json").stat().st_mode)
     try:
         aside.rename(folder)
     except OSError:  # another process was faster
