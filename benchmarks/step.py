@@ -55,6 +55,8 @@ def main() -> None:
     shared = ("step", "sampling", "learning", "peak_gib")
     ratios = {name: medians["stock"][name] / medians["ours"][name] for name in shared}
     print(f"stock / ours {line(ratios)}")
+    if torch.cuda.is_available() or arguments().beta:  # what follows is of a CPU, without a KL term
+        return
     speed = rates()
     print(f"this machine {line(speed)}")
     for kind, values in medians.items():
@@ -86,8 +88,8 @@ def best(run) -> float:
 def shares(values: dict, speed: dict, dtype: str) -> dict[str, float]:
     """Parts of the machine's speed that a step reached, and tokens a second.
 
-    2 operations a parameter and token forward, 4 with a LoRA's backward, attention left out; a pass
-    of sampling reads each weight once.
+    2 operations a parameter and token forward, 4 with a LoRA's backward, as if the head were there
+    for every token and attention for none; a pass of sampling reads each weight once.
     """
     products = speed[f"torch.{dtype} gflops"] * 1e9
     weights = values["parameters"] * getattr(torch, dtype).itemsize

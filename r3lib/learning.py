@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from trl import GRPOTrainer
 
 from .errors import R3Error
@@ -91,15 +91,22 @@ class SharedPrefixGRPO(GRPOTrainer):
 
     @contextmanager
     def _autocast(self):
-        """Accelerate's; PEFT then need not cast to fp32 what autocast casts to 16 bits again.
+        """Accelerate's; plain LoRA then need not cast to fp32 what autocast casts back to 16 bits.
 
-        Checkpointing, which computes it again beyond the block, needs PEFT as it is there.
+        Checkpointing, which computes it again beyond the block, needs LoRA as it is there.
         """
         with self.accelerator.autocast():
-            on = torch.is_autocast_enabled(self.model.device.type)
-            once = on and not self.args.gradient_checkpointing
-            with disable_input_dtype_casting(self.model, once):
+            again = self.accelerator.unwrap_model(self.model).is_gradient_checkpointing
+            uncast = torch.is_autocast_enabled(self.model.device.type) and not again
+            layers = [m for m in self.model.modules() if uncast and isinstance(m, LoraLayer)]
+            layers = [layer for layer in layers if not layer.lora_variant]
+            for layer in layers:
+                layer.cast_input_dtype_enabled = False
+            try:
                 yield
+            finally:
+                for layer in layers:
+                    layer.cast_input_dtype_enabled = True
 
     def _backbone(self, model):
         """The part of `model` that gives hidden states."""

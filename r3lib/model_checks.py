@@ -46,7 +46,7 @@ def check_positions(model) -> None:
     """
     if getattr(model, "is_quantized", False):  # a forward packs NF4 on a CPU
         return
-    words = torch.arange(7, device=model.device) + model.get_input_embeddings().num_embeddings // 2
+    words = torch.arange(7, device=model.device) + len(model.get_input_embeddings().weight) // 2
     padded = torch.cat([words.new_zeros(4), words])[None]
     seen = (torch.arange(11, device=model.device) > 3).long()[None]
     alone = model(input_ids=padded[:, 4:]).logits[0, -1]

@@ -100,6 +100,8 @@ def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
         found["vLLM's weights"] = packed if profile.quantized_server else plain
     if profile.own_server or profile.engine == "transformers":
         found["KV cache"] = rows * length * s["cache"] * number
+    if profile.engine == "transformers" and (number, profile.quantization) == (4, "none"):
+        found["merged weights"] = s["linear"] * number  # of the trained policy, while it samples
     return {name: size / provenance.GIB for name, size in found.items()}
 
 
@@ -115,7 +117,8 @@ def estimate(profile: Profile, gpu_memory: float | None = None) -> tuple[bool, s
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = f"config.json is not a dense decoder's ({type(error).__name__}: {error})"
         raise R3Error(f"memory is not estimated for {profile.model!r}: {why}") from error
-    phases = [found["activations"] + found["logits"], found.get("KV cache", 0)]
+    sampling = found.get("KV cache", 0) + found.get("merged weights", 0)
+    phases = [found["activations"] + found["logits"], sampling]
     held = found["weights"] + found["adapters"] + found.get("vLLM's weights", 0)
     needed = OVERHEAD * (held + (sum(phases) if profile.own_server else max(phases)))
     listed = ", ".join(f"{name} {size:.2f}" for name, size in found.items())

@@ -162,8 +162,8 @@ def packed_values(
             )
         order += own
         # apart: the head then has no gradient of the entropy to compute unless the loss has one
-        for values, x in ((logps, output.log_probs[0]), (entropies, output.entropy[0])):
-            values.append(F.pad(x, (0, 1))[packed.place])
+        logps.append(F.pad(output.log_probs[0], (0, 1))[packed.place])
+        entropies.append(F.pad(output.entropy[0], (0, 1))[packed.place])
     index = torch.tensor(order, device=input_ids.device)
     zeros = logps[0].new_zeros(len(input_ids), kept)
     return tuple(zeros.index_copy(0, index, torch.cat(x)) for x in (logps, entropies))

