@@ -96,3 +96,15 @@ def test_the_page_of_results_gives_the_rates_of_each_part(accuracy, part):
     both = [cells.loc[(policy, "reflect_retry")] for policy in ("vanilla", "r3")]
     row = " | ".join(percent(c.rate, c.lo, c.hi) for c in both)
     assert f"| {row} |" in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_page_of_results_gives_the_rates_of_the_attempts_on_real_weights():
+    attempt, page = ROOT / "results" / "qwen-attempts" / "1", (ROOT / "docs" / "results.md").read_text()
+    again = accuracy_table(read_episodes(attempt / "episodes"))
+    kept = pd.read_csv(attempt / "tables" / "accuracy.csv", dtype={"seed": str}, keep_default_na=False)
+    columns = ["policy", "condition", "n", "k", "rate", "lo", "hi"]
+    pd.testing.assert_frame_equal(again[columns], kept[columns], check_dtype=False)
+    cells = kept[kept.seed == "all"].set_index(["condition", "policy"])
+    for condition in CONDITIONS[1:]:
+        both = [cells.loc[(condition.name, policy)] for policy in ("vanilla", "r3")]
+        assert " | ".join([f"| `{condition}`", *(percent(c.rate, c.lo, c.hi) for c in both)]) in page
