@@ -90,13 +90,14 @@ class SharedPrefixGRPO(GRPOTrainer):
         return logps, entropies, None
 
     @contextmanager
-    def _autocast(self):
+    def _autocast(self, learning: bool = True):
         """Accelerate's; plain LoRA then need not cast to fp32 what autocast casts back to 16 bits.
 
-        Checkpointing, which computes it again beyond the block, needs LoRA as it is there.
+        Within the block a weight is cast once. Checkpointing, which computes LoRA again beyond the
+        block, needs it as it is there.
         """
         with self.accelerator.autocast():
-            again = self.accelerator.unwrap_model(self.model).is_gradient_checkpointing
+            again = self.accelerator.unwrap_model(self.model).is_gradient_checkpointing and learning
             uncast = torch.is_autocast_enabled(self.model.device.type) and not again
             layers = [m for m in self.model.modules() if uncast and isinstance(m, LoraLayer)]
             layers = [layer for layer in layers if not layer.lora_variant]

@@ -7,10 +7,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -87,6 +89,8 @@ class R3Trainer(SharedPrefixGRPO):
         check_task(task)
         if not isinstance(model, str):
             check_model(model, peft_config)
+        # its backward under a mask gives nan at widths of 64 modulo 128: pytorch's issue 196678
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.task, self._engine = task, engine
         self.r3_metrics: dict[str, float] = {}
         self._metrics_log = R3Metrics(self)
@@ -187,8 +191,18 @@ class R3Trainer(SharedPrefixGRPO):
     def log(self, logs, start_time=None) -> None:
         """TRL's, with R3's own metrics of the step."""
         if "loss" in logs:  # a step, not the summary at the end
+            self._check_gradient(logs.get("grad_norm", 0.0))
             logs |= self._metrics_log.of_step(self.r3_metrics)
         super().log(logs, start_time)
+
+    def _check_gradient(self, norm: float) -> None:
+        """R3Error if the step had no finite gradient; with fp16 such a step was left out."""
+        if not isfinite(norm) and not self.args.fp16:
+            raise R3Error(
+                f"step {self.state.global_step}: the gradient is not finite (norm {norm}), so the "
+                "weights are lost: nothing of the step is saved, the last checkpoint is sound. "
+                "Lower learning_rate, or load the model with attn_implementation='eager'"
+            )
 
     def sampler(self) -> RolloutSampler:
         """Samples from the policy as it stands."""

@@ -214,6 +214,22 @@ def test_no_variance_anywhere_warns_once_and_trains_on(tiny, tokenizer, tmp_path
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tiny, tokenizer, tmp_path):
+    trainer = make(tiny(), tokenizer, tmp_path, max_steps=3, save_steps=1, save_strategy="steps")
+    weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+    weight.register_hook(lambda slope: slope * float("nan") if trainer.state.global_step == 1 else slope)
+    with pytest.raises(R3Error, match="step 2: the gradient is not finite.*learning_rate"):
+        trainer.train()
+    assert [row["step"] for row in metrics(tmp_path)] == [1]
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-1"
+
+
+def test_cudnn_attention_whose_backward_gives_nan_is_not_used(tiny, tokenizer, tmp_path):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make(tiny(), tokenizer, tmp_path)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # masks
 
 

@@ -29,15 +29,21 @@ class Queries:
         self.rows = grid.rows
         self.slots = grid.slots
         self.keys = int(grid.visible.max())
+        self.hides = int(grid.visible.min()) < self.keys
+        self.full = len(grid.place) == len(grid.visible) * grid.slots  # in their order: no gaps
         self.place = to_device(grid.place, device)
         self.visible = to_device(grid.visible, device)
         self._mask = None, None
 
-    def mask(self, group: int, dtype: torch.dtype, part: slice | None = None) -> Tensor:
+    def mask(self, group: int, dtype: torch.dtype, part: slice | None = None) -> Tensor | None:
         """What is added to the scores, [rows, 1, queries or 1, keys]; of some queries with `part`.
+
+        None where every query sees all keys.
 
         `group`: heads that share their keys, which stand side by side as queries.
         """
+        if not self.hides:
+            return None
         if part is None and self._mask[0] == (group, dtype):  # the same for every layer
             return self._mask[1]
         visible = self.visible
@@ -154,12 +160,15 @@ def attend(module, query, key, value, _, scaling=None, tree=None, sliding_window
     # under autocast rotary positions leave queries and keys in fp32
     query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     tree.store(module.layer_idx, key, value)
+    dtype = query.dtype
+    if query.device.type != "cpu":  # 16 bits would round scores, or overflow
+        query = query.float()
     with torch.autocast(query.device.type, enabled=False):  # a trainer's would go back to 16 bits
         parts = [
             attend_level(query, *cached[module.layer_idx], queries, scaling)
             for cached, queries in zip(tree.levels, tree.queries)
         ]
-    return join(parts, query.dtype)[None], None
+    return join(parts, dtype)[None], None
 
 
 def attend_level(
@@ -170,30 +179,35 @@ def attend_level(
     rows, kv_heads = keys.shape[:2]
     heads, size = query.shape[1:]
     group = heads // kv_heads
-    grid = query.new_zeros(rows * queries.slots, heads, size).index_copy_(0, queries.place, query)
+    grid = query
+    if not queries.full:
+        grid = query.new_zeros(rows * queries.slots, heads, size)
+        grid.index_copy_(0, queries.place, query)
     grid = grid.view(rows, queries.slots, kv_heads, group, size).transpose(1, 2)
     grid = grid.reshape(rows, kv_heads, queries.slots * group, size)
-    on_cpu = query.device.type == "cpu"
-    attention = cpu_attention if on_cpu else plain_attention
-    dtype = query.dtype if on_cpu else torch.float32
+    attention = cpu_attention if query.device.type == "cpu" else plain_attention
     most = max(1, MAX_SCORES // (rows * kv_heads * queries.keys))
     count = grid.shape[2]
     spans = [slice(first, first + most) for first in range(0, count, most)]
     parts = []
     for span in spans:
-        hidden = queries.mask(group, dtype, span if len(spans) > 1 else None)
+        hidden = queries.mask(group, query.dtype, span if len(spans) > 1 else None)
         parts.append(attention(grid[:, :, span], keys, values, attn_mask=hidden, scale=scaling))
-    mixed, total = torch.cat([o for o, _ in parts], 2), torch.cat([z for _, z in parts], 2)
+    mixed, total = parts[0]
+    if len(parts) > 1:
+        mixed, total = (torch.cat(some, 2) for some in zip(*parts))
     mixed, total = (
         x.view(rows, kv_heads, queries.slots, group, -1).transpose(1, 2).reshape(-1, heads, y)
         for x, y in ((mixed, size), (total, 1))
     )
-    return mixed[queries.place], total[queries.place]
+    return (mixed, total) if queries.full else (mixed[queries.place], total[queries.place])
 
 
 def plain_attention(query, keys, values, attn_mask, scale) -> tuple[Tensor, Tensor]:
-    """Attention in fp32 and the logarithm of its denominator; 16 bits round scores, or overflow."""
-    scores = query.float() @ keys.float().transpose(2, 3) * scale + attn_mask
+    """Attention in fp32, that of `query`, and the logarithm of its denominator."""
+    scores = (query * scale) @ keys.float().transpose(2, 3)
+    if attn_mask is not None:
+        scores += attn_mask
     return scores.softmax(-1) @ values.float(), scores.logsumexp(-1)
 
 
