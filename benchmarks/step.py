@@ -245,6 +245,7 @@ class StockTrainer(R3Trainer):
     def __init__(self, **options):
         super().__init__(**options)
         self.rollout_func = stock_rollout
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as torch has it
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def sample_block(places: list[int], turn: int, trainer) -> list[Group]:
     failures = [failure_at(place, turn, trainer) for place in places]
     seeds = [group_seed(args.seed, place, turn) for place in places]
     retry_seeds = [Random(f"{s}/{k}").getrandbits(32) for s in seeds for k in range(size)]
-    with trainer._autocast(learning=False), sampler.keeping():
+    with sampler.keeping():
         reflections = sampler.reflect(failures, seeds, size)
         retries = sampler.retry(reflections, retry_seeds, args.retry_temperature)
     rewards = rewards_for(reflections, retries, args.truncation_penalty)

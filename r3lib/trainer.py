@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,7 +90,7 @@ class R3Trainer(SharedPrefixGRPO):
         check_task(task)
         if not isinstance(model, str):
             check_model(model, peft_config)
-        # its backward under a mask gives nan at widths of 64 modulo 128: pytorch's issue 196678
+        # its backward under a mask can give nan at widths of 64 modulo 128: pytorch's issue 196678
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.task, self._engine = task, engine
         self.r3_metrics: dict[str, float] = {}
@@ -196,12 +197,16 @@ class R3Trainer(SharedPrefixGRPO):
         super().log(logs, start_time)
 
     def _check_gradient(self, norm: float) -> None:
-        """R3Error if the step had no finite gradient; with fp16 such a step was left out."""
-        if not isfinite(norm) and not self.args.fp16:
+        """R3Error if the step was taken with a gradient that is not finite (DeepSpeed: -1)."""
+        finite = isfinite(norm) and norm >= 0
+        if not finite and not self.accelerator.optimizer_step_was_skipped:  # as fp16's scaler does
+            kept = last_checkpoint(self.args.output_dir)
+            kept = f"{Path(kept).name} is sound" if kept else "there is no checkpoint"
             raise R3Error(
                 f"step {self.state.global_step}: the gradient is not finite (norm {norm}), so the "
-                "weights are lost: nothing of the step is saved, the last checkpoint is sound. "
-                "Lower learning_rate, or load the model with attn_implementation='eager'"
+                f"weights are lost: nothing of this step is saved, {kept}. This run would come "
+                "here again: begin one with a lower learning_rate in another output_dir, or with "
+                "a model loaded with attn_implementation='eager'"
             )
 
     def sampler(self) -> RolloutSampler:
@@ -212,6 +217,7 @@ class R3Trainer(SharedPrefixGRPO):
             self.processing_class,
             args.sample_batch,
             end_ids=self._chat.end_ids,
+            within=partial(self._autocast, learning=False),
         )
         limits = Limits(args.max_attempt_length, args.max_completion_length, args.max_retry_length)
         return RolloutSampler(

@@ -45,6 +45,7 @@ from trl import GRPOConfig, GRPOTrainer
 from r3lib.card import plain_name
 from r3lib.chat import Chat
 from r3lib.checkpoints import RUN_NOTE, last_checkpoint
+from r3lib.engines import transformers as transformers_engine
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
 from r3lib.rollout import rollout, training_order, verified
@@ -218,10 +219,29 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tin
     trainer = make(tiny(), tokenizer, tmp_path, max_steps=3, save_steps=1, save_strategy="steps")
     weight = next(p for p in trainer.model.parameters() if p.requires_grad)
     weight.register_hook(lambda slope: slope * float("nan") if trainer.state.global_step == 1 else slope)
-    with pytest.raises(R3Error, match="step 2: the gradient is not finite.*learning_rate"):
+    with pytest.raises(R3Error, match="step 2: the gradient is not finite.*checkpoint-1 is sound.*lower learning_rate"):
         trainer.train()
     assert [row["step"] for row in metrics(tmp_path)] == [1]
     assert Path(last_checkpoint(tmp_path)).name == "checkpoint-1"
+
+
+def test_under_autocast_passes_share_one_block_and_verdicts_are_outside(model, tokenizer, tmp_path, monkeypatch):
+    """Else each pass casts the adapters' weights again, or a user's own torch verifier is rounded."""
+    decoding, judging = [], []
+    decode, verify = transformers_engine.Batch.decode, CoinTask.verify
+
+    def decode_and_note(*given):
+        decoding.append(torch.is_autocast_enabled("cpu"))
+        return decode(*given)
+
+    def verify_and_note(*given):
+        judging.append(torch.is_autocast_enabled("cpu"))
+        return verify(*given)
+
+    monkeypatch.setattr(transformers_engine.Batch, "decode", decode_and_note)
+    monkeypatch.setattr(CoinTask, "verify", verify_and_note)
+    make(model, tokenizer, tmp_path, lora=small_lora(), bf16=True).train()
+    assert set(decoding) == {True} and set(judging) == {False}
 
 
 def test_cudnn_attention_whose_backward_gives_nan_is_not_used(tiny, tokenizer, tmp_path):

@@ -5,7 +5,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 
@@ -33,17 +33,20 @@ class TransformersEngine:
 
     A completion ends at the first of `end_ids`, by default those of
     `Chat(tokenizer, model.generation_config)`; give those of your `Chat` if it has other arguments.
+    Forward passes run in the context that `within` makes, a trainer's autocast for example.
     """
 
     def __init__(
-        self, model, tokenizer, batch_size: int = 256, progress: bool = False, end_ids=None
-    ):
+        self, model, tokenizer, batch_size: int = 256, progress: bool = False, end_ids=None,
+        within=nullcontext,
+    ):  # fmt: skip
         check_model(model)
         self.model = model
         self.model_name = model.config._name_or_path
         self.batch_size = batch_size
         self.progress = progress
         self.end_ids = end_ids or Chat(tokenizer, model.generation_config).end_ids
+        self._within = within
         self._kept: list[Batch] | None = None  # those of the last call; None: they are not kept
 
     @contextmanager
@@ -75,6 +78,7 @@ class TransformersEngine:
         completions = [[None] * n for _ in prompts]
         with (
             tree_attention(self.model),
+            self._within(),
             merged(self.model),
             tqdm(total=n * len(prompts), unit="row", disable=not self.progress) as bar,
         ):
