@@ -16,7 +16,8 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from .config import ROOT, Profile, load_profile
-from .doctor import Run, check_run, tasks_of
+from .doctor import Run, check_run, outcome, tasks_of
+from .doctor import time as expected_time
 from .errors import R3Error
 from .files import claimed, disk_full_as_error
 from .provenance import allocator, reaches_hub
@@ -52,7 +53,9 @@ def reproduce(
     notebooks = choose(start, only)
     for notebook in notebooks:
         check_parameters(notebook, given)
-    check_run(Run(settings, tasks_of(task)))
+    run = Run(settings, tasks_of(task))
+    check_run(run)
+    log(f"time: {outcome(expected_time, run)[1]}")
     kernel = kernel_of(settings, fresh)
     started = time.time()
     folder = NOTEBOOKS.parent / results / settings.name
