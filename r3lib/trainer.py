@@ -90,8 +90,6 @@ class R3Trainer(SharedPrefixGRPO):
         check_task(task)
         if not isinstance(model, str):
             check_model(model, peft_config)
-        # its backward under a mask can give nan at widths of 64 modulo 128: pytorch's issue 196678
-        torch.backends.cuda.enable_cudnn_sdp(False)
         self.task, self._engine = task, engine
         self.r3_metrics: dict[str, float] = {}
         self._metrics_log = R3Metrics(self)
@@ -119,6 +117,8 @@ class R3Trainer(SharedPrefixGRPO):
         """Cast what is trained to fp32; R3Error for a model that cannot be trained or sampled."""
         if self._engine is None and self._spread:
             raise R3Error(NO_SAMPLING)
+        # its backward under a mask can give nan at widths of 64 modulo 128: pytorch's issue 196678
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if not is_deepspeed_zero3_enabled():  # which gathers one dtype only
             train_in_fp32(self.model, start)
         if not self._spread:
