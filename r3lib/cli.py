@@ -80,7 +80,7 @@ def add_study(one: argparse.ArgumentParser, task: bool = True, results: bool = T
     pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
     one.add_argument("--set", **pairs, help="override settings")
     if task:
-        about = "all (default), one task, or your own as file.py:Class"
+        about = "all (default): those of the profile; or one, or your own as file.py:Class"
         one.add_argument("--task", default="all", help=about)
     if results:
         about = "folder of the results"
@@ -146,11 +146,14 @@ def base_model(options) -> int:
 
 def study_of(options):
     """The study that the options name."""
+    from .config import load_profile
     from .study import Study
 
-    if options.task == "all":
+    profile = load_profile(options.profile, **_overrides(options.set))
+    task, *others = profile.tasks(options.task)
+    if others:
         raise R3Error("this takes one task: add --task, for example --task countdown")
-    return Study(options.profile, options.task, options.results, **_overrides(options.set))
+    return Study(profile, task, options.results)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import yaml
 
 from .errors import R3Error, nearest
 from .settings import FREE, HONOURED, REFUSED
+from .tasks import TASKS
 from .tasks.base import RETRY_TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,7 @@ class Profile:
     model: str  # "base_model" is the embedded one; else a local folder or a hub id
     quantization: str
     dtype: str  # of frozen weights
+    task: str  # that a run without a task is of; "all": every one that ships with the package
     task_options: dict
     seeds: int
     test_problems: int
@@ -67,6 +69,13 @@ class Profile:
     sampling: dict
     training: dict
     lora: dict
+
+    def tasks(self, task: str = "all") -> list[str]:
+        """The tasks that `task` stands for: "all" those of the profile. R3Error: an unknown one."""
+        task = self.task if task == "all" else task
+        if task != "all" and task not in TASKS and ":" not in task:
+            raise R3Error(f"unknown task {task!r}: {nearest(task, ['all', *TASKS])}")
+        return list(TASKS) if task == "all" else [task]
 
     @property
     def own_server(self) -> bool:

@@ -16,7 +16,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from .config import ROOT, Profile, load_profile
-from .doctor import Run, check_run, outcome, tasks_of
+from .doctor import Run, check_run, outcome
 from .doctor import time as expected_time
 from .errors import R3Error
 from .files import claimed, disk_full_as_error
@@ -53,7 +53,7 @@ def reproduce(
     notebooks = choose(start, only)
     for notebook in notebooks:
         check_parameters(notebook, given)
-    run = Run(settings, tasks_of(task))
+    run = Run(settings, settings.tasks(task))
     check_run(run)
     log(f"time: {outcome(expected_time, run)[1]}")
     kernel = kernel_of(settings, fresh)

@@ -4,12 +4,13 @@ What a run really took stands in its metrics.jsonl as `peak_memory_gib`, step by
 """
 
 import json
+from math import ceil
 from pathlib import Path
 
 from . import provenance
 from .config import Profile
 from .errors import R3Error
-from .weights import folder_of
+from .weights import compute_dtype, folder_of
 
 OVERHEAD = 1.5  # what the parts leave out: libraries, CUDA contexts, holes in the heap, temporaries
 PROMPT = 400  # tokens assumed for the prompts of a conversation; the profile limits the answers
@@ -70,22 +71,24 @@ def sizes(config: dict) -> dict[str, int]:
     }
 
 
-def parts(profile: Profile, config: dict, gpu: bool) -> dict[str, float]:
-    """GiB by part, for a GPU (with gradient checkpointing) or a CPU (as in fp32); an upper bound.
+def parts(profile: Profile, config: dict, gpu: bool, number: int | None = None) -> dict[str, float]:
+    """GiB by part, for a GPU (with gradient checkpointing) or a CPU, at `number` bytes a value.
 
-    Every turn is as long as it may be. A layer keeps for the backward about four tensors each of
-    the hidden, the attention's and the MLP's size; with checkpointing only its input, and one layer
-    is computed again for a quarter of the rows at a time, as the trainer has it.
+    `number` is by default 4 on a CPU and 2 on a GPU. Every turn is as long as it may be, and a
+    group's prompt is taken in once (see `r3lib.shared_prefix`). A layer keeps for the backward
+    about four tensors each of the hidden, the attention's and the MLP's size; with checkpointing
+    only its input, and one layer is computed again for a quarter of the rows at a time.
     """
     sampling, training, s = profile.sampling, profile.training, sizes(config)
-    number = 4 if profile.dtype == "float32" or not gpu else 2
-    retry = sampling["max_retry_length"]
-    learned = PROMPT + sampling["max_attempt_length"] + sampling["max_completion_length"]
-    length = learned + retry
+    number = number or (4 if profile.dtype == "float32" or not gpu else 2)
+    prompt = PROMPT + sampling["max_attempt_length"]
+    learned = sampling["max_completion_length"]
+    length = prompt + learned + sampling["max_retry_length"]
     if training["mask"] != "reflection":
-        learned += retry
+        learned += sampling["max_retry_length"]
     kept = s["inputs"] + s["inside"] / 4 if gpu else s["layers"] * s["inside"]
-    tokens = training["per_device_train_batch_size"] * learned
+    rows = training["per_device_train_batch_size"]
+    tokens = ceil(rows / training["num_generations"]) * prompt + rows * learned
     plain = (s["linear"] + s["embeddings"]) * number
     packed = s["linear"] * NF4 + s["embeddings"] * number
     found = {
@@ -113,15 +116,25 @@ def estimate(profile: Profile, gpu_memory: float | None = None) -> tuple[bool, s
     gpu = gpu_memory or provenance.gpu_gib()
     there = gpu or provenance.ram_gib()
     try:
-        found = parts(profile, read_config(profile.model), bool(gpu))
+        config = read_config(profile.model)
+        found = parts(profile, config, bool(gpu))
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = f"config.json is not a dense decoder's ({type(error).__name__}: {error})"
         raise R3Error(f"memory is not estimated for {profile.model!r}: {why}") from error
-    sampling = found.get("KV cache", 0) + found.get("merged weights", 0)
-    phases = [found["activations"] + found["logits"], sampling]
-    held = found["weights"] + found["adapters"] + found.get("vLLM's weights", 0)
-    needed = OVERHEAD * (held + (sum(phases) if profile.own_server else max(phases)))
+    needed = _peak(found, profile)
+    if needed > there and not gpu and profile.dtype != "float32":
+        number = compute_dtype(profile.dtype).itemsize  # measured, with torch: only where it tells
+        found = parts(profile, config, False, number)
+        needed = _peak(found, profile)
     listed = ", ".join(f"{name} {size:.2f}" for name, size in found.items())
     place = "GPU" if gpu else "RAM"
     text = f"about {needed:.1f} GiB of {there:.1f} GiB {place} ({listed}; x {OVERHEAD} overhead)"
     return needed <= there, text
+
+
+def _peak(found: dict[str, float], profile: Profile) -> float:
+    """The GiB of the larger phase, or of both beside a vLLM server."""
+    sampling = found.get("KV cache", 0) + found.get("merged weights", 0)
+    phases = [found["activations"] + found["logits"], sampling]
+    held = found["weights"] + found["adapters"] + found.get("vLLM's weights", 0)
+    return OVERHEAD * (held + (sum(phases) if profile.own_server else max(phases)))

@@ -338,13 +338,13 @@ def _decisive(settings: dict) -> dict:
 def open_studies(
     profile: str, task: str = "all", results: Path | str = "results", overrides: dict | str = "{}"
 ) -> list[Study]:
-    """A study for `task`, or for every task that ships with the package.
+    """A study for `task`, or for every task of the profile.
 
     `overrides`: settings of the profile, as a mapping or its text. R3Error: it is none.
     """
     try:
         settings = yaml.load(overrides, Loader) if isinstance(overrides, str) else overrides
-        names = TASKS if task == "all" else [task]
-        return [Study(profile, name, results, **settings) for name in names]
+        loaded = load_profile(profile, **settings)
+        return [Study(loaded, name, results) for name in loaded.tasks(task)]
     except (yaml.YAMLError, TypeError) as error:
         raise R3Error(f"overrides={overrides!r} is no mapping: write '{{\"seeds\": 3}}'") from error

@@ -103,7 +103,8 @@ def study(monkeypatch, tmp_path):
 
     class Spy:
         def __init__(self, profile, task, results, **overrides):
-            self.made, self.results = (profile, task, overrides), tmp_path / "results"
+            assert not overrides  # they are in the profile
+            self.made, self.results = (profile.name, task, profile.seeds), tmp_path / "results"
 
         def __getattr__(self, stage):
             return lambda *given, part: calls.append((*self.made, stage, given, part)) or "path"
@@ -117,10 +118,12 @@ def test_sample_asks_for_a_share_or_for_the_whole(study, capsys):
     assert cli.main("sample evaluate --task countdown --shard 0/2 --seed 5".split()) == 0
     assert cli.main("sample mine --task countdown".split()) == 0
     assert study == [
-        ("smoke", "countdown", {"seeds": "3"}, "baseline", (), (1, 4)),
-        ("nano", "countdown", {}, "evaluate", (5,), (0, 2)),
-        ("nano", "countdown", {}, "mine", (), None),
+        ("smoke", "countdown", 3, "baseline", (), (1, 4)),
+        ("nano", "countdown", 1, "evaluate", (5,), (0, 2)),
+        ("nano", "countdown", 1, "mine", (), None),
     ]
+    assert cli.main(["sample", "mine", "--profile", "qwen"]) == 0  # which is of one task
+    assert study.pop()[:2] == ("qwen", "data/arithmetic.py:Arithmetic")
     assert cli.main(["sample", "mine"]) == 2 and "add --task" in capsys.readouterr().err
 
 

@@ -16,6 +16,8 @@ from r3lib.config import DEFAULTS, FLAT, FOLDER, accumulation_steps, load_profil
 from r3lib.errors import R3Error
 from r3lib.r3_config import R3Config
 from r3lib.settings import FREE, HONOURED, REFUSED
+from r3lib.study import open_studies
+from r3lib.tasks import TASKS
 
 PROFILES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "defaults")
 
@@ -247,3 +249,14 @@ def test_own_profile_with_an_unknown_setting_is_told_the_nearest(tmp_path):
     (tmp_path / "own.yaml").write_text("name: mine\nmodle: here\n")
     with pytest.raises(R3Error, match="unknown setting 'modle' in .*own.yaml: did you mean 'model'"):
         load_profile(str(tmp_path / "own.yaml"))
+
+
+def test_a_profile_says_what_a_run_without_a_task_is_of(tmp_path, monkeypatch):
+    assert load_profile("nano").tasks() == list(TASKS)
+    assert load_profile("nano", task="countdown").tasks() == ["countdown"]
+    monkeypatch.chdir(tmp_path)  # whose files the profile's task is not
+    [study] = open_studies("qwen", results=tmp_path)
+    assert study.task.name == "arithmetic"
+    assert load_profile("qwen").tasks("countdown") == ["countdown"]
+    with pytest.raises(R3Error, match="unknown task 'countdwn': did you mean 'countdown'"):
+        load_profile("nano", task="countdwn").tasks()

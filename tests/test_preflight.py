@@ -4,10 +4,11 @@ import json
 from importlib.util import find_spec
 
 import pytest
+import torch
 from conftest import BASE_MODEL, TINY, tiny_model
 from peft import LoraConfig, get_peft_model
 
-from r3lib import provenance, weights
+from r3lib import preflight, provenance, weights
 from r3lib.config import load_profile
 from r3lib.errors import R3Error
 from r3lib.preflight import NF4, estimate, parts, read_config, sizes
@@ -101,6 +102,15 @@ def test_without_a_gpu_the_ram_is_what_there_is(monkeypatch):
         assert fits and "of 6.0 GiB RAM" in text
     monkeypatch.setattr(provenance, "_output", lambda command: "15360\n81920")
     assert "of 15.0 GiB GPU" in estimate(load_profile("nano"))[1]
+
+
+@pytest.mark.parametrize("dtype, fits", [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_cpu_that_is_faster_in_16_bits_needs_half(dtype, fits, qwen, monkeypatch):
+    monkeypatch.setattr(provenance, "gpu_gib", lambda: 0)
+    monkeypatch.setattr(provenance, "ram_gib", lambda: 24.0)
+    monkeypatch.setattr(preflight, "compute_dtype", lambda name: dtype)
+    assert estimate(load_profile("qwen", model=qwen))[0] == fits
+    assert not estimate(load_profile("qwen", model=qwen, dtype="float32"))[0]
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,12 @@ def episodes():
     return read_episodes(REFERENCE / "episodes")
 
 
-def test_its_files_are_those_of_its_manifest():
-    artefacts = json.loads((REFERENCE / "manifest.json").read_text())["artefacts"]
-    assert {"tables/accuracy.csv", "figures/countdown_conditions.svg", "figures/transfer.svg"} <= artefacts.keys()
-    assert {name: sha256(REFERENCE / name) for name in artefacts} == {n: a["sha256"] for n, a in artefacts.items()}
+@pytest.mark.parametrize("run, figure", [("reference", "countdown"), ("reference-qwen", "arithmetic")])
+def test_its_files_are_those_of_its_manifest(run, figure):
+    folder = ROOT / "results" / run
+    artefacts = json.loads((folder / "manifest.json").read_text())["artefacts"]
+    assert {"tables/accuracy.csv", f"figures/{figure}_conditions.svg"} <= artefacts.keys()
+    assert {name: sha256(folder / name) for name in artefacts} == {n: a["sha256"] for n, a in artefacts.items()}
 
 
 def test_no_step_of_it_was_clipped_as_its_profile_says():
@@ -98,14 +100,33 @@ def test_the_page_of_results_gives_the_rates_of_each_part(accuracy, part):
     assert f"| {row} |" in (ROOT / "docs" / "results.md").read_text()
 
 
-@pytest.mark.parametrize("number", ["1", "3"])
-def test_the_page_of_results_gives_the_rates_of_the_attempts_on_real_weights(number):
-    attempt, page = ROOT / "results" / "qwen-attempts" / number, (ROOT / "docs" / "results.md").read_text()
-    again = accuracy_table(read_episodes(attempt / "episodes"))
-    kept = pd.read_csv(attempt / "tables" / "accuracy.csv", dtype={"seed": str}, keep_default_na=False)
+@pytest.mark.parametrize("run", ["reference-qwen", "qwen-attempts/1", "qwen-attempts/3"])
+def test_the_page_of_results_gives_the_rates_of_the_runs_on_real_weights(run):
+    run, page = ROOT / "results" / run, (ROOT / "docs" / "results.md").read_text()
+    again = accuracy_table(read_episodes(run / "episodes"))
+    kept = pd.read_csv(run / "tables" / "accuracy.csv", dtype={"seed": str}, keep_default_na=False)
+    kept = kept[kept.split == "test"].reset_index(drop=True)
     columns = ["policy", "condition", "n", "k", "rate", "lo", "hi"]
     pd.testing.assert_frame_equal(again[columns], kept[columns], check_dtype=False)
     cells = kept[kept.seed == "all"].set_index(["condition", "policy"])
     for condition in sorted({name for name, _ in cells.index} - {"first_try"}):
         both = [cells.loc[(condition, policy)] for policy in ("vanilla", "r3")]
         assert " | ".join([f"| `{condition}`", *(percent(c.rate, c.lo, c.hi) for c in both)]) in page
+
+
+def test_readme_gives_the_rates_of_the_run_on_real_weights():
+    table = pd.read_csv(ROOT / "results" / "reference-qwen" / "tables" / "accuracy.csv", dtype={"seed": str})
+    cells = table[(table.seed == "all") & (table.split == "test")].set_index(["condition", "policy"])
+    for condition in ("first_try", "resample", "retry_sampled", "shuffled_reflection", "reflect_retry"):
+        both = [cells.loc[(condition, policy)] for policy in ("vanilla", "r3")]
+        row = " | ".join([f"| `{condition}`", *(percent(c.rate, c.lo, c.hi) for c in both)])
+        assert f"{row} |\n" in (ROOT / "README.md").read_text()
+
+
+def test_the_run_on_real_weights_beats_its_own_controls_and_its_start():
+    table = pd.read_csv(ROOT / "results" / "reference-qwen" / "tables" / "comparisons.csv").set_index(["a", "b"])
+    for b in ("vanilla/reflect_retry", "r3/resample", "r3/retry_sampled", "r3/shuffled_reflection"):
+        row = table.loc[("r3/reflect_retry", b)]
+        assert row.lo > 0.1 and row.n >= 300
+        written = f"{100 * row['diff']:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
+        assert written in (ROOT / "docs" / "results.md").read_text()

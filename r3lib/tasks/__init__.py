@@ -10,6 +10,7 @@ from .base import Task
 from .countdown import CountdownProblem, CountdownTask
 from .function_calling import FunctionCallingTask
 
+ROOT = Path(__file__).resolve().parents[2]  # from which the path of a profile counts
 TASKS = {"countdown": CountdownTask, "function_calling": FunctionCallingTask}
 
 
@@ -62,7 +63,8 @@ def _class_at(place: str) -> type[Task]:
 def _module(name: str):
     if not name.endswith(".py"):
         return importlib.import_module(name)
-    path = Path(name).resolve()
+    path, ours = Path(name).resolve(), ROOT / name
+    path = ours if ours.exists() and not path.exists() else path
     spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
