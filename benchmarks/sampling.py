@@ -4,8 +4,9 @@
     R3_VLLM_PYTHON=.venv-vllm/bin/python python benchmarks/sampling.py --model smollm2 --vllm
 
 Each samples a group of reflections for each of the same failed attempts, with the same weights,
-precision, limit and temperature, in one batch, as a training step does. They take turns, so that a
-noisy machine slows all; the ratios are the result. A sample counts up to its end token, with it.
+precision, limit and temperature, in one batch, as a training step does; with `--batches 64 128`
+ours does so in batches of so many rows. They take turns, so that a noisy machine slows all; the
+ratios are the result. A sample counts up to its end token, with it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -46,10 +48,10 @@ def main() -> None:
     own = TransformersEngine(model, tokenizer, options.prompts * options.group)
     prompts = failed_prompts(own, tokenizer, options.prompts)
     with vllm_server(path, options) as server:
-        sample = {
-            "transformers": lambda seed: by_engine(own, prompts, options, seed),
-            "generate": lambda seed: by_generate(model, tokenizer, prompts, options, seed),
-        }
+        sample = {"generate": lambda seed: by_generate(model, tokenizer, prompts, options, seed)}
+        for rows in options.batches or [own.batch_size]:
+            engine = TransformersEngine(model, tokenizer, rows)
+            sample[f"ours, {rows}"] = partial(by_engine, engine, prompts, options)
         if server is not None:
             vllm = VLLMEngine([server.url], tokenizer)
             vllm.sync(folder if options.rank else None)
@@ -63,6 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="base_model", help="as in a profile")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--vllm", action="store_true", help="also a vLLM server of our own")
+    parser.add_argument("--batches", type=int, nargs="+", help="rows in each of our batches")
     parser.add_argument("--rank", type=int, default=0, help="of a random LoRA adapter; 0: none")
     for name, default in (("prompts", 32), ("group", 8), ("tokens", 160), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)

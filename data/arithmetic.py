@@ -1,8 +1,8 @@
 """Mental arithmetic: a task for pretrained models of half a billion parameters and more.
 
-An answer is the number alone, so a first try has no room for the step between. A reflection has: it
-is the only place where a model can work the sum out. Whether it does is up to the model; nothing
-asks for it. `make reproduce PROFILE=qwen TASK=data/arithmetic.py:Arithmetic` runs the study.
+An answer must be the number alone, so the result between cannot be written down in it. A reflection
+is the only place where a model can work it out. Whether it does is up to the model; nothing asks
+for it. `make reproduce PROFILE=qwen` runs the study.
 """
 
 import re
@@ -11,7 +11,7 @@ from random import Random
 
 from r3lib import Task, Verdict
 from r3lib.tasks import CountdownTask
-from r3lib.tasks.sources import split_by_hash
+from r3lib.tasks.sources import check_request, draw_distinct, split_by_hash
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,15 @@ class Arithmetic(Task):
         self.reflection_prompt = reflection_prompt
 
     def problems(self, split, n, seed):
-        """`n` distinct expressions, each in the split that its hash says."""
-        random, found = Random(f"{split} {seed}"), {}
-        while len(found) < n:
-            drawn = draw(random)
-            if split_by_hash(drawn.id) == split:
-                found[drawn.id] = drawn
-        return list(found.values())
+        """`n` distinct expressions, each in the split that its hash says; R3Error: it has fewer."""
+        check_request(split, n, ("train", "validation", "test"))
+        random = Random(f"{split} {seed}")
+
+        def drawn(_index):
+            problem = draw(random)
+            return problem if split_by_hash(problem.id) == split else None
+
+        return draw_distinct(drawn, n, f"arithmetic {split}")
 
     def messages(self, problem):
         """One question."""
@@ -50,12 +52,12 @@ class Arithmetic(Task):
 
     def verify(self, text, problem):
         """Right is the number and nothing beside it, but for a full stop or commas in it."""
-        answer = text.strip().rstrip(".").replace(",", "")
+        answer = text.strip().replace("\u2212", "-")  # as typeset
         if not re.search("[0-9]", answer):
             return Verdict(False, "no_number")
-        if not re.fullmatch("-?[0-9]+", answer):
+        if not re.fullmatch(r"-?([0-9]{1,9}|[0-9]{1,3}(,[0-9]{3})+)\.?", answer):
             return Verdict(False, "not_only_a_number")
-        ok = int(answer) == problem.value
+        ok = answer.rstrip(".").replace(",", "") == str(problem.value)
         return Verdict(ok, "ok" if ok else "wrong_number")
 
     def style(self, reflection):

@@ -74,7 +74,8 @@ class Profile:
         """The tasks that `task` stands for: "all" those of the profile. R3Error: an unknown one."""
         task = self.task if task == "all" else task
         if task != "all" and task not in TASKS and ":" not in task:
-            raise R3Error(f"unknown task {task!r}: {nearest(task, ['all', *TASKS])}")
+            known = nearest(task, ["all", *TASKS])
+            raise R3Error(f"unknown task {task!r}: {known}, or your own as file.py:Class")
         return list(TASKS) if task == "all" else [task]
 
     @property

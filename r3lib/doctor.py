@@ -123,6 +123,10 @@ def problems(run: Run) -> str:
             raise Doubt(f"{name}: {why}")
         for split, count in wanted.items():
             task.problems(split, count, seed=0)
+    own, limits = run.profile.task, run.profile.sampling
+    if own not in ("all", *run.tasks):
+        tokens = ", ".join(f"{key}={limits[key]}" for key in limits if key.endswith("_length"))
+        raise Doubt(f"this profile is of {own}: are {tokens} enough for {', '.join(run.tasks)}?")
     return ", ".join(run.tasks)
 
 

@@ -13,6 +13,7 @@ from .errors import R3Error
 from .weights import compute_dtype, folder_of
 
 OVERHEAD = 1.5  # what the parts leave out: libraries, CUDA contexts, holes in the heap, temporaries
+PACKED = 2048  # most tokens of a packed row, as in shared_prefix, which loads torch
 PROMPT = 400  # tokens assumed for the prompts of a conversation; the profile limits the answers
 NF4 = (4 + 0.127) / 8  # bytes a weight: 4 bits and the doubly quantised constants (QLoRA)
 ADAPTER = 4 + 4 + 8  # bytes a parameter of an adapter: fp32, its gradient, AdamW's two moments
@@ -74,10 +75,10 @@ def sizes(config: dict) -> dict[str, int]:
 def parts(profile: Profile, config: dict, gpu: bool, number: int | None = None) -> dict[str, float]:
     """GiB by part, for a GPU (with gradient checkpointing) or a CPU, at `number` bytes a value.
 
-    `number` is by default 4 on a CPU and 2 on a GPU. Every turn is as long as it may be, and a
-    group's prompt is taken in once (see `r3lib.shared_prefix`). A layer keeps for the backward
-    about four tensors each of the hidden, the attention's and the MLP's size; with checkpointing
-    only its input, and one layer is computed again for a quarter of the rows at a time.
+    `number` is by default 4 on a CPU and 2 on a GPU. Every turn is as long as it may be. Groups are
+    packed (see `r3lib.shared_prefix`); more is needed where a model cannot have that. A layer keeps
+    for the backward about four tensors each of the hidden, the attention's and the MLP's size; with
+    checkpointing only its input, and one layer is computed again for a quarter of the groups.
     """
     sampling, training, s = profile.sampling, profile.training, sizes(config)
     number = number or (4 if profile.dtype == "float32" or not gpu else 2)
@@ -86,9 +87,12 @@ def parts(profile: Profile, config: dict, gpu: bool, number: int | None = None) 
     length = prompt + learned + sampling["max_retry_length"]
     if training["mask"] != "reflection":
         learned += sampling["max_retry_length"]
-    kept = s["inputs"] + s["inside"] / 4 if gpu else s["layers"] * s["inside"]
     rows = training["per_device_train_batch_size"]
-    tokens = ceil(rows / training["num_generations"]) * prompt + rows * learned
+    fit = max(1, (PACKED - prompt) // learned)  # beside one prompt
+    groups = ceil(rows / min(fit, training["num_generations"]))
+    tokens = groups * prompt + rows * learned
+    again = s["inside"] * max(1 / 4, 1 / groups)
+    kept = s["inputs"] + again if gpu else s["layers"] * s["inside"]
     plain = (s["linear"] + s["embeddings"]) * number
     packed = s["linear"] * NF4 + s["embeddings"] * number
     found = {

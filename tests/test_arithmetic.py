@@ -4,6 +4,7 @@ import pytest
 
 from r3lib import load_task
 from r3lib.config import ROOT
+from r3lib.errors import R3Error
 
 TASK = load_task(f"{ROOT / 'data' / 'arithmetic.py'}:Arithmetic")
 
@@ -26,6 +27,13 @@ def test_kinds_come_in_equal_parts_and_values_follow_the_order_of_operations():
     assert values[text] == products[0] + (products[1] if sign == "+" else -products[1])
 
 
+def test_an_unknown_split_and_more_than_there_are_are_refused():
+    with pytest.raises(R3Error, match="unknown split 'tset'"):
+        TASK.problems("tset", 4, 0)
+    with pytest.raises(R3Error, match="ask for at least 1"):
+        TASK.problems("test", 0, 0)
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
@@ -39,6 +47,9 @@ def test_kinds_come_in_equal_parts_and_values_follow_the_order_of_operations():
         ("3 * 4 - 1246 = -1234", "not_only_a_number"),
         ("-1234 or 5", "not_only_a_number"),
         ("--1234", "not_only_a_number"),
+        ("\u22121234", "ok"),
+        ("-12,34", "not_only_a_number"),
+        ("9" * 5000, "not_only_a_number"),
     ],
 )
 def test_a_right_answer_is_the_number_alone(text, reason):

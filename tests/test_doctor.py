@@ -146,6 +146,13 @@ def test_options_that_a_task_does_not_take_are_named(options, words, monkeypatch
     assert words in refused(task_options=options)
 
 
+def test_the_limits_of_a_profile_of_one_task_are_a_doubt_for_another():
+    profile = load_profile("qwen", model="base_model", train_problems=4, test_problems=4)
+    assert outcome(doctor.problems, Run(profile, profile.tasks())) == ("ok", "data/arithmetic.py:Arithmetic")
+    state, text = outcome(doctor.problems, Run(profile, profile.tasks("countdown")))
+    assert state == "warn" and "max_attempt_length=16" in text and "enough for countdown?" in text
+
+
 def test_too_few_problems_are_counted_not_searched_for():
     few = {"countdown": {"count": 3, "largest": 5}}
     assert "countdown train with numbers up to 5 holds only about 81 " in refused(task_options=few)

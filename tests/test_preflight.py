@@ -12,6 +12,7 @@ from r3lib import preflight, provenance, weights
 from r3lib.config import load_profile
 from r3lib.errors import R3Error
 from r3lib.preflight import NF4, estimate, parts, read_config, sizes
+from r3lib.shared_prefix import MOST_TOKENS
 
 QWEN = {  # Qwen2.5-1.5B
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
@@ -75,6 +76,12 @@ def test_a_setting_moves_its_own_part_alone(key, part):
     assert grown == sorted(set(grown))
     others = [{name: size for name, size in each.items() if name != "logits"} for each in found]
     assert others[0] == others[1] == others[2]
+
+
+def test_a_packed_row_is_as_long_as_in_training():
+    assert preflight.PACKED == MOST_TOKENS
+    long, short = load_profile("paper"), load_profile("paper", max_completion_length=64)
+    assert parts(long, QWEN, gpu=False)["activations"] > 4 * parts(short, QWEN, gpu=False)["activations"]
 
 
 def test_a_t4_holds_the_colab_profile_and_three_gib_do_not(qwen):

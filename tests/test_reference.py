@@ -17,6 +17,7 @@ from r3lib.tasks import load_task
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference"
 TASKS = ("countdown", "function_calling")
+CONDITIONS_BY_NAME = [condition.name for condition in CONDITIONS]
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,12 @@ def test_the_run_on_real_weights_beats_its_own_controls_and_its_start():
         assert row.lo > 0.1 and row.n >= 300
         written = f"{100 * row['diff']:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
         assert written in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_pages_give_the_rates_with_room_in_every_answer():
+    table = accuracy_table(read_episodes(ROOT / "results" / "reference-qwen" / "room"))
+    cells = table[table.seed == "all"].set_index("condition")
+    row = " | ".join(percent(*cells.loc[name, ["rate", "lo", "hi"]]) for name in CONDITIONS_BY_NAME)
+    assert f"| {row} |\n" in (ROOT / "docs" / "results.md").read_text()
+    for name in ("retry_sampled", "reflect_retry"):
+        assert percent(*cells.loc[name, ["rate", "lo", "hi"]]) in (ROOT / "README.md").read_text()
