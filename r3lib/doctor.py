@@ -22,7 +22,7 @@ from .weights import bf16_gain, missing
 
 # of the profile as it is, measured on two cores
 TIMES = {"smoke": "90 seconds", "nano": "15 minutes a seed", "smol": "two hours a task"}
-TIMES["qwen"] = "an hour and a half for one seed, an hour for each further one"
+TIMES["qwen"] = "an hour and a half for one seed, an hour for each further one"  # from its parts
 
 
 class Doubt(R3Error):
