@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .chat import DATE
 from .errors import R3Error
-from .files import disk_full_as_error, sha256, write_atomic
+from .files import sha256, write_atomic
 from .provenance import machine
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, l
     """Make `target` (file or folder) unless the same config and inputs have made it before.
 
     `build(work: Path)` writes `work/<target.name>`; `work` survives a kill, so that a build can
-    resume. The marker `<target>.stage.json` comes last. R3Error: an input or the output is missing,
-    the disk is full.
+    resume. The marker `<target>.stage.json` comes last. R3Error: an input or the output is missing.
     """
     wanted = _wanted(config, inputs, target)
     marker = _marker(target)
@@ -43,15 +42,14 @@ def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, l
     log(f"running {target.name}: {'goes on where it stopped' if unfinished else why}")
     started = time.time()
     main = os.environ.get("RANK", "0") == "0"  # of several processes one keeps the books
-    with disk_full_as_error(target):
-        if main:
-            _remove_others(target, work, run)
-        work.mkdir(parents=True, exist_ok=True)
-        if run:
-            (work / f".{run}").touch()
-        if main and "WORLD_SIZE" in os.environ:
-            marker.unlink(missing_ok=True)  # for which the other processes then wait
-        build(work)
+    if main:
+        _remove_others(target, work, run)
+    work.mkdir(parents=True, exist_ok=True)
+    if run:
+        (work / f".{run}").touch()
+    if main and "WORLD_SIZE" in os.environ:
+        marker.unlink(missing_ok=True)  # for which the other processes then wait
+    build(work)
     if not main:
         return _made_by_main(target, marker, wanted)
     record = {**wanted, "files": _hashes(work / target.name, work), "run": run}

@@ -20,7 +20,7 @@ Settings: {settings}.
 Made with {versions}.
 """
 SETTINGS = """learning_rate lr_scheduler_type beta loss_type mask failures_per_step num_generations
-    max_completion_length max_retry_length temperature retry_temperature retry_turn seed""".split()
+    max_completion_length max_retry_length temperature retry_temperature seed""".split()
 
 
 def plain_name(model: str | None) -> str | None:

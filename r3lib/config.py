@@ -12,7 +12,6 @@ import yaml
 from .errors import R3Error, nearest
 from .settings import FREE, HONOURED, REFUSED
 from .tasks import TASKS
-from .tasks.base import RETRY_TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "r3lib" / "profiles"
@@ -22,7 +21,6 @@ HOMES = {name: block for block in BLOCKS for name in DEFAULTS[block]}
 HOMES["dynamic_sampling"] = "training"  # off by default
 CHOICES = {
     "mask": ("reflection", "reflection+retry", "retry"),
-    "retry_turn": RETRY_TURNS,
     "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
     "quantization": ("none", "nf4"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -128,13 +128,12 @@ def decisive(
     facts |= {f"policy.{name}": value for name, value in asdict(policy).items()}
     facts |= {f"limits.{name}": value for name, value in asdict(sampler.limits).items()}
     facts["reflection_temperature"] = sampler.reflection_temperature
-    facts["retry_turn"] = sampler.retry_turn
     facts |= task_facts(task)
     facts["problem ids"] = digest(p.id for p in problems)
     facts["problems' values"] = digest(content(p) for p in problems)
     facts["prompts (problems, tokenizer, template)"] = digest(chat.start(task, p) for p in problems)
     told = (task.retry_prompt, task.blind_retry_prompt)
-    again = [[task.second_turn(words, p, sampler.retry_turn) for words in told] for p in problems]
+    again = [[task.second_turn(words, p) for words in told] for p in problems]
     request = chat.follow([], [], task.reflection_prompt)
     facts["second turns"] = digest([*again, request, sorted(chat.end_ids)])
     return facts | identity(sampler.engine)

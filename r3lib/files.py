@@ -1,16 +1,13 @@
 """Files: written whole or not at all, hashed, and a folder of results held by one run."""
 
-import errno
 import fcntl
 import hashlib
 import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import R3Error
 
-ROOM = 2**20  # bytes; with less than that free, a failed write is blamed on the disk
 NO_EFFECT = (".pyc", ".md", ".pt")  # endings of files that change no result
 SCRIPTS = (".py",)  # beside the weights of a model they change none either
 LOCK = ".r3.lock"  # in a folder of results; holds the id of the process that took it last
@@ -33,12 +30,11 @@ def folder_hash(*paths: Path, without: tuple[str, ...] = ()) -> str:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write aside, then rename: `path` never holds a part. R3Error: the disk is full."""
-    with disk_full_as_error(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        aside.write_bytes(data.encode() if isinstance(data, str) else data)
-        aside.replace(path)
+    """Write aside, then rename: `path` never holds a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(data.encode() if isinstance(data, str) else data)
+    aside.replace(path)
 
 
 @contextmanager
@@ -68,18 +64,3 @@ def claimed(folder: Path, shared: bool = False):
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-@contextmanager
-def disk_full_as_error(path: Path):
-    """Turn what a full disk raises in the block, in any library, into one R3Error."""
-    try:
-        yield
-    except Exception as error:  # torch and safetensors do not raise OSError
-        place = next(p for p in (path, *path.parents) if p.exists())
-        unknown = isinstance(error, R3Error) or shutil.disk_usage(place).free >= ROOM
-        if unknown and getattr(error, "errno", None) != errno.ENOSPC:
-            raise
-        raise R3Error(
-            f"no space left to write {path}: free disk space and run again; it resumes"
-        ) from error

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .config import ROOT
 from .errors import R3Error
-from .files import claimed, disk_full_as_error, sha256
+from .files import claimed, sha256
 from .provenance import reaches_hub
 
 INSTALL = "pip install gguf==0.19.0"
@@ -70,7 +70,7 @@ def fetch(name: str, log=print) -> Path:
         raise R3Error(f"the weights are a GGUF file: run `{INSTALL}` first")
     source = SOURCES[name]
     cache = source.folder.with_name(f".{source.folder.name}.tmp")
-    with claimed(cache), disk_full_as_error(cache):
+    with claimed(cache):
         if not (source.folder / "model.safetensors").is_file():
             file = from_hub(source, cache, log) or from_pip(source, cache, log)
             log(f"{file.name}: {file.stat().st_size:,} bytes, checking and unpacking")

@@ -7,7 +7,6 @@ import logging
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from trl import GRPOTrainer
@@ -115,32 +114,17 @@ class SharedPrefixGRPO(GRPOTrainer):
         return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
 
     def _separate_values(self, model, input_ids, attention_mask, logits_to_keep, **options):
-        """TRL's, for a quarter of the rows at a time, sorted by length, without shared padding.
-
-        The longest reflection of a whole step sets TRL's padding; the values are the same, with
-        less work.
-        """
-        whole = super()._get_per_token_logps_and_entropies
-        if options.get("compute_aux_loss"):  # a mixture of experts balances over all rows
-            return whole(model, input_ids, attention_mask, logits_to_keep, **options)
-        first_token = input_ids.size(1) - logits_to_keep
-        values = []
-        order = attention_mask.sum(1).argsort(stable=True)
-        for rows in order.chunk(4):
-            used = attention_mask[rows].any(0).nonzero()
-            start = int(used[0])
-            end = max(int(used[-1]), first_token) + 1
-            self._check_width(end - start)
-            ids = input_ids[rows, start:end]
-            mask = attention_mask[rows, start:end]
-            logps, entropies, _ = whole(model, ids, mask, end - first_token, **options)
-            values.append((logps, logps.new_zeros(logps.shape) if entropies is None else entropies))
-        places = order.argsort()
-        logps, entropies = (
-            torch.cat([F.pad(x, (0, logits_to_keep - x.size(1))) for x in parts])[places]
-            for parts in zip(*values)
+        """TRL's."""
+        width = input_ids.size(1)
+        if width > (self._reach or width):  # longrope then moves the positions of all rows
+            raise R3Error(
+                f"a learning batch is {width} tokens wide, beyond the {self._reach} up to which "
+                "this model's positions are those of sampling: lower per_device_train_batch_size "
+                "or leave out long failures"
+            )
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, **options
         )
-        return logps, entropies, None
 
     def _check_packing(self) -> bool:
         """Whether packed rows give this model's log-probs and gradients; logs why they do not."""
@@ -186,12 +170,3 @@ class SharedPrefixGRPO(GRPOTrainer):
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         exact = dtypes == {torch.float32} and not (self.args.bf16 or self.args.fp16)
         return difference(separate, packed, parameters, exact)
-
-    def _check_width(self, width: int) -> None:
-        """A longrope model moves the positions of all rows once a batch is wider than its reach."""
-        if width > (self._reach or width):
-            raise R3Error(
-                f"a learning batch is {width} tokens wide, beyond the {self._reach} up to which "
-                "this model's positions are those of sampling: lower per_device_train_batch_size "
-                "or leave out long failures"
-            )

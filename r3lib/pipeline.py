@@ -19,7 +19,7 @@ from .config import ROOT, Profile, load_profile
 from .doctor import Run, check_run, outcome
 from .doctor import time as expected_time
 from .errors import R3Error
-from .files import claimed, disk_full_as_error
+from .files import claimed
 from .provenance import allocator, reaches_hub
 from .render import render
 
@@ -132,13 +132,12 @@ def execute(notebook: Path, copy: Path, given: dict, kernel: type, news: "News")
     """Run one notebook into its executed copy; R3Error names the cell that fails."""
     sources = [cell.source for cell in read(notebook, 4).cells]
     try:
-        with disk_full_as_error(copy):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            papermill.execute_notebook(
-                notebook, copy, given, kernel_name="python3", language="python",
-                progress_bar={"leave": False, "disable": None},  # none where there is no terminal
-                stdout_file=news, stderr_file=news, kernel_manager_class=kernel,
-            )  # fmt: skip
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        papermill.execute_notebook(
+            notebook, copy, given, kernel_name="python3", language="python",
+            progress_bar={"leave": False, "disable": None},  # none where there is no terminal
+            stdout_file=news, stderr_file=news, kernel_manager_class=kernel,
+        )  # fmt: skip
     except PapermillExecutionError as error:
         place = sources.index(error.source) + 1 if error.source in sources else "of parameters"
         line, why = error.source.strip().split("\n")[0], error.evalue.strip().split("\n")[-1]

@@ -46,7 +46,6 @@ class R3Config(GRPOConfig):
     mask: str = setting("reflection", f"Which tokens are trained: {', '.join(MASKS)}.")
     max_retry_length: int = setting(256, "Most tokens of a retry.")
     retry_temperature: float = setting(0.0, "Temperature of the retry; 0 is greedy.")
-    retry_turn: str = setting("restate", "A retry restates the question, or is a reminder.")
     truncation_penalty: float = setting(0.0, "Taken from the reward of a reflection cut off.")
     mine_samples: int = setting(1, "Answers a row, where the trainer mines.")
     mine_temperature: float = setting(0.0, "Their temperature; 0 is greedy.")

@@ -57,18 +57,13 @@ class Retry:
 
 @dataclass(frozen=True)
 class RolloutSampler:
-    """Who samples, on what task, within which limits.
-
-    `retry_turn` is "restate" or "reminder" (see `Task.second_turn`), the same for every condition
-    that goes on in the conversation.
-    """
+    """Who samples, on what task, within which limits."""
 
     engine: Engine
     chat: Chat
     task: object
     limits: Limits = Limits()
     reflection_temperature: float = 1.0
-    retry_turn: str = "restate"
 
     def keeping(self):
         """A block in which a conversation that goes on is not computed again; see the engine."""
@@ -153,7 +148,7 @@ class RolloutSampler:
 
     def retry_prompt(self, failure: Failure, reflection: list[int]) -> list[int]:
         """Task, failed attempt, reflection, the request to try again with the question."""
-        again = self.task.second_turn(self.task.retry_prompt, failure.problem, self.retry_turn)
+        again = self.task.second_turn(self.task.retry_prompt, failure.problem)
         return self.chat.follow(self.reflection_prompt(failure), reflection, again)
 
     def second_prompt(
@@ -165,7 +160,7 @@ class RolloutSampler:
         if reflection is not None:
             return self.retry_prompt(failure, reflection)
         told = self.task.blind_retry_prompt
-        again = self.task.second_turn(told, failure.problem, self.retry_turn)
+        again = self.task.second_turn(told, failure.problem)
         return self.chat.follow(failure.prompt_ids, failure.attempt_ids, again)
 
 

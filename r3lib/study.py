@@ -110,8 +110,7 @@ class Study:
             model, batch = self.model(adapter), settings["sample_batch"]
             engine = TransformersEngine(model, self.tokenizer, batch, progress, self.chat.end_ids)
         limits = Limits(**{name: settings[name] for name in LENGTHS})
-        temperature, turn = settings["temperature"], settings["retry_turn"]
-        return RolloutSampler(engine, self.chat, self.task, limits, temperature, turn)
+        return RolloutSampler(engine, self.chat, self.task, limits, settings["temperature"])
 
     def remote_engine(self):
         """The engine over vLLM servers that the profile asks for; None: transformers."""

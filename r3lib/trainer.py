@@ -220,9 +220,7 @@ class R3Trainer(SharedPrefixGRPO):
             within=partial(self._autocast, learning=False),
         )
         limits = Limits(args.max_attempt_length, args.max_completion_length, args.max_retry_length)
-        return RolloutSampler(
-            engine, self._chat, self.task, limits, args.temperature, args.retry_turn
-        )
+        return RolloutSampler(engine, self._chat, self.task, limits, args.temperature)
 
     def _train_for_a_remote_engine(self) -> None:
         """Turn on what TRL does for its own vLLM: importance ratios, and a sync before rollouts.

@@ -186,21 +186,15 @@ def test_kill_between_the_result_and_its_marker_claims_nothing(bench, monkeypatc
     assert bench.said[-1] == "running table.csv: not there yet"
 
 
-def test_full_disk_is_one_line_and_the_next_run_resumes(tmp_path):
+def test_after_a_full_disk_the_next_run_resumes(tmp_path):
     def full(work):
         (work / "shard").write_text("1")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(R3Error, match=r"no space left to write .*t: free disk space"):
+    with pytest.raises(OSError, match="No space left"):
         artifacts.stage(tmp_path / "t", {}, [], full)
     artifacts.stage(tmp_path / "t", {}, [], lambda work: (work / "shard").rename(work / "t"))
     assert (tmp_path / "t").read_text() == "1"
-
-
-def test_other_write_errors_are_not_called_a_full_disk(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError):
-        files.write_atomic(tmp_path / "file" / "below", "x")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
@@ -279,7 +273,7 @@ def test_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write_atomic(path, "old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(R3Error, match="no space left"):
+    with pytest.raises(OSError, match="full"):
         files.write_atomic(path, "new")
     assert path.read_text() == "old"
 

@@ -270,20 +270,19 @@ def test_an_answer_cut_off_and_the_same_answer_finished_are_two_failures(sampler
 
 
 @pytest.mark.parametrize("task", [TASK, FunctionCallingTask()])
-def test_second_tries_restate_the_question_alike_unless_a_reminder_is_asked_for(tokenizer, task):
-    """In every condition that goes on in the chat the last turn ends with the question; as a reminder in none."""
+def test_second_tries_restate_the_question_alike(tokenizer, task):
+    """In every condition that goes on in the chat the last turn ends with the question."""
     [problem] = task.problems("test", 1, seed=0)
     chat = Chat(tokenizer)
     failure = Failure(problem, chat.start(task, problem), tokenizer.encode("no"), "no", "no_answer")
     question = {"countdown": task.messages(problem)[0]["content"], "function_calling": getattr(problem, "query", None)}
-    for retry_turn, tail in (("restate", f"\n{question[task.name]}"), ("reminder", "")):
-        engine = ScriptedEngine(tokenizer)
-        one = RolloutSampler(engine, chat, task, retry_turn=retry_turn)
-        for condition in SECOND_TRIES[1:]:
-            one.second_tries(condition, [failure, failure], reflections=[[30], [31]])
-            asked = tokenizer.decode(engine.calls[-1][0][0]).split("<|user|>")[-1]
-            told = task.blind_retry_prompt if condition.reflection == "none" else task.retry_prompt
-            assert asked == f"{told}{tail}<|end|><|assistant|>"
+    engine = ScriptedEngine(tokenizer)
+    one = RolloutSampler(engine, chat, task)
+    for condition in SECOND_TRIES[1:]:
+        one.second_tries(condition, [failure, failure], reflections=[[30], [31]])
+        asked = tokenizer.decode(engine.calls[-1][0][0]).split("<|user|>")[-1]
+        told = task.blind_retry_prompt if condition.reflection == "none" else task.retry_prompt
+        assert asked == f"{told}\n{question[task.name]}<|end|><|assistant|>"
 
 
 # rows of another run never come back
@@ -320,7 +319,7 @@ class PickySumTask(SumTask):
 SUMS = [Sum(f"s{i}", f"{i} + {4 - i}") for i in range(4)]
 SAME_RUN = dict(
     task=SumTask(), problems=SUMS, policy=Policy(), limits=Limits(8, 8, 8), temperature=0.0, seed=0,
-    retry_turn="restate", split="test", conditions=["first_try", "reflect_retry"], shard=2,
+    split="test", conditions=["first_try", "reflect_retry"], shard=2,
 )  # fmt: skip
 OTHER_RUNS = {
     "task.unit": {"task": SumTask("pears")},
@@ -334,7 +333,6 @@ OTHER_RUNS = {
     "limits.max_completion_length": {"limits": Limits(8, 7, 8)},
     "limits.max_retry_length": {"limits": Limits(8, 8, 7)},
     "reflection_temperature": {"temperature": 1.0},
-    "retry_turn": {"retry_turn": "reminder"},
     "split": {"split": "validation"},
     "conditions": {"conditions": ["first_try"]},
     "seed": {"seed": 1},
@@ -344,14 +342,8 @@ OTHER_RUNS = {
 
 def run_sums(engine, tokenizer, out, **changes):
     given = SAME_RUN | changes
-    sampler = RolloutSampler(
-        engine,
-        Chat(tokenizer),
-        given["task"],
-        given["limits"],
-        given["temperature"],
-        given["retry_turn"],
-    )
+    chat = Chat(tokenizer)
+    sampler = RolloutSampler(engine, chat, given["task"], given["limits"], given["temperature"])
     rest = {name: given[name] for name in ("split", "conditions", "seed", "shard")}
     return run_episodes(sampler, given["problems"], given["policy"], out, **rest)
 

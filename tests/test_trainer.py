@@ -7,7 +7,6 @@ import warnings
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 
 import pandas as pd
@@ -288,27 +287,6 @@ def test_the_mask_reaches_the_loss(tiny, tokenizer, tmp_path, mask):
 
 
 # what is trained, on which policy
-
-
-def test_trimmed_chunks_give_the_log_probs_entropies_and_gradients_of_the_padded_batch(model, tokenizer, tmp_path):
-    trainer = make(model, tokenizer, tmp_path, engine=ScriptedEngine(tokenizer))
-    random, rows = Random(3), [(5, 9), (17, 1), (11, 20), (17, 2), (3, 12), (8, 20), (9, 4)]  # prompt, completion
-    ids = torch.zeros(7, 37, dtype=torch.long)
-    for row, (prompt, completion) in zip(ids, rows):
-        text = [random.randrange(5, 800) for _ in range(prompt + completion)]
-        row[17 - prompt : 17 + completion] = torch.tensor(text)
-    mask, results = (ids > 0).long(), []
-    for owner in (GRPOTrainer, R3Trainer):
-        trainer.model.zero_grad()
-        compute = owner._get_per_token_logps_and_entropies
-        logps, entropies, _ = compute(trainer, trainer.model, ids, mask, 20, compute_entropy=True)
-        kept = mask[:, 17:].bool()
-        (logps[kept].sum() + entropies[kept].mean()).backward()
-        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
-        assert logps.shape == entropies.shape == (7, 20)
-        results.append((logps[kept], entropies[kept], gradient / gradient.norm()))
-    for theirs, ours in zip(*results):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_training_moves_every_lora_b_and_trains_in_fp32(model, tokenizer, tmp_path):

@@ -1,11 +1,8 @@
 """Countdown answers: what counts as right, why the others fail, and that no text can stall the verifier."""
 
-import random
-import runpy
 import time
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -16,7 +13,6 @@ from r3lib.verifiers.countdown import MAX_DEPTH, MAX_LENGTH, _read, _tokens, ans
 REASONS = {"ok", "no_answer", "invalid_expression", "wrong_numbers", "missed_target"}
 MEGA = 1_000_000
 ROOT = Path(__file__).parent.parent
-FUZZ = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "fuzz_countdown.py")))
 
 
 def reason(expression, nums=(4, 73, 4, 23), target=76):
@@ -402,15 +398,6 @@ def test_the_order_of_the_given_numbers_does_not_matter(problem, off, rng):
     expression, nums, result = problem
     shuffled = rng.sample(nums, len(nums))
     assert reason(expression, shuffled, result + off) == reason(expression, nums, result + off)
-
-
-@pytest.mark.filterwarnings("ignore::SyntaxWarning")
-def test_two_thousand_cases_of_the_benchmark_whose_truth_is_known_without_reading_the_text():
-    cases = [FUZZ.draw_case(random.Random(f"tests/{index}")) for index in range(2000)]
-    verdicts = [(case, verify(case.text, case.nums, case.target).reason) for case in cases]
-    assert [(case, reason) for case, reason in verdicts if not FUZZ.agrees(case, reason)] == []
-    assert {reason for _, reason in verdicts} == REASONS
-    assert {case.kind for case in cases} >= {"notation", "false result", "spoilt", "misplaced", "noise"}
 
 
 @settings(deadline=None)

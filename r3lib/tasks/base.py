@@ -4,9 +4,6 @@ from pathlib import Path
 
 from ..verifiers.verdict import Verdict
 
-# A second try asks the question again (the paper's), or only to try again.
-RETRY_TURNS = ("restate", "reminder")
-
 
 class Task:
     """Subclass it for a task of your own.
@@ -35,9 +32,9 @@ class Task:
         """Return what a second try asks again: by default the last user message of `messages`."""
         return next(m["content"] for m in reversed(self.messages(problem)) if m["role"] == "user")
 
-    def second_turn(self, told: str, problem, retry_turn: str = "restate") -> str:
-        """Return the user turn before a second try: `told`, then, for "restate", the question."""
-        return f"{told}\n{self.question(problem)}" if retry_turn == "restate" else told
+    def second_turn(self, told: str, problem) -> str:
+        """Return the user turn before a second try: `told`, then the question, as in the paper."""
+        return f"{told}\n{self.question(problem)}"
 
     def tools(self, problem) -> list[dict] | None:
         """Return the tools for the chat template, as JSON Schema functions; None: no tools."""
