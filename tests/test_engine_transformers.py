@@ -583,7 +583,7 @@ def test_queries_that_take_turns_give_the_same_tokens_and_log_probs(
             cut = sampler.generate(prompts, 2, sampling)
         assert [c.ids for c in flat(cut)] == [c.ids for c in flat(whole)]
         for a, b in zip(flat(cut), flat(whole), strict=True):
-            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
 def test_the_scores_of_a_prefill_stay_below_a_bound_however_long_the_prompt(

@@ -37,7 +37,7 @@ def test_the_table_of_defaults_is_that_of_the_config(tmp_path):
     rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", PAGE, re.MULTILINE)
     named = [(re.findall(r"`(\w+)`", names), values.split(", ")) for names, values in rows]
     told = {name: value for names, values in named for name, value in zip(names, values, strict=True)}
-    assert len(told) == 19
+    assert len(told) == 18
     for name, value in told.items():
         known = config[name]
         assert value == known or float(value) == known, name
