@@ -140,3 +140,32 @@ def test_the_pages_give_the_rates_with_room_in_every_answer():
     assert f"| {row} |\n" in (ROOT / "docs" / "results.md").read_text()
     for name in ("retry_sampled", "reflect_retry"):
         assert percent(*cells.loc[name, ["rate", "lo", "hi"]]) in (ROOT / "README.md").read_text()
+
+
+BASELINES = [f"countdown-{run}" for run in ("0.5b-zero-shot", "0.5b-example")]
+BASELINES.append("arithmetic-0.5b-steps")
+
+
+def test_the_page_gives_the_rates_of_untrained_models():
+    folder, page = ROOT / "results" / "baselines", (ROOT / "docs" / "results.md").read_text()
+    kept = pd.read_csv(folder / "accuracy.csv").set_index(["run", "condition"])
+    tables = {}
+    for run in BASELINES:
+        table = accuracy_table(pd.read_parquet(folder / f"{run}.parquet"))
+        tables[run] = table[table.seed == "all"].set_index("condition")
+        columns = ["n", "k", "rate", "lo", "hi"]
+        pd.testing.assert_frame_equal(tables[run][columns], kept.loc[run, columns], check_dtype=False)
+    for name in CONDITIONS_BY_NAME:
+        cells = [percent(*tables[run].loc[name, ["rate", "lo", "hi"]]) for run in BASELINES]
+        assert " | ".join([f"| `{name}`", *cells]) + " |\n" in page
+    failures = [str(int(tables[run].loc["reflect_retry", "n"])) for run in BASELINES]
+    assert f"| failures | {' | '.join(failures)} |\n" in page
+
+
+@pytest.mark.parametrize("b", ["resample", "retry_sampled"])
+@pytest.mark.parametrize("run", BASELINES)
+def test_the_page_gives_what_a_reflection_is_worth_to_untrained_models(run, b):
+    table = comparisons_table(pd.read_parquet(ROOT / "results" / "baselines" / f"{run}.parquet"))
+    row = table.set_index("b").loc[f"vanilla/{b}"]
+    written = f"{100 * row['diff']:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]"
+    assert written in (ROOT / "docs" / "results.md").read_text()
