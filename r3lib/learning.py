@@ -114,13 +114,13 @@ class SharedPrefixGRPO(GRPOTrainer):
         return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
 
     def _separate_values(self, model, input_ids, attention_mask, logits_to_keep, **options):
-        """TRL's."""
+        """TRL's: every row padded to the longest of the step, with its own prompt."""
         width = input_ids.size(1)
         if width > (self._reach or width):  # longrope then moves the positions of all rows
             raise R3Error(
                 f"a learning batch is {width} tokens wide, beyond the {self._reach} up to which "
-                "this model's positions are those of sampling: lower per_device_train_batch_size "
-                "or leave out long failures"
+                "this model's positions are those of sampling: lower max_completion_length or "
+                "leave out long failures"
             )
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, **options

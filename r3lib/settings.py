@@ -30,7 +30,7 @@ REFUSED_FOR = {  # why, or what to do instead: settings that must have their def
     "a run could not resume: use save_strategy='no' and save_model()": "save_only_model",
     "a resumed run would lose the reference: leave it off": "sync_ref_model",
     "a step holds whole groups: lower per_device_train_batch_size": "auto_find_batch_size",
-    "a learning forward drops the padding that its rows share": "pad_to_multiple_of",
+    "a group is one packed row, without padding: leave it unset": "pad_to_multiple_of",
     "it is of no use in GRPO's loss": "label_smoothing_factor",
     "metrics.jsonl counts the tokens": "include_num_input_tokens_seen",
     "metrics.jsonl has a line for every step: leave it unset": "logging_steps logging_strategy",
