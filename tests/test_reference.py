@@ -156,6 +156,30 @@ def test_the_run_on_real_weights_beats_its_own_controls_and_its_start():
         assert written in (ROOT / "docs" / "results.md").read_text()
 
 
+def test_the_second_training_on_real_weights_agrees_with_the_first():
+    run, page = ROOT / "results" / "reference-qwen", (ROOT / "docs" / "results.md").read_text()
+    trained = pd.read_parquet(run / "seed-1" / "arithmetic-r3-1.parquet")
+    untrained = pd.read_parquet(run / "episodes" / "arithmetic-vanilla-0.parquet")
+    both = pd.concat([untrained[untrained.problem_id.isin(trained.problem_id)], trained])
+    rates, differences = accuracy_table(both), comparisons_table(both)
+    for name, again in ("accuracy", rates), ("comparisons", differences):
+        kept = pd.read_csv(run / "seed-1" / f"{name}.csv", dtype={"seed": str, "seeds": str}, keep_default_na=False)
+        columns = [column for column in ("policy", "condition", "a", "b", "n", "lo", "hi") if column in kept]
+        pd.testing.assert_frame_equal(again[columns], kept[columns], check_dtype=False)
+    cells = rates[rates.seed == "all"].set_index(["condition", "policy"])
+    for condition in CONDITIONS_BY_NAME:
+        row = [percent(*cells.loc[(condition, policy), ["rate", "lo", "hi"]]) for policy in ("vanilla", "r3")]
+        assert " | ".join([f"| `{condition}`", *row]) + " |\n" in page
+    differences = differences.set_index(["a", "b"])
+    for b in ("vanilla/reflect_retry", "r3/resample", "r3/retry_sampled"):
+        row = differences.loc[("r3/reflect_retry", b)]
+        assert row.lo > 0.1
+        assert f"{100 * row['diff']:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]" in page
+    metrics = pd.read_json(run / "seed-1" / "metrics.jsonl", lines=True)
+    live = (56 * (1 - metrics.zero_variance_share)).round()
+    assert f"{live.sum():.0f} of {56 * len(metrics)} groups" in page
+
+
 def test_the_pages_give_the_rates_with_room_in_every_answer():
     table = accuracy_table(read_episodes(ROOT / "results" / "reference-qwen" / "room"))
     cells = table[table.seed == "all"].set_index("condition")
