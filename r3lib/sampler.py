@@ -8,6 +8,7 @@ from random import Random
 from .chat import Chat
 from .conditions import Condition
 from .engines.base import Completion, Engine, SamplingParams
+from .engines.prefix_tree import distinct
 from .errors import R3Error
 from .identity import check_problems, check_task
 from .verifiers.verdict import Verdict
@@ -102,7 +103,12 @@ class RolloutSampler:
         """One judged retry after each reflection, in the same conversation."""
         prompts = [self.retry_prompt(r.failure, r.completion.ids) for r in reflections]
         sampling = SamplingParams(self.limits.max_retry_length, temperature)
-        sampled = [group[0] for group in self.engine.generate(prompts, 1, sampling, seeds)]
+        # greedy retries of equal prompts are equal: one for all
+        each = [(tuple(ids), seed if temperature else 0) for ids, seed in zip(prompts, seeds)]
+        asked, places = distinct(each)
+        turns, seeds = [list(ids) for ids, _ in asked], [seed for _, seed in asked]
+        found = self.engine.generate(turns, 1, sampling, seeds)
+        sampled = [found[place][0] for place in places]
         verdicts = [
             judge(self.task, self.chat.text(completion.ids), r.failure.problem)
             for r, completion in zip(reflections, sampled)

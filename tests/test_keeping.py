@@ -130,6 +130,27 @@ def test_the_trainers_retries_go_on_from_its_reflections(tokenizer):
     assert results[1] < 0.8 * results[3]
 
 
+@pytest.mark.parametrize("temperature, rows", [(0.0, 2), (1.0, 5)])
+def test_greedy_retries_after_equal_reflections_are_computed_once(tokenizer, temperature, rows):
+    """What the engine is asked for, and that each reflection has the retry that it has alone."""
+    task, asked = CoinTask(count=3, largest=20), []
+    engine = TransformersEngine(base_model().eval(), tokenizer)
+    sampler = RolloutSampler(engine, Chat(tokenizer), task, Limits(24, 8, 12))
+    one, other = sampler.reflect(coin_failures(tokenizer, 2, task), [1, 2])
+    generate = engine.generate
+    engine.generate = lambda prompts, *rest: asked.append(len(prompts)) or generate(prompts, *rest)
+    with sampler.keeping():
+        sampler.reflect([one.failure] * 3 + [other.failure] * 2, [7] * 5)
+        retries = sampler.retry([one, other, one, one, other], [1, 2, 3, 4, 5], temperature)
+    assert asked == [5, rows]
+    alone = [
+        sampler.retry([r], [seed], temperature)[0]
+        for seed, r in enumerate((one, other, one, one, other), 1)
+    ]
+    assert [r.completion.ids for r in retries] == [r.completion.ids for r in alone]
+    assert [r.verdict for r in retries] == [r.verdict for r in alone]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_any_conversation_goes_on_as_if_it_began_anew(tiny, tokenizer, seed):
     """Rows of any length, cut anywhere, some of them dropped, turn after turn."""
