@@ -8,7 +8,6 @@ from random import Random
 from .chat import Chat
 from .conditions import Condition
 from .engines.base import Completion, Engine, SamplingParams
-from .engines.prefix_tree import distinct
 from .errors import R3Error
 from .identity import check_problems, check_task
 from .verifiers.verdict import Verdict
@@ -104,11 +103,12 @@ class RolloutSampler:
         prompts = [self.retry_prompt(r.failure, r.completion.ids) for r in reflections]
         sampling = SamplingParams(self.limits.max_retry_length, temperature)
         # greedy retries of equal prompts are equal: one for all
-        each = [(tuple(ids), seed if temperature else 0) for ids, seed in zip(prompts, seeds)]
-        asked, places = distinct(each)
-        turns, seeds = [list(ids) for ids, _ in asked], [seed for _, seed in asked]
-        found = self.engine.generate(turns, 1, sampling, seeds)
-        sampled = [found[place][0] for place in places]
+        keys = range(len(prompts)) if temperature else [tuple(ids) for ids in prompts]
+        first = dict(zip(reversed(keys), reversed(range(len(prompts)))))
+        asked = sorted(first.values())
+        turns, seeds = [prompts[i] for i in asked], [seeds[i] for i in asked]
+        found = dict(zip(asked, self.engine.generate(turns, 1, sampling, seeds)))
+        sampled = [found[first[key]][0] for key in keys]
         verdicts = [
             judge(self.task, self.chat.text(completion.ids), r.failure.problem)
             for r, completion in zip(reflections, sampled)

@@ -21,6 +21,7 @@ occurs twice is computed once and its values are taken twice. `check_packing` co
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 PROMPT, PADDING = 0, -1  # segments of a packed row; completions are 1, 2, ...
-MOST_TOKENS = 2048  # of a packed row, whose mask grows with their square; then another one begins
+MOST_TOKENS = 2048  # of a packed row, whose mask grows with their square
 CHUNKS = 4  # parts of a batch, of groups of like length, that are computed one after the other
 # how far packed rows may be from separate ones, in fp32 and in 16 bits, by rounding alone
 MOST_OFF = {True: 1e-3, False: 0.1}  # mean absolute difference of log-probs, in nats
@@ -75,23 +76,47 @@ class Group:
         return len(self.prompt) + sum(map(len, self.completions))
 
 
-def groups_of(input_ids: Tensor, attention_mask: Tensor, kept: int, rows: list[int]) -> list[Group]:
-    """The groups that `rows` form, shortest first; the last `kept` columns are completions."""
+def groups_of(
+    input_ids: Tensor, attention_mask: Tensor, kept: int, rows: list[int], hidden: int
+) -> list[Group]:
+    """The groups that `rows` form, shortest first; the last `kept` columns are completions.
+
+    `hidden`: the model's size, for `shares`.
+    """
     found: dict[tuple, Group] = {}
-    full = []
     ids, seen = input_ids.tolist(), attention_mask.tolist()
     first = input_ids.size(1) - kept
     for row in rows:
         prompt = tuple(i for i, s in zip(ids[row][:first], seen[row][:first]) if s)
         completion = tuple(i for i, s in zip(ids[row][first:], seen[row][first:]) if s)
         group = found.setdefault(prompt, Group(prompt, [], {}))
-        if group.completions and group.tokens() + len(completion) > MOST_TOKENS:
-            full.append(group)
-            group = found[prompt] = Group(prompt, [], {})
         if completion not in group.completions:
             group.completions.append(completion)
         group.of_row[row] = group.completions.index(completion)
-    return sorted([*full, *found.values()], key=Group.tokens)
+    return sorted((part for g in found.values() for part in shares(g, hidden)), key=Group.tokens)
+
+
+def shares(group: Group, hidden: int) -> list[Group]:
+    """The group, or parts of it of about one length, each with the prompt, if they cost less.
+
+    A token costs some 24 hidden^2 operations a layer, and 4 hidden for each token of its packed
+    row, seen or not: for a prompt of P tokens least with P + sqrt(P^2 + 6 hidden P) in a row.
+    """
+    prompt = len(group.prompt)
+    rest = group.tokens() - prompt
+    number = max(
+        round(rest / max(1, isqrt(prompt * (prompt + 6 * hidden)))),
+        -(-rest // max(1, MOST_TOKENS - prompt)),
+    )
+    if number < 2 or len(group.completions) < 2:
+        return [group]
+    parts = [Group(group.prompt, [], {}) for _ in group.completions[:number]]
+    for index in sorted(range(len(group.completions)), key=lambda i: -len(group.completions[i])):
+        part = min(parts, key=Group.tokens)
+        rows = [row for row, of in group.of_row.items() if of == index]
+        part.of_row.update(dict.fromkeys(rows, len(part.completions)))
+        part.completions.append(group.completions[index])
+    return parts
 
 
 def pack(groups: list[Group], rows: list[int], kept: int, device) -> Packed:
@@ -139,11 +164,12 @@ def packed_values(
     quarter of the groups at a time, and at most about `batch_size` rows. `evenly`: as many times as
     other processes do, whatever their groups.
     """
+    hidden = backbone.config.get_text_config().hidden_size
     if evenly:
         blocks = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-        parts = [groups_of(input_ids, attention_mask, kept, block) for block in blocks]
+        parts = [groups_of(input_ids, attention_mask, kept, block, hidden) for block in blocks]
     else:
-        groups = groups_of(input_ids, attention_mask, kept, rows)
+        groups = groups_of(input_ids, attention_mask, kept, rows, hidden)
         size = -(-len(groups) // CHUNKS)
         if batch_size is not None:
             size = max(1, min(size, batch_size * len(groups) // len(rows)))

@@ -49,7 +49,7 @@ def test_a_packed_row_holds_the_prompt_once_and_equal_completions_once():
     ids, mask = batch_of([(3, [2, 3]), (2, [1])], prompt_width=4, width=3)
     ids = torch.cat([ids, ids[:1]])
     mask = torch.cat([mask, mask[:1]])
-    groups = groups_of(ids, mask, 3, [0, 1, 2, 3])
+    groups = groups_of(ids, mask, 3, [0, 1, 2, 3], hidden=16)
     assert [(len(g.prompt), [*map(len, g.completions)], g.of_row) for g in groups] == [
         (2, [1], {2: 0}), (3, [2, 3], {0: 0, 1: 1, 3: 0}),
     ]  # fmt: skip
@@ -230,9 +230,31 @@ def test_what_differs_is_said(packed, said):
 def test_a_packed_row_has_a_largest_size(monkeypatch):
     monkeypatch.setattr("r3lib.shared_prefix.MOST_TOKENS", 12)
     ids, mask = batch_of([(5, [4, 3, 4, 6])], prompt_width=5, width=6)
-    groups = groups_of(ids, mask, 6, [0, 1, 2, 3])
+    groups = groups_of(ids, mask, 6, [0, 1, 2, 3], hidden=64)
     assert sorted(group.tokens() for group in groups) == [9, 11, 12]
     assert sorted(row for group in groups for row in group.of_row) == [0, 1, 2, 3]
+
+
+def operations(groups, hidden):
+    """Of a layer: products with weights, and attention of every token to its whole row."""
+    lengths = [group.tokens() for group in groups]
+    return sum(24 * hidden**2 * length + 4 * hidden * length**2 for length in lengths)
+
+
+@pytest.mark.parametrize("hidden, number", [(128, 3), (1536, 1)])
+def test_a_group_has_as_many_packed_rows_as_cost_least(monkeypatch, hidden, number):
+    """A group of the embedded model's study when its reflections have grown, and one of a model of 1.5B."""
+    ids, mask = batch_of([(60, [90, 70, 110, 80, 90, 100, 60, 120])], 60, 120)
+    groups = groups_of(ids, mask, 120, list(range(8)), hidden)
+    assert len(groups) == number and max(g.tokens() for g in groups) < 1.25 * min(g.tokens() for g in groups)
+    assert sorted(row for group in groups for row in group.of_row) == list(range(8))
+    for group in groups:
+        for row, index in group.of_row.items():
+            assert group.prompt + group.completions[index] == tuple(ids[row][mask[row] > 0].tolist())
+    least = operations(groups, hidden)
+    for other in range(1, 9):  # of about as many rows as one asks for
+        monkeypatch.setattr("r3lib.shared_prefix.isqrt", lambda _, rest=720 // other: rest)
+        assert least <= 1.02 * operations(groups_of(ids, mask, 120, list(range(8)), hidden), hidden)
 
 
 def test_packing_that_changes_the_values_is_found_at_the_start(tiny, tokenizer, tmp_path, caplog, monkeypatch):
