@@ -22,6 +22,7 @@ ANSWER = ["b"]  # the parts of a reply to it
 REASONED = ["<think>", "c", "</think>", "b"]  # and of one with reasoning
 OPEN = re.compile(r"<think>\s*$")  # a prompt that ends so has begun the reply's reasoning
 EMPTY = re.compile(r"<think>\s*</think>\s*$")  # and one that ends so has skipped it
+MOST_TURNS = 4096  # of ours, whose tokens a chat keeps
 KEEP_REASONING = (  # arguments under which templates neither drop nor add reasoning
     {"enable_thinking": False},
     {"preserve_thinking": True},
@@ -160,6 +161,7 @@ class Chat:
 
     def _probe(self) -> None:
         """Find the template's own end and check that it only appends. R3Error: see the class."""
+        self._turns: dict[str, list[int]] = {}
         prompt = self._text(PROBE)
         before, self._after = self._split(PROBE, "a")
         self._said = self._ids(before)
@@ -246,12 +248,19 @@ class Chat:
         return ""
 
     def _turn(self, user_text: str) -> list[int]:
-        """The tokens from a closed assistant turn to the next assistant header."""
-        closed = [*self._said, *self._closing]
-        whole = self._ids("".join(self._split(PROBE, user_text)))
-        if whole[: len(closed)] != closed:
-            raise Rewrites(self._rewrites(f" when told {user_text[:40]!r}"))
-        return whole[len(closed) :]
+        """The tokens from a closed assistant turn to the next assistant header.
+
+        The last ones are kept: the rows of a group are asked the same.
+        """
+        if user_text not in self._turns:
+            closed = [*self._said, *self._closing]
+            whole = self._ids("".join(self._split(PROBE, user_text)))
+            if whole[: len(closed)] != closed:
+                raise Rewrites(self._rewrites(f" when told {user_text[:40]!r}"))
+            if len(self._turns) >= MOST_TURNS:
+                self._turns.clear()
+            self._turns[user_text] = whole[len(closed) :]
+        return self._turns[user_text]
 
 
 def answered(reply: list[str], user_text: str | None = None) -> list[dict]:

@@ -84,6 +84,18 @@ def ids_of(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def test_a_turn_that_was_asked_before_is_not_rendered_again(tokenizer, monkeypatch):
+    chat, seen = Chat(tokenizer), []
+    render = chat._text
+    monkeypatch.setattr(chat, "_text", lambda *a, **k: seen.append(a) or render(*a, **k))
+    monkeypatch.setattr("r3lib.chat.MOST_TURNS", 3)
+    once = [chat.follow([7], [8], f"again {k}") for k in (0, 0, 1)]
+    assert once[0] == once[1] != once[2] and len(seen) == 2 * 2
+    fresh = [Chat(tokenizer).follow([7], [8], f"again {k}") for k in range(9)]
+    assert [chat.follow([7], [8], f"again {k}") for k in range(9)] == fresh
+    assert len(chat._turns) <= 3
+
+
 def test_sampled_ids_survive_every_join_though_they_would_tokenise_differently(tokenizer):
     chat, text = Chat(tokenizer), "I should be more careful next time."
     sampled = [token for letter in text for token in ids_of(tokenizer, letter)]
