@@ -189,7 +189,7 @@ def test_the_pages_give_the_rates_with_room_in_every_answer():
         assert percent(*cells.loc[name, ["rate", "lo", "hi"]]) in (ROOT / "README.md").read_text()
 
 
-BASELINES = [f"countdown-{run}" for run in ("0.5b-zero-shot", "0.5b-example")]
+BASELINES = [f"countdown-{run}" for run in ("0.5b-zero-shot", "0.5b-example", "1.5b-zero-shot")]
 BASELINES.append("arithmetic-0.5b-steps")
 
 
