@@ -1,6 +1,6 @@
-"""A second round of R3: failures mined again, from a trained policy, and training that goes on from it.
+"""A second round of R3 (attempt 5 in docs/results.md): failures of a trained policy, and on from it.
 
-    python benchmarks/second_round.py ADAPTER --seed 1 [--set max_steps=8 learning_rate=1.0e-4]
+    python benchmarks/second_round.py ADAPTER
 
 The failures that a training uses are the untrained model's, as in the paper. What training does to
 first tries does not show in them. Here ADAPTER's own failures on the same training problems are
@@ -10,8 +10,6 @@ trained on, from ADAPTER's weights. Prints the new adapter's folder, under resul
 import argparse
 from functools import cached_property
 from pathlib import Path
-
-import yaml
 
 from r3lib import Study
 from r3lib.files import folder_hash
@@ -37,14 +35,12 @@ class SecondRound(Study):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", type=Path)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
-    options = parser.parse_args()
-    settings = {"name": "qwen-again", "max_steps": 8, "learning_rate": 1.0e-4, "save_steps": 1}
-    settings |= yaml.safe_load("\n".join(pair.replace("=", ": ", 1) for pair in options.set)) or {}
-    study = SecondRound("qwen", "data/arithmetic.py:Arithmetic", **settings)
-    study.start = options.adapter
-    print(study.train(options.seed))
+    study = SecondRound(
+        "qwen", "data/arithmetic.py:Arithmetic", name="qwen-again", max_steps=12,
+        learning_rate=1e-4, temperature=1.5, sample_batch=256, save_steps=1,
+    )  # fmt: skip
+    study.start = parser.parse_args().adapter
+    print(study.train(1))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 PROMPT, PADDING = 0, -1  # segments of a packed row; completions are 1, 2, ...
-MOST_TOKENS = 2048  # of a packed row, whose mask grows with their square
+MOST_TOKENS = 2048  # of a packed row, about: its mask grows with their square
 CHUNKS = 4  # parts of a batch, of groups of like length, that are computed one after the other
 # how far packed rows may be from separate ones, in fp32 and in 16 bits, by rounding alone
 MOST_OFF = {True: 1e-3, False: 0.1}  # mean absolute difference of log-probs, in nats
