@@ -21,7 +21,7 @@ HOMES = {name: block for block in BLOCKS for name in DEFAULTS[block]}
 HOMES["dynamic_sampling"] = "training"  # off by default
 CHOICES = {
     "mask": ("reflection", "reflection+retry", "retry"),
-    "loss_type": ("dr_grpo", "grpo", "dapo", "bnpo"),
+    "loss_type": ("dr_grpo", "grpo", "dapo"),
     "quantization": ("none", "nf4"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "engine": ("transformers", "vllm"),

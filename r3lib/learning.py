@@ -20,8 +20,10 @@ logger = logging.getLogger(__name__)
 class SharedPrefixGRPO(GRPOTrainer):
     """GRPO with the prompt of a group computed once, and nothing for rows that teach nothing.
 
-    Same loss and gradients as TRL's. A subclass sets `_packs` (see `_check_packing`), `_reach`,
-    `_spread` and `failures`.
+    Same loss and gradients as TRL's, but for what is taken within a learning batch, which here has
+    whole groups: `entropy_coef`, `top_entropy_quantile`.
+
+    A subclass sets `_packs` (see `_check_packing`), `_reach`, `_spread` and `failures`.
     """
 
     _packs = False  # whether the rows of a group are computed as one
@@ -51,7 +53,8 @@ class SharedPrefixGRPO(GRPOTrainer):
     def _rows_that_teach(self, inputs) -> list[int] | None:
         """The rows with an advantage, where all others have no part in the loss; None: all rows."""
         args = self.args
-        all_matter = args.beta or self._entropy_bonus_enabled or args.top_entropy_quantile < 1.0
+        of_entropy = self._entropy_bonus_enabled or args.top_entropy_quantile < 1.0
+        all_matter = args.beta or of_entropy or self.aux_loss_enabled
         if all_matter or not self._packs or "old_per_token_logps" in inputs:
             return None
         teaching = inputs["advantages"].reshape(len(inputs["completion_mask"]), -1).any(1)

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from random import Random
 
+import torch
+
 from .engines.prefix_tree import cut
 from .sampler import Failure, Reflection, Retry
 
@@ -44,9 +46,10 @@ def rollout(prompts: list, trainer) -> dict:
         drawn += others
         for number, group in zip(dead, others):
             groups[number] = group
-    trainer.r3_metrics = metrics_of(drawn, time.perf_counter() - started)
-    if args.dynamic_sampling > 1:
-        trainer.r3_metrics["groups_drawn"] = len(drawn)
+    metrics = metrics_of(drawn, trainer.accelerator)
+    if args.dynamic_sampling == 1:
+        del metrics["groups_drawn"]
+    trainer.r3_metrics = metrics | {"seconds_sampling": time.perf_counter() - started}
     reflections = [r for group in groups for r in group.reflections]
     retries = [r for group in groups for r in group.retries]
     rewards = [reward for group in groups for reward in group.rewards]
@@ -98,7 +101,7 @@ def training_order(size: int, wanted: int, seed: int) -> list[int]:
 
 
 def failure_at(place: int, turn: int, trainer) -> Failure:
-    """The failure at a place of the training order; of turns after 0, any other one."""
+    """The failure at a place of the training order; of turns after 0, drawn from all."""
     if turn == 0:
         return trainer.failures[trainer.order[place]]
     draw = Random(f"{trainer.args.seed}/failure/{place}/{turn}")
@@ -113,20 +116,23 @@ def rewards_for(
     return [r.verdict.reward - penalty * was_cut for r, was_cut in zip(retries, cut)]
 
 
-def metrics_of(drawn: list[Group], seconds: float) -> dict[str, float]:
-    """What a rollout adds to the step's log: rates in 0..1, a mean, seconds.
+def metrics_of(drawn: list[Group], accelerator) -> dict[str, float]:
+    """What a rollout adds to the step's log: rates in 0..1, a mean, and the groups drawn.
 
-    Over all groups that were drawn, so that `dynamic_sampling` raises no rate.
+    Over all groups that were drawn, so that `dynamic_sampling` raises no rate, in all processes.
     """
     reflections = [r.completion for group in drawn for r in group.reflections]
-    retries = [r.verdict for group in drawn for r in group.retries]
-    rows = len(reflections)
-    return {
-        "retry_success": sum(verdict.ok for verdict in retries) / rows,
-        "truncated_share": sum(not completion.finished for completion in reflections) / rows,
-        "reflection_tokens": sum(len(completion.ids) for completion in reflections) / rows,
-        "seconds_sampling": seconds,
-    }
+    sums = [
+        sum(retry.verdict.ok for group in drawn for retry in group.retries),
+        sum(not reflection.finished for reflection in reflections),
+        sum(len(reflection.ids) for reflection in reflections),
+        len(drawn),
+        len(reflections),
+    ]
+    sums = accelerator.reduce(torch.tensor(sums, device=accelerator.device)).tolist()
+    names = ("retry_success", "truncated_share", "reflection_tokens")
+    means = {name: total / sums[-1] for name, total in zip(names, sums)}
+    return means | {"groups_drawn": sums[-2]}
 
 
 def columns_to_log(

@@ -40,7 +40,8 @@ REFUSED_FOR = {  # why, or what to do instead: settings that must have their def
 REFUSED = {name: why for why, names in REFUSED_FOR.items() for name in names.split()}
 FREE = set(  # decides no weight but by rounding, so that a resumed run may change it
     """
-    output_dir sample_batch trust_remote_code gradient_accumulation_steps
+    output_dir sample_batch trust_remote_code
+    per_device_train_batch_size gradient_accumulation_steps
     gradient_checkpointing gradient_checkpointing_kwargs use_cache use_cpu
     torch_empty_cache_steps parallelism_config accelerator_config fsdp fsdp_config deepspeed debug
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
@@ -71,7 +72,7 @@ HONOURED = set(  # TRL's other settings: a resumed run must have the same
     entropy_target vllm_importance_sampling_correction vllm_importance_sampling_mode
     vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     vllm_importance_sampling_cap off_policy_mask_threshold use_bias_correction_kl
-    per_device_train_batch_size max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
+    max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
     warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     optim_target_modules average_tokens_across_devices max_grad_norm bf16 fp16 tf32
     use_liger_kernel liger_kernel_config neftune_noise_alpha full_determinism seed
@@ -84,7 +85,8 @@ def refuse_ignored(config) -> None:
     """R3Error for a setting that R3 could not honour; `config`: before TRL has filled it in."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name in REFUSED and value not in (None, {}, default_of(field)):
+        unset = [None, {}, default_of(field)] + [False] * (default_of(field) == "no")
+        if field.name in REFUSED and value not in unset:
             raise R3Error(f"{field.name}={value!r} is not supported: {REFUSED[field.name]}")
 
 

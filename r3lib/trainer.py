@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .card import plain_name, write_card
@@ -35,7 +36,7 @@ from .sampler import Failure, Limits, RolloutSampler
 from .settings import settings_facts
 from .tasks.dataset import DatasetTask
 from .training_log import R3Metrics
-from .weights import NO_SAMPLING
+from .weights import NO_SAMPLING, device
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the contract tests pin rollout_func
 
@@ -90,10 +91,13 @@ class R3Trainer(SharedPrefixGRPO):
         check_task(task)
         if not isinstance(model, str):
             check_model(model, peft_config)
-        self.task, self._engine = task, engine
+        self.task, self._engine, self.failures = task, engine, ()
         self.r3_metrics: dict[str, float] = {}
         self._metrics_log = R3Metrics(self)
         start = trained_weights(model) if isinstance(model, PeftModel) else {}
+        given = args.model_init_kwargs
+        if isinstance(model, str) and torch.cuda.device_count() > 1 and not args.use_cpu:
+            args.model_init_kwargs = {"device_map": {"": device()}} | (given or {})
         super().__init__(
             model=model,
             args=args,
@@ -106,10 +110,11 @@ class R3Trainer(SharedPrefixGRPO):
             optimizers=optimizers,
             quantization_config=quantization_config,
         )
+        args.model_init_kwargs = given
         self._check_and_cast(start)
         self._join_engine()
         check_model(self.model)
-        self._take(mine_for_training(self.sampler(), args) if failures is None else failures)
+        self._take(self._mined(fresh=peft_config is not None) if failures is None else failures)
         self._packs = self._check_packing()
         self._facts = self._decisive(fresh=peft_config is not None)
 
@@ -131,6 +136,11 @@ class R3Trainer(SharedPrefixGRPO):
 
     def _join_engine(self) -> None:
         """Let engine, chat and TRL agree on the tokens that end a reply."""
+        if isinstance(self.processing_class, ProcessorMixin):
+            raise R3Error(
+                f"{self.model.config.model_type} has a {type(self.processing_class).__name__}, and "
+                "R3 takes text alone: give its tokenizer as processing_class"
+            )
         generation = self.model.generation_config
         self._chat = Chat(self.processing_class, generation, self.chat_template_kwargs)
         self.eos_token_ids = sorted(self._chat.end_ids)  # by which TRL tells what was cut off
@@ -141,6 +151,12 @@ class R3Trainer(SharedPrefixGRPO):
     def _spread(self) -> bool:
         """Whether the weights are spread over processes."""
         return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+
+    def _mined(self, fresh: bool) -> Sequence[Failure]:
+        """The policy's failures; a `fresh` adapter changes nothing yet, so no engine needs it."""
+        if isinstance(self._engine, RemoteEngine) and not fresh:
+            self._sync()
+        return mine_for_training(self.sampler(), self.args)
 
     def _take(self, failures: Sequence[Failure]) -> None:
         """Train on `failures`; R3Error if there are none, or one does not fit."""
@@ -183,6 +199,10 @@ class R3Trainer(SharedPrefixGRPO):
 
     def train(self, resume_from_checkpoint=None, *rest, **options):
         """TRL's. R3Error, naming what differs, if there are checkpoints of another training."""
+        if resume_from_checkpoint is True:  # transformers would take one that is not complete
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise R3Error(f"no complete checkpoint in {self.args.output_dir}: call train()")
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             max_steps = self.args.max_steps
@@ -237,7 +257,7 @@ class R3Trainer(SharedPrefixGRPO):
     def _sync(self) -> None:
         """Hand the adapter as it stands to the engine, in a new folder; remove the older ones."""
         folder = Path(self.args.output_dir) / "synced" / f"step-{self.state.global_step:06d}"
-        self.save_model(str(folder))
+        self.save_model(str(folder), _internal_call=True)  # which pushes nothing to the hub
         self.accelerator.wait_for_everyone()
         self._engine.sync(folder)
         self.accelerator.wait_for_everyone()
@@ -246,9 +266,15 @@ class R3Trainer(SharedPrefixGRPO):
                 shutil.rmtree(old)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        """TRL's, with a card that says what the weights are."""
+        """TRL's, with a card that says what the weights are.
+
+        Without the copy of a given adapter that TRL makes as the reference, as it does anew at a
+        resume: beside a folder with it the trained one would not be loaded.
+        """
         super()._save(output_dir, state_dict)
-        write_card(Path(output_dir or self.args.output_dir), self)
+        folder = Path(output_dir or self.args.output_dir)
+        shutil.rmtree(folder / "ref", ignore_errors=True)
+        write_card(folder, self)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=()) -> None:
         """The card of the run, in `output_dir`."""

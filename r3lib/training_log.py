@@ -54,8 +54,8 @@ class R3Metrics(TrainerCallback):
             self.warned = True
             warnings.warn(
                 f"step {state.global_step}: no group has variance (retry success "
-                f"{logs['reward']:.0%}), so nothing is learned: raise num_generations or the "
-                "temperature, or take failures of middling difficulty",
+                f"{logs['retry_success']:.0%}), so no reward teaches anything: raise "
+                "num_generations or the temperature, or take failures of middling difficulty",
                 stacklevel=2,
             )
 

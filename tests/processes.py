@@ -43,7 +43,9 @@ def main(folder: str, steps: str, micro: str, resume: str) -> None:
     trainer.train(resume_from_checkpoint=r3.last_checkpoint(args.output_dir) if resume == "resume" else None)
     weights = {n: p.detach().clone() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
     rank = trainer.accelerator.process_index
-    torch.save({"gradients": watch.steps, "seen": seen, "weights": weights}, f"{folder}/rank-{rank}.pt")
+    log = [entry for entry in trainer.state.log_history if "reward" in entry]
+    kept = {"gradients": watch.steps, "seen": seen, "weights": weights, "log": log}
+    torch.save(kept, f"{folder}/rank-{rank}.pt")
 
 
 if __name__ == "__main__":

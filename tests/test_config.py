@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from trl import GRPOConfig
+from trl import GRPOConfig, TrlParser
 
 from r3lib.config import DEFAULTS, FLAT, FOLDER, accumulation_steps, load_profile
 from r3lib.errors import R3Error
@@ -123,6 +123,13 @@ def test_each_field_of_r3config_is_a_setting_or_refused_with_a_reason():
     inherited = set(GRPOConfig.__dataclass_fields__)
     assert inherited <= HONOURED | FREE | REFUSED.keys()
     assert R3Config.__dataclass_fields__.keys() - inherited <= FLAT.keys() | {"dynamic_sampling"}
+
+
+def test_trls_parser_of_the_command_line_makes_an_r3config(tmp_path):
+    """It gives every field, and False for what is "no" by default."""
+    line = ["--output_dir", str(tmp_path), "--failures_per_step", "4", "--num_generations", "2"]
+    config = TrlParser(R3Config).parse_args_and_config(line)[0]
+    assert config.failures_per_step == 4 and config.include_num_input_tokens_seen == "no"
 
 
 def test_what_a_profile_of_the_package_names_is_read_without_trl_or_peft():

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import CoinTask, ScriptedEngine, alive, coin_failures, gone, small_config, small_lora
 from fake_vllm import EOS, FakeServer, sample
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -472,6 +473,19 @@ def test_each_rollout_samples_from_the_adapter_as_it_stands(tiny, tokenizer, tmp
         for _, weights in engine.synced
     ]
     assert raised[0] == 0 < raised[1] != raised[2]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_given_adapter_samples_what_is_mined(tiny, tokenizer, tmp_path, given):
+    """A fresh one changes nothing yet, so that the model's own failures are mined."""
+    model = get_peft_model(tiny(), small_lora(init_lora_weights=False)) if given else tiny()
+    engine = Remote(tokenizer, model, 0.0)
+    rows = [{"prompt": [{"role": "user", "content": f"Say {n}."}]} for n in range(4)]
+    R3Trainer(
+        model, small_config(tmp_path, max_attempt_length=8), verifier=lambda text, row: False, train_dataset=rows,
+        peft_config=None if given else small_lora(), processing_class=tokenizer, engine=engine,
+    )  # fmt: skip
+    assert [name for name, _ in engine.synced] == ["step-000000"] * given
 
 
 @pytest.mark.parametrize("mask", ["reflection", "reflection+retry"])

@@ -57,6 +57,12 @@ def test_two_processes_sample_what_one_samples_and_nothing_twice(one, two):
     assert not places[0] & places[1] and sorted(places[0] | places[1]) == list(range(8))
 
 
+def test_the_metrics_are_over_all_processes(one, two):
+    names = ("retry_success", "truncated_share", "reflection_tokens", "reward")
+    alone, shared = ([[row[name] for name in names] for row in rank["log"]] for rank in (one[0], two[0]))
+    assert alone == shared and len(alone) == 2
+
+
 def test_gradients_of_two_processes_are_those_of_one(one, two):
     """To rounding; in the second step to what AdamW made of it, which divides small gradients by themselves."""
     for rank in two:

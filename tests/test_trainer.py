@@ -435,6 +435,11 @@ def test_without_any_checkpoint_there_is_nothing_to_resume(tmp_path):
     assert last_checkpoint(str(tmp_path / "absent")) is None
 
 
+def test_to_resume_where_there_is_nothing_is_one_helpful_line(tiny, tokenizer, tmp_path):
+    with pytest.raises(R3Error, match="no complete checkpoint in .*: call train"):
+        make(tiny(), tokenizer, tmp_path).train(resume_from_checkpoint=True)
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -446,8 +451,9 @@ class StopAfter(TrainerCallback):
 def test_resume_or_train_goes_on_from_the_last_checkpoint(tiny, tokenizer, tmp_path):
     options = dict(lora=small_lora(), max_steps=3, save_strategy="steps", save_steps=1)
     make(tiny(), tokenizer, tmp_path, callbacks=[StopAfter(2)], **options).resume_or_train()
+    (tmp_path / "checkpoint-9").mkdir()  # not complete
     engine = ScriptedEngine(tokenizer)
-    make(tiny(), tokenizer, tmp_path, engine=engine, **options).resume_or_train()
+    make(tiny(), tokenizer, tmp_path, engine=engine, **options).train(resume_from_checkpoint=True)
     assert len(engine.calls) == 2, "one step, of two calls, was left"
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
 
@@ -693,6 +699,27 @@ def test_training_goes_on_from_the_adapter_of_a_peft_model(tiny, tokenizer, tmp_
         assert (moved < 1e-6) == still
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_a_given_adapter_resumes_with_what_it_has_learned(tiny, tokenizer, tmp_path, beta):
+    """With a KL term TRL keeps a copy of it as the reference, which is not what was trained."""
+    get_peft_model(tiny(), small_lora(init_lora_weights=False)).save_pretrained(tmp_path / "given")
+
+    def trained(folder, *callbacks):
+        model = PeftModel.from_pretrained(tiny(), tmp_path / "given", is_trainable=True)
+        trainer = make(
+            model, tokenizer, folder, max_steps=3, beta=beta, save_strategy="steps", save_steps=1,
+            callbacks=callbacks,
+        )  # fmt: skip
+        trainer.resume_or_train()
+        return {n: p.clone() for n, p in trainer.model.named_parameters() if ".default." in n}
+
+    begun = trained(tmp_path / "part", StopAfter(2))
+    whole, resumed = trained(tmp_path / "whole"), trained(tmp_path / "part")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert any(not torch.equal(begun[name], resumed[name]) for name in whole)
+    assert repeatable(tmp_path / "part") == repeatable(tmp_path / "whole")
+
+
 def test_a_models_name_is_what_was_given_or_has_no_absolute_path(tmp_path, monkeypatch):
     (tmp_path / "data" / "model").mkdir(parents=True)
     for name in ("org/model", "data/model", "./model", None):
@@ -771,9 +798,12 @@ def test_families_and_adapters_that_cannot_be_sampled_are_refused_before_anythin
         T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     )
     prompts = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    spread = tiny()
+    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
     for model, adapter, words in (
         (t5, None, "t5 is an encoder-decoder"),
         (tiny(), prompts, "virtual tokens.*LoRA"),
+        (spread, None, "llama is spread over 0, cpu: load it on one device"),
     ):
         with pytest.raises(R3Error, match=words):
             make(model, tokenizer, tmp_path, lora=adapter)
@@ -809,8 +839,9 @@ def test_checkpoints_of_another_training_are_not_resumed(tiny, tokenizer, tmp_pa
 def test_how_it_logs_and_saves_may_change_at_a_resume(tiny, tokenizer, tmp_path):
     options = started(tiny, tokenizer, tmp_path)
     changed = options | dict(
-        log_level="error", save_steps=2, save_total_limit=1, run_name="b", sample_batch=3
-    )
+        log_level="error", save_steps=2, save_total_limit=1, run_name="b", sample_batch=3,
+        per_device_train_batch_size=4,
+    )  # fmt: skip
     engine = ScriptedEngine(tokenizer)
     make(tiny(), tokenizer, tmp_path, engine=engine, lora=small_lora(), **changed).resume_or_train()
     assert len(engine.calls) == 4, "two steps, of two calls each, were left"

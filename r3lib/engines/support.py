@@ -13,6 +13,12 @@ def check_model(model, adapter=None) -> None:
         raise R3Error(f"{kind} is an encoder-decoder model: R3 needs a decoder-only one")
     if adapter is not None and adapter.is_prompt_learning:
         raise R3Error(f"{adapter.peft_type.value} puts virtual tokens before a prompt: use LoRA")
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) > 1:
+        raise R3Error(
+            f"{kind} is spread over {', '.join(sorted(map(str, places)))}: load it on one device, "
+            "device_map={'': 0}"
+        )
     if getattr(model.config.get_text_config(), "max_position_embeddings", None) is None:
         raise R3Error(f"{kind} names no max_position_embeddings: {USE_VLLM}")
 
