@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .chat import DATE
 from .errors import R3Error
-from .files import sha256, write_atomic
+from .files import LOCK, claimed, sha256, write_atomic
 from .provenance import machine
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, l
     """Make `target` (file or folder) unless the same config and inputs have made it before.
 
     `build(work: Path)` writes `work/<target.name>`; `work` survives a kill, so that a build can
-    resume. The marker `<target>.stage.json` comes last. R3Error: an input or the output is missing.
+    resume. The marker `<target>.stage.json` comes last. R3Error: an input or the output is missing,
+    or another run is making `target`.
     """
     wanted = _wanted(config, inputs, target)
     marker = _marker(target)
@@ -38,21 +39,28 @@ def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, l
         log(f"cached  {target.name}")
         return target
     work = work_folder(target, config, inputs)
-    unfinished = work.exists() and any(work.iterdir()) and not run
-    log(f"running {target.name}: {'goes on where it stopped' if unfinished else why}")
-    started = time.time()
-    main = os.environ.get("RANK", "0") == "0"  # of several processes one keeps the books
-    if main:
-        _remove_others(target, work, run)
-    work.mkdir(parents=True, exist_ok=True)
-    if run:
-        (work / f".{run}").touch()
-    if main and "WORLD_SIZE" in os.environ:
-        marker.unlink(missing_ok=True)  # for which the other processes then wait
-    build(work)
-    if not main:
+    if os.environ.get("RANK", "0") != "0":  # of several processes one keeps the books
+        work.mkdir(parents=True, exist_ok=True)
+        build(work)
         return _made_by_main(target, marker, wanted)
-    record = {**wanted, "files": _hashes(work / target.name, work), "run": run}
+    _remove_others(target, work, run)
+    with claimed(work):
+        unfinished = any(path.name != LOCK for path in work.iterdir()) and not run
+        log(f"running {target.name}: {'goes on where it stopped' if unfinished else why}")
+        started = time.time()
+        if run:
+            (work / f".{run}").touch()
+        if "WORLD_SIZE" in os.environ:
+            marker.unlink(missing_ok=True)  # for which the other processes then wait
+        build(work)
+        _put_in_place(target, work, {**wanted, "run": run}, started)
+    return target
+
+
+def _put_in_place(target: Path, work: Path, wanted: dict, started: float) -> None:
+    """Move what was built in `work` to `target`, with its marker."""
+    marker = _marker(target)
+    record = {**wanted, "files": _hashes(work / target.name, work)}
     record["seconds"] = round(time.time() - started, 2)
     record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     marker.unlink(missing_ok=True)  # from here on a kill leaves no marker that claims too much
@@ -62,7 +70,6 @@ def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, l
     (work / target.name).rename(target)
     write_atomic(marker, json.dumps(record, indent=1))
     shutil.rmtree(work)
-    return target
 
 
 def up_to_date(target: Path, config: dict, inputs: Iterable[Path]) -> bool:
@@ -92,6 +99,10 @@ class Recorder:
         self.results = results
         self.notebook = notebook
         self.inputs = list(inputs)
+        entries = self._entries()
+        kept = {name: made for name, made in entries.items() if made["notebook"] != notebook}
+        if kept != entries:  # what an earlier run of it drew is not this one's
+            self._write(kept)
 
     def table(self, frame: "pd.DataFrame", name: str, cell: str) -> "pd.DataFrame":
         """Save `frame` as tables/<name>.csv, made under the heading `cell`; return it."""
@@ -119,12 +130,7 @@ class Recorder:
 
     def _register(self, paths: list[Path], cell: str, data: "pd.DataFrame") -> None:
         """Enter `paths` into the manifest with all that they came from."""
-        manifest = self.results / "manifest.json"
-        try:
-            entries = json.loads(manifest.read_text())["artefacts"] if manifest.exists() else {}
-        except (ValueError, KeyError) as error:
-            raise R3Error(f"{manifest} is damaged: delete it and run again") from error
-        made = machine() | {"prompt_date": DATE}
+        entries, made = self._entries(), machine() | {"prompt_date": DATE}
         seeds = data["seed"].dropna().astype(str).unique() if "seed" in data else []
         origin = {
             "notebook": self.notebook,
@@ -135,7 +141,24 @@ class Recorder:
         }
         for name, digest in _hashes(paths, self.results).items():
             entries[name] = {"sha256": digest, **origin, **made}
-        write_atomic(manifest, json.dumps({**made, "artefacts": entries}, indent=1, sort_keys=True))
+        self._write(entries, **made)
+
+    @property
+    def _manifest(self) -> Path:
+        return self.results / "manifest.json"
+
+    def _entries(self) -> dict:
+        """What the manifest has."""
+        if not self._manifest.exists():
+            return {}
+        try:
+            return json.loads(self._manifest.read_text())["artefacts"]
+        except (ValueError, KeyError) as error:
+            raise R3Error(f"{self._manifest} is damaged: delete it and run again") from error
+
+    def _write(self, entries: dict, **made) -> None:
+        text = json.dumps({**made, "artefacts": entries}, indent=1, sort_keys=True)
+        write_atomic(self._manifest, text)
 
 
 def _marker(target: Path) -> Path:
@@ -151,7 +174,8 @@ def _remove_others(target: Path, work: Path, run: str) -> None:
     """Remove what other configurations, or an earlier fresh run, left unfinished."""
     for other in target.parent.glob(f".work-{escape(target.name)}-*"):
         if other != work or (run and not (work / f".{run}").exists()):
-            shutil.rmtree(other)
+            with claimed(other):
+                shutil.rmtree(other)
 
 
 def _made_by_main(target: Path, marker: Path, wanted: dict) -> Path:

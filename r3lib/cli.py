@@ -106,7 +106,7 @@ def sample(options) -> int:
     elif options.seed is not None:
         raise R3Error(f"r3 sample {options.stage} has no --seed: leave it out")
     study = study_of(options)
-    with claimed(study.results, shared=True):
+    with claimed(study.results, shared=options.shard is not None):
         print(getattr(study, options.stage)(*seed, part=options.shard))
     return 0
 

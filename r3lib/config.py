@@ -33,7 +33,14 @@ LEAST = {"num_generations": 2, "temperature": 0.01}  # equal reflections teach n
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number too."""
+    """YAML in which 1e-5 is a number too, and no key may stand twice in a mapping."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice")
+        return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver(
@@ -98,7 +105,7 @@ def load_profile(name: str, /, **overrides) -> Profile:
     nearest), a value of wrong type or out of range, settings that exclude each other.
     """
     values = _read(name)
-    for key, value in _with_dtype(overrides).items():
+    for key, value in _with_dtype(overrides, values).items():
         block, inner = _place(key)
         if isinstance(value, str) and KINDS.get(key) is not str:
             value = _parsed(value, f"{key}={value}")
@@ -162,16 +169,15 @@ def _read(name: str) -> dict:
     given = _parsed(path.read_text(encoding="utf-8"), path)
     if not isinstance(given, dict) or "name" not in given:
         raise R3Error(f"{path} is not a profile: its first line must be name: ...")
-    given = _with_dtype(given)
     base = given.pop("base", None)
     values = _read(base) if base else copy.deepcopy(DEFAULTS)
-    _merge(values, given, str(path))
+    _merge(values, _with_dtype(given, values), str(path))
     return values
 
 
-def _with_dtype(given: Mapping) -> dict:
-    """`given`, with the default dtype where another model is given without one."""
-    another = given.get("model", "base_model") != "base_model"
+def _with_dtype(given: Mapping, values: Mapping) -> dict:
+    """`given`, with the default dtype where it replaces the embedded model without naming one."""
+    another = values["model"] == "base_model" != given.get("model", "base_model")
     return {"dtype": DEFAULTS["dtype"], **given} if another else dict(given)
 
 

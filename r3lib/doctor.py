@@ -17,7 +17,7 @@ from .colab import KEPT, version
 from .config import ROOT, Profile, load_profile
 from .errors import R3Error
 from .provenance import TCMALLOC, reaches_hub
-from .tasks import TASKS, load_task
+from .tasks import TASKS, drawn, load_task
 from .weights import bf16_gain, missing
 
 # of the profile as it is, measured on two cores
@@ -122,7 +122,7 @@ def problems(run: Run) -> str:
             why = "the hub does not answer, its data must be in the hub's cache: go online"
             raise Doubt(f"{name}: {why}")
         for split, count in wanted.items():
-            task.problems(split, count, seed=0)
+            drawn(task, split, count)
     own, limits = run.profile.task, run.profile.sampling
     if own not in ("all", *run.tasks):
         tokens = ", ".join(f"{key}={limits[key]}" for key in limits if key.endswith("_length"))

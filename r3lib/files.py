@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def folder_hash(*paths: Path, without: tuple[str, ...] = ()) -> str:
     """
     found = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
     lines = [f"{f.name} {sha256(f)}" for f in found if f.suffix not in (*NO_EFFECT, *without)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
+
+
+def data_hash(paths: Iterable[Path | str]) -> str:
+    """Hex digest of files, and of all that folders hold; "": none. R3Error: one is missing."""
+    lines = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise R3Error(f"{path}, which the task's files() names, is missing: correct it there")
+        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        lines += [f"{file.relative_to(path.parent)} {sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
 
 

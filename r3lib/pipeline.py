@@ -25,7 +25,9 @@ from .render import render
 
 NOTEBOOKS = ROOT / "notebooks"
 STUDY = "05"  # its last notebook; a later one runs alone
-NEWS = re.compile(r"(cached|running|step) .+|.*no group has variance.+")  # lines shown at once
+NEWS = re.compile(  # lines shown at once
+    r"(cached|running|step) .+|.*no group has variance.+|\w+ left out: .+"
+)
 
 
 def reproduce(

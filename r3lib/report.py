@@ -47,6 +47,7 @@ def page(results: Path) -> str:
     manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
     artefacts = pd.DataFrame.from_dict(manifest["artefacts"], orient="index")
     artefacts = artefacts.sort_values(["notebook", "seconds"], kind="stable")
+    names = sorted(Path(name).stem for name in artefacts.index if name.startswith("tables/"))
     return PAGES.get_template("report.html").render(
         profile=results.name,
         problems=int(accuracy[accuracy.seed != "all"].n.max()),
@@ -54,7 +55,7 @@ def page(results: Path) -> str:
         comparisons=html_of(compared(read(tables / "comparisons.csv"))),
         paper=html_of(beside_the_paper(view, results.name), index=True),
         figures=figures(results, artefacts),
-        tables={path.stem: html_of(read(path)) for path in sorted(tables.glob("*.csv"))},
+        tables={name: html_of(read(tables / f"{name}.csv")) for name in names},
         episodes=sample(read_episodes(results / "episodes"), accuracy),
         per_cell=PER_CELL,
         provenance=html_of(provenance(artefacts)),

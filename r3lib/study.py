@@ -21,13 +21,13 @@ from .conditions import CONDITIONS
 from .config import ROOT, Loader, Profile, load_profile
 from .episodes import UNTRAINED, Policy, in_shards, read_episodes, run_episodes
 from .errors import R3Error
-from .files import folder_hash
+from .files import data_hash
 from .identity import task_facts
 from .mining import MinedFailures, failures_table
 from .sampler import Limits, RolloutSampler, mine_failures
 from .settings import FREE
 from .sources import sources_hash
-from .tasks import TASKS, Task, check_options, load_task
+from .tasks import TASKS, Task, check_options, drawn, load_task
 from .weights import compute_dtype, generation_config, hash_of, load, locate, precision, reading
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Study:
     def problems(self, split: str, n: int) -> list:
         """`n` problems of a split: the same for every policy and seed, drawn once a study."""
         if (split, n) not in self._drawn:
-            self._drawn[split, n] = self.task.problems(split, n, seed=0)
+            self._drawn[split, n] = drawn(self.task, split, n)
         return self._drawn[split, n]
 
     # The steps
@@ -265,7 +265,7 @@ class Study:
             keys = (*keys, "vllm_options")
         same = {"task": self.task.name, "task_facts": task_facts(self.task)}
         same["code"] = sources_hash(self.task, self.profile.engine)
-        same["data"] = folder_hash(*self.task.files())
+        same["data"] = data_hash(self.task.files())
         same |= {"model": self.model_hash, "dtype": self.dtype, "prompt_date": DATE}
         same["sampling"] = _decisive(self.profile.sampling)
         same |= {key: profile[key] for key in ("quantization", "engine", *keys)}
@@ -325,7 +325,8 @@ class Study:
         if os.environ.get("RANK", "0") != "0":
             return
         logs = sorted((self.results / "adapters").glob("[!.]*-r3-*/metrics.jsonl"))
-        ours = [log for log in logs if int(log.parent.name.rpartition("-")[2]) < self.profile.seeds]
+        seeds = [str(seed) for seed in range(self.profile.seeds)]
+        ours = [log for log in logs if log.parent.name.rpartition("-")[2] in seeds]
         (self.results / "metrics.jsonl").write_text("".join(log.read_text() for log in ours))
 
 

@@ -253,6 +253,37 @@ def test_processes_of_one_run_share_a_folder_and_keep_others_out(tmp_path):
         pass
 
 
+def test_what_another_run_is_making_is_neither_made_twice_nor_removed(tmp_path):
+    target, log = tmp_path / "episodes.parquet", []
+    work = artifacts.work_folder(target, {"seed": 0}, [])
+    work.mkdir()
+    (work / "shard").touch()
+    with held(work):
+        for seed in (0, 1):  # the same settings, and others
+            with pytest.raises(R3Error, match="is running in"):
+                artifacts.stage(target, {"seed": seed}, [], lambda work: (work / target.name).touch(), log.append)
+    assert (work / "shard").exists() and not target.exists() and log == []
+    artifacts.stage(target, {"seed": 1}, [], lambda work: (work / target.name).touch(), log.append)
+    assert target.exists() and not work.exists() and log == ["running episodes.parquet: not there yet"]
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.pt", "part/a.json"])
+def test_every_file_that_a_task_reads_counts_with_its_place(tmp_path, name):
+    folder = tmp_path / "data"
+    path = folder / name
+    path.parent.mkdir(parents=True)
+    path.write_text("3 + 10")
+    hashes = [files.data_hash([folder])]
+    path.write_text("3 + 77")
+    hashes.append(files.data_hash([str(folder)]))
+    (folder / "other").mkdir()
+    path.rename(folder / "other" / path.name)
+    hashes.append(files.data_hash([folder]))
+    assert len(set(hashes)) == 3
+    with pytest.raises(R3Error, match="absent, which the task's files.. names, is missing"):
+        files.data_hash([tmp_path / "absent"])
+
+
 def test_a_disk_without_locks_is_used_without_one(tmp_path, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
@@ -314,6 +345,13 @@ def test_registering_again_updates_one_entry_and_keeps_the_others(tmp_path):
     assert {name: e["cell"] for name, e in artefacts.items()} == {"tables/one.csv": "second", "tables/two.csv": "first"}
     assert artefacts["tables/one.csv"]["sha256"] == files.sha256(tmp_path / "tables" / "one.csv")
     assert shown.a.tolist() == [2]
+
+
+def test_what_an_earlier_run_of_a_notebook_drew_is_no_longer_its_own(tmp_path):
+    for notebook, name in (("nb", "old"), ("other", "kept"), ("nb", "new")):
+        Recorder(tmp_path, notebook).table(pd.DataFrame({"a": [1]}), name, "cell")
+    artefacts = json.loads((tmp_path / "manifest.json").read_text())["artefacts"]
+    assert artefacts.keys() == {"tables/kept.csv", "tables/new.csv"}
 
 
 def test_damaged_manifest_is_reported_not_overwritten(tmp_path):

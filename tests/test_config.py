@@ -86,6 +86,20 @@ def test_another_model_has_the_machines_dtype_unless_one_is_given():
     assert load_profile("nano", dtype="float32", model="some/model").dtype == "float32"
 
 
+def test_a_dtype_that_a_profile_of_yours_names_stays_with_another_model(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("name: one\nmodel: smollm2\ndtype: float32\n")
+    two.write_text(f"name: two\nbase: {one}\nmodel: some/model\n")
+    assert load_profile(str(one), model="some/model").dtype == load_profile(str(two)).dtype == "float32"
+
+
+def test_a_key_that_stands_twice_is_an_error_not_the_last_of_them(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("name: own\ntraining: {learning_rate: 1e-4}\ntraining: {max_steps: 1}\n")
+    with pytest.raises(R3Error, match="'training' stands there twice"):
+        load_profile(str(path))
+
+
 def test_task_options_change_task_by_task():
     plain = load_profile("nano").task_options
     options = load_profile("nano", task_options="{countdown: {count: [3, 4]}}").task_options

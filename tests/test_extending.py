@@ -9,6 +9,7 @@ from conftest import tiny_model
 
 from r3lib import Study
 from r3lib.config import load_profile
+from r3lib.doctor import Run, outcome, problems
 from r3lib.pipeline import reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,15 @@ def test_a_task_in_a_file_of_its_own_goes_through_every_notebook_to_the_report(t
     figures = {path.name for path in (tmp_path / "smoke" / "figures").glob("*.png")}
     assert {"sums_conditions.png", "sums_training.png", "sums_errors.png", "baseline.png"} <= figures
     assert (tmp_path / "smoke" / "adapters" / "sums-r3-0" / "adapter_model.safetensors").exists()
+
+
+def test_the_pages_task_has_the_problems_of_the_default_study(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    assert outcome(problems, Run(load_profile("nano"), ["mine.py:Sums"]))[0] == "ok"
+    few = Run(load_profile("nano", test_problems=100_000), ["mine.py:Sums"])
+    state, text = outcome(problems, few)
+    assert state == "fail" and "sums: problems('test', 100000, seed=0)" in text and "ValueError: Sample" in text
 
 
 def test_a_condition_is_a_row_that_tables_comparisons_and_figures_know(tmp_path):

@@ -125,7 +125,7 @@ def test_a_function_beside_a_task_of_ones_own_counts_as_the_task(tmp_path, capsy
 
 
 def test_a_function_that_a_task_imports_from_a_file_beside_it_counts_too(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "mine.py").write_text("import r3_helpers\n" + OWN.replace("len(text)", "r3_helpers.size(text)"))
     keys = []
     for body in ("len(text)", "len(text) + 1", "len(text) + 1"):
@@ -135,6 +135,27 @@ def test_a_function_that_a_task_imports_from_a_file_beside_it_counts_too(tmp_pat
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
         keys.append(Study("smoke", f"{tmp_path / 'mine.py'}:Even", tmp_path)._config())
     assert keys[0] != keys[1] == keys[2]
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    ("def problems(self, split, n, seed): return super().problems(split, n, seed)[:5]", "gives 5: ask for as many"),
+    ("def problems(self, split, n, seed): return 1 / 0", "raises ZeroDivisionError: division by zero"),
+    ("def messages(self, problem): return 'What?'", "messages gives 'What.': return"),
+])  # fmt: skip
+def test_problems_that_are_none_are_refused_before_anything_is_sampled(tmp_path, body, words):
+    (tmp_path / "mine.py").write_text(f"{OWN}    {body}\n")
+    study = Study("smoke", f"{tmp_path / 'mine.py'}:Even", tmp_path, test_problems=8)
+    with pytest.raises(R3Error, match=words):
+        study.problems("test", 8)
+
+
+def test_other_folders_among_the_adapters_are_left_alone(tmp_path):
+    study = Study("smoke", CoinTask(), tmp_path)
+    for name in ("countdown-r3-0", "countdown-r3-0-backup"):
+        (study.results / "adapters" / name).mkdir(parents=True)
+        (study.results / "adapters" / name / "metrics.jsonl").write_text(f"{name}\n")
+    study._collect_metrics()
+    assert (study.results / "metrics.jsonl").read_text() == "countdown-r3-0\n"
 
 
 def test_a_task_that_inherits_a_shipped_one_hangs_on_its_sources(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,24 @@ def load_task(name: str, options: dict | None = None, **own) -> Task:
         raise R3Error(f"{why}: see its class for their types") from error
 
 
+def drawn(task: Task, split: str, n: int) -> list:
+    """`n` problems of a split. R3Error: a task of your own gives fewer, or what is no question."""
+    call = f"{task.name}: problems({split!r}, {n}, seed=0)"
+    try:
+        problems = task.problems(split, n, seed=0)
+        messages = task.messages(problems[0]) if problems else []
+    except R3Error:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise R3Error(f"{call}, or messages of the first problem, raises {why}") from error
+    if len(problems) != n:
+        raise R3Error(f"{call} gives {len(problems)}: ask for as many, or make the task give them")
+    if not (isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
+        raise R3Error(f"{task.name}: messages gives {messages!r}: return [{{role, content}}, ...]")
+    return problems
+
+
 def check_options(options: dict, own: str) -> None:
     """R3Error unless `options` are {option: value} of shipped tasks or of the task called `own`."""
     known = [*TASKS, own]
@@ -61,10 +80,13 @@ def _class_at(place: str) -> type[Task]:
 
 
 def _module(name: str):
-    if not name.endswith(".py"):
-        return importlib.import_module(name)
     path, ours = Path(name).resolve(), ROOT / name
     path = ours if ours.exists() and not path.exists() else path
+    beside = str(path.parent) if name.endswith(".py") else os.getcwd()
+    if beside not in sys.path:  # for the modules beside it, as for a script
+        sys.path.append(beside)
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -72,4 +94,4 @@ def _module(name: str):
     return module
 
 
-__all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingTask", "Task", "load_task"]
+__all__ = ["CountdownProblem", "CountdownTask", "FunctionCallingTask", "Task", "drawn", "load_task"]
