@@ -210,6 +210,13 @@ def test_a_single_file_is_read_and_a_permuted_row_counts_once(write):
         CountdownTask(source=source).problems(split, 2, 0)
 
 
+@pytest.mark.parametrize("row", [(("6", "9", "4"), 19), ((6, 9, 4), None), ((6, 9, 4.5), 19)])
+def test_a_row_that_is_no_problem_is_named(write, row):
+    source = write([row])
+    with pytest.raises(R3Error, match="row 0: nums=.* target=.*: give whole numbers"):
+        CountdownTask(source=source).problems("train", 1, 0)
+
+
 def test_a_data_set_with_a_wrong_column_is_told_what_is_needed(write):
     source = write(ROWS, columns=("numbers", "target"))
     with pytest.raises(R3Error, match="has columns .*numbers.* Countdown needs `nums`"):

@@ -154,8 +154,13 @@ def read_rows(source: str, seed: int) -> Iterator[CountdownProblem]:
             "`target` (int)"
         )
     order = Random(f"{seed}").sample(range(len(data)), len(data))
-    for row in data.select(order):
-        yield CountdownProblem(tuple(row["nums"]), row["target"])
+    for place, row in zip(order, data.select(order)):
+        nums, target = row["nums"], row["target"]
+        if not (isinstance(nums, list) and all(isinstance(n, int) for n in [*nums, target])):
+            raise R3Error(
+                f"{source!r}, row {place}: nums={nums!r}, target={target!r}: give whole numbers"
+            )
+        yield CountdownProblem(tuple(nums), target)
 
 
 # room for all 1,540 of three numbers up to 20; one of four numbers takes some 20 kB
