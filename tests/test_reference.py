@@ -12,6 +12,7 @@ from r3lib.episodes import read_episodes
 from r3lib.evaluate import accuracy_table, by_part, comparisons_table
 from r3lib.files import sha256
 from r3lib.report import percent
+from r3lib.stats import wilson
 from r3lib.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,14 +157,15 @@ def test_the_run_on_real_weights_beats_its_own_controls_and_its_start():
         assert written in (ROOT / "docs" / "results.md").read_text()
 
 
-def test_the_second_training_on_real_weights_agrees_with_the_first():
+@pytest.mark.parametrize("folder, seed, groups", [("seed-1", 1, 56), ("slower", 0, 36)])
+def test_further_trainings_on_real_weights_agree_with_the_first(folder, seed, groups):
     run, page = ROOT / "results" / "reference-qwen", (ROOT / "docs" / "results.md").read_text()
-    trained = pd.read_parquet(run / "seed-1" / "arithmetic-r3-1.parquet")
+    trained = pd.read_parquet(run / folder / f"arithmetic-r3-{seed}.parquet")
     untrained = pd.read_parquet(run / "episodes" / "arithmetic-vanilla-0.parquet")
     both = pd.concat([untrained[untrained.problem_id.isin(trained.problem_id)], trained])
     rates, differences = accuracy_table(both), comparisons_table(both)
     for name, again in ("accuracy", rates), ("comparisons", differences):
-        kept = pd.read_csv(run / "seed-1" / f"{name}.csv", dtype={"seed": str, "seeds": str}, keep_default_na=False)
+        kept = pd.read_csv(run / folder / f"{name}.csv", dtype={"seed": str, "seeds": str}, keep_default_na=False)
         columns = [column for column in ("policy", "condition", "a", "b", "n", "lo", "hi") if column in kept]
         pd.testing.assert_frame_equal(again[columns], kept[columns], check_dtype=False)
     cells = rates[rates.seed == "all"].set_index(["condition", "policy"])
@@ -175,9 +177,19 @@ def test_the_second_training_on_real_weights_agrees_with_the_first():
         row = differences.loc[("r3/reflect_retry", b)]
         assert row.lo > 0.1
         assert f"{100 * row['diff']:+.1f} [{100 * row.lo:+.1f}, {100 * row.hi:+.1f}]" in page
-    metrics = pd.read_json(run / "seed-1" / "metrics.jsonl", lines=True)
-    live = (56 * (1 - metrics.zero_variance_share)).round()
-    assert f"{live.sum():.0f} of {56 * len(metrics)} groups" in page
+    metrics = pd.read_json(run / folder / "metrics.jsonl", lines=True)
+    live = (groups * (1 - metrics.zero_variance_share)).round()
+    assert f"{live.sum():.0f} of {groups * len(metrics)} groups" in page
+
+
+@pytest.mark.parametrize("path", ["episodes/arithmetic-r3-0", "seed-1/arithmetic-r3-1", "slower/arithmetic-r3-0"])
+def test_the_page_gives_second_tries_by_the_form_of_the_first(path):
+    rows = pd.read_parquet(ROOT / "results" / "reference-qwen" / f"{path}.parquet")
+    rows = rows[rows.condition == "reflect_retry"]
+    for alone in (True, False):
+        right = rows.retry_reason[(rows.attempt_reason == "wrong_number") == alone] == "ok"
+        rate = percent(right.mean(), *wilson(right.sum(), len(right)))
+        assert f" {right.sum()} of {len(right)}, {rate} |" in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_pages_give_the_rates_with_room_in_every_answer():
