@@ -6,6 +6,7 @@ What depends on TRL's experimental `rollout_func` or on its private names is her
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from math import isfinite
@@ -92,25 +93,21 @@ class R3Trainer(SharedPrefixGRPO):
         if not isinstance(model, str):
             check_model(model, peft_config)
         self.task, self._engine, self.failures = task, engine, ()
-        self.r3_metrics: dict[str, float] = {}
-        self._metrics_log = R3Metrics(self)
+        self.r3_metrics, self._metrics_log = {}, R3Metrics(self)
         start = trained_weights(model) if isinstance(model, PeftModel) else {}
-        given = args.model_init_kwargs
-        if isinstance(model, str) and torch.cuda.device_count() > 1 and not args.use_cpu:
-            args.model_init_kwargs = {"device_map": {"": device()}} | (given or {})
-        super().__init__(
-            model=model,
-            args=args,
-            reward_funcs=verified,
-            train_dataset=Dataset.from_dict({"prompt": []}),  # which `_take` replaces
-            peft_config=deepcopy(peft_config),  # the name of the base is noted in it
-            processing_class=processing_class,
-            rollout_func=rollout,
-            callbacks=[self._metrics_log, *(callbacks or [])],
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-        )
-        args.model_init_kwargs = given
+        with on_one_device(model, args):
+            super().__init__(
+                model=model,
+                args=args,
+                reward_funcs=verified,
+                train_dataset=Dataset.from_dict({"prompt": []}),  # which `_take` replaces
+                peft_config=deepcopy(peft_config),  # the name of the base is noted in it
+                processing_class=processing_class,
+                rollout_func=rollout,
+                callbacks=[self._metrics_log, *(callbacks or [])],
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+            )
         self._check_and_cast(start)
         self._join_engine()
         check_model(self.model)
@@ -284,6 +281,16 @@ class R3Trainer(SharedPrefixGRPO):
     def resume_or_train(self):
         """Train, from the last complete checkpoint in `output_dir` if there is one."""
         return self.train(resume_from_checkpoint=last_checkpoint(self.args.output_dir))
+
+
+@contextmanager
+def on_one_device(model, args):
+    """Within the block TRL loads a model by name to this process's GPU, not spread over several."""
+    given = args.model_init_kwargs
+    if isinstance(model, str) and torch.cuda.device_count() > 1 and not args.use_cpu:
+        args.model_init_kwargs = {"device_map": {"": device()}} | (given or {})
+    yield
+    args.model_init_kwargs = given
 
 
 def check_args(args, reward_funcs, eval_dataset) -> None:
