@@ -54,6 +54,13 @@ def test_a_time_is_told_only_of_a_profile_as_it_was_measured(tmp_path):
     assert "not measured for this profile" in ask("time", str(tmp_path / "own.yaml"))[1]
 
 
+@pytest.mark.parametrize("gain, hours", [(5.0, "an hour and a half"), (2.7, "three and a half")])
+def test_the_time_of_larger_weights_goes_by_the_products_of_this_machine(gain, hours, monkeypatch):
+    monkeypatch.setattr(doctor, "bf16_gain", lambda: gain)
+    qwen = load_profile("qwen")
+    assert f"about {hours}" in doctor.time(Run(qwen, qwen.tasks()))
+
+
 def test_what_fails_stops_a_run(monkeypatch):
     monkeypatch.setattr(doctor, "version", lambda name: None)
     assert refused().startswith("missing ")
