@@ -289,8 +289,10 @@ def on_one_device(model, args):
     given = args.model_init_kwargs
     if isinstance(model, str) and torch.cuda.device_count() > 1 and not args.use_cpu:
         args.model_init_kwargs = {"device_map": {"": device()}} | (given or {})
-    yield
-    args.model_init_kwargs = given
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given
 
 
 def check_args(args, reward_funcs, eval_dataset) -> None:
