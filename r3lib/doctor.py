@@ -24,7 +24,7 @@ from .weights import bf16_gain, missing
 TIMES = {"smoke": "90 seconds", "nano": "15 minutes a seed", "smol": "two hours a task"}
 TIMES["qwen"] = "an hour and a half for one seed, an hour for each further one"  # from its parts
 WITHOUT_AMX = {"qwen": "three and a half hours for one seed, three for each further one"}
-AMX = 4  # with it bf16 products are 4.5 to 6 times as fast as fp32, with AVX512-BF16 alone 2.7
+AMX = 4  # with it bf16 products are over 4 times as fast as fp32, with AVX512-BF16 alone 2.7
 
 
 class Doubt(R3Error):

@@ -116,8 +116,8 @@ def run_all_cells(page, lab, path):
     page.goto(f"{lab['url']}lab/tree/{path.name}?reset&token={lab['token']}", timeout=MINUTE)
     idle = page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
     idle.wait_for(timeout=MINUTE)
-    question = page.locator(".jp-Dialog .jp-mod-accept")  # which kernel, where the machine is slow
-    page.add_locator_handler(question, lambda: question.click(), no_wait_after=True)  # it may come twice
+    question = page.locator(".jp-Dialog .jp-mod-accept")  # which kernel; may come twice
+    page.add_locator_handler(question, lambda: question.click(), no_wait_after=True)
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     deadline = time.monotonic() + 300
     while True:  # a click that comes before the kernel is there runs nothing: click again
