@@ -24,8 +24,9 @@ class R3Config(GRPOConfig):
 
     Each step uses `failures_per_step` failures and samples `num_generations` reflections for each;
     `per_device_train_batch_size` is the number of rows in one learning forward, and the
-    accumulation steps follow. Lengths are in tokens. `mask` names the turns whose tokens are
-    trained. R3Error: a setting out of range, or one of TRL's that R3 does not honour.
+    accumulation steps follow. Lengths are in tokens: `max_completion_length` is that of a
+    reflection, the completion that is trained. `mask` names the turns whose tokens are trained.
+    R3Error: a setting out of range, or one of TRL's that R3 does not honour.
     """
 
     learning_rate: float = 5e-7

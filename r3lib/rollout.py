@@ -21,7 +21,7 @@ class Group:
     retries: list[Retry]
     rewards: list[float]
 
-    def alive(self) -> bool:
+    def has_variance(self) -> bool:
         """Whether the rewards differ: otherwise every advantage is zero."""
         return len(set(self.rewards)) > 1
 
@@ -31,7 +31,7 @@ def rollout(prompts: list, trainer) -> dict:
 
     `prompts` come repeated G times, contiguous. Returns ids of prompt and completion, log-probs,
     the rewards, and for the masks with a retry `env_mask` (1 = trained). With `dynamic_sampling`
-    failures whose group is not alive are replaced by others.
+    failures whose group has no variance are replaced by others.
     """
     started = time.perf_counter()
     args = trainer.args
@@ -39,12 +39,12 @@ def rollout(prompts: list, trainer) -> dict:
     groups = sample_groups(places, 0, trainer)
     drawn = list(groups)
     for turn in range(1, args.dynamic_sampling):
-        dead = [number for number, group in enumerate(groups) if not group.alive()]
-        if not dead:
+        even = [number for number, group in enumerate(groups) if not group.has_variance()]
+        if not even:
             break
-        others = sample_groups([places[number] for number in dead], turn, trainer)
+        others = sample_groups([places[number] for number in even], turn, trainer)
         drawn += others
-        for number, group in zip(dead, others):
+        for number, group in zip(even, others):
             groups[number] = group
     metrics = metrics_of(drawn, trainer.accelerator)
     if args.dynamic_sampling == 1:

@@ -48,8 +48,8 @@ class R3Trainer(SharedPrefixGRPO):
     `failures` are failed attempts (see `mine_failures`), each read when its turn comes. For each, G
     reflections are sampled, each is followed by a retry in the same conversation, and the reward of
     a reflection is the retry's verdict, 0 or 1 (of a graded verifier: its score). In place of
-    `task` and `failures`, `verifier(text, row)` and `train_dataset` (see `DatasetTask`) let the
-    trainer mine the failures.
+    `task` and `failures`, `verifier(text, row)` and `train_dataset` let the trainer mine the
+    failures, and so does a `DatasetTask` of them, which may have prompts of its own, as `task`.
 
     The other arguments are TRL's. TRL loads a `model` given by name, and its tokenizer.
 
@@ -307,16 +307,16 @@ def check_args(args, reward_funcs, eval_dataset) -> None:
 
 
 def task_of(task, failures, verifier, train_dataset):
-    """The task; R3Error unless verifier and train_dataset, or task and failures are given."""
+    """The task; R3Error unless it can be made, and its failures are given or can be mined."""
     own = [thing is not None for thing in (verifier, train_dataset)]
     made = [thing is not None for thing in (task, failures)]
     if any(own) and any(made):
         raise R3Error(
             "verifier and train_dataset make task and failures: give the one pair or the other"
         )
-    if not all(own) and not all(made):
+    if not all(own) and not all(made) and not isinstance(task, DatasetTask):
         raise R3Error(
             "what to train on is missing: give verifier(text, row) and train_dataset together, "
-            "or task and failures"
+            "or task and failures, or a DatasetTask"
         )
     return task if verifier is None else DatasetTask(train_dataset, verifier)

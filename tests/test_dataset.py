@@ -7,12 +7,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ScriptedEngine, small_config, small_lora
+from conftest import CoinTask, ScriptedEngine, small_config, small_lora
 from datasets import Dataset
 from transformers import AutoProcessor, GPT2Config, GPT2LMHeadModel
 from trl.trainer import grpo_trainer
 
-from r3lib import Chat, Limits, R3Trainer, RolloutSampler, TransformersEngine, mine_failures
+from r3lib import (
+    Chat,
+    Limits,
+    Policy,
+    R3Trainer,
+    RolloutSampler,
+    TransformersEngine,
+    mine_failures,
+    run_episodes,
+)
 from r3lib.errors import R3Error
 from r3lib.tasks.dataset import DatasetTask, as_verdict
 from r3lib.verifiers.verdict import Verdict
@@ -178,11 +187,28 @@ def test_an_optimizer_of_ones_own_takes_the_steps(tiny, tokenizer, tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_a_data_set_task_alone_is_mined_and_asks_for_reflections_in_its_own_words(tiny, tokenizer, tmp_path):
+    task, engine = DatasetTask(ROWS, parity, reflection_prompt="Which step was wrong?"), ScriptedEngine(tokenizer)
+    trainer = R3Trainer(
+        tiny(), small_config(tmp_path, max_attempt_length=8), task=task, engine=engine,
+        peft_config=small_lora(), processing_class=tokenizer,
+    )  # fmt: skip
+    assert 0 < len(trainer.failures) < len(ROWS)
+    asked = tokenizer.decode(trainer.sampler().reflection_prompt(trainer.failures[0]))
+    assert "Which step was wrong?" in asked
+    trainer.train()
+    held_out = DatasetTask(ROWS[:3], parity).problems("test")
+    rows = run_episodes(trainer.sampler(), held_out, Policy("r3"), tmp_path / "held-out")
+    assert set(rows.problem_id) == {"0", "1", "2"}
+    with pytest.raises(R3Error, match="what to train on is missing"):
+        R3Trainer(tiny(), small_config(tmp_path), task=CoinTask(), engine=engine, processing_class=tokenizer)
+
+
 def test_half_of_the_pair_both_ways_at_once_and_nothing_are_refused(tiny, tokenizer, tmp_path):
     args = small_config(tmp_path)
     with pytest.raises(R3Error, match="what to train on is missing"):
         R3Trainer(tiny(), args)
-    with pytest.raises(R3Error, match="together, or task and failures"):
+    with pytest.raises(R3Error, match="together, or task and failures, or a DatasetTask"):
         R3Trainer(tiny(), args, verifier=parity)
     with pytest.raises(R3Error, match="the one pair or the other"):
         R3Trainer(tiny(), args, task=DatasetTask(ROWS, parity), verifier=parity, train_dataset=ROWS)
