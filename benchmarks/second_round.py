@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("adapter", type=Path)
     study = SecondRound(
         "qwen", "data/arithmetic.py:Arithmetic", name="qwen-again", max_steps=12,
-        learning_rate=1e-4, temperature=1.5, sample_batch=256, save_steps=1,
+        learning_rate=1e-4, lr_scheduler_type="constant_with_warmup", warmup_steps=3,
+        failures_per_step=32, temperature=1.5, sample_batch=256,
     )  # fmt: skip
     study.start = parser.parse_args().adapter
     print(study.train(1))
