@@ -236,6 +236,14 @@ def test_the_pages_give_the_rates_with_room_in_every_answer():
     assert f"| {row} |\n" in (ROOT / "docs" / "results.md").read_text()
 
 
+def test_the_pages_give_the_rate_of_the_untrained_model_that_may_work_it_out():
+    rows = pd.read_parquet(ROOT / "results" / "reference-qwen" / "steps" / "vanilla.parquet")
+    right = (rows.attempt_reason == "ok").sum()
+    rate = percent(right / len(rows), *wilson(right, len(rows)))
+    assert f"{right} of the {len(rows)} problems right" in (ROOT / "docs" / "results.md").read_text()
+    assert all(rate in (ROOT / page).read_text() for page in ("README.md", "docs/results.md"))
+
+
 BASELINES = [f"countdown-{run}" for run in ("0.5b-zero-shot", "0.5b-example", "1.5b-zero-shot")]
 BASELINES.append("arithmetic-0.5b-steps")
 
