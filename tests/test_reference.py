@@ -231,9 +231,10 @@ def test_the_page_gives_the_rates_if_the_last_number_counts():
 
 def test_the_pages_give_the_rates_with_room_in_every_answer():
     table = accuracy_table(read_episodes(ROOT / "results" / "reference-qwen" / "room"))
-    cells = table[table.seed == "all"].set_index("condition")
-    row = " | ".join(percent(*cells.loc[name, ["rate", "lo", "hi"]]) for name in CONDITIONS_BY_NAME)
-    assert f"| {row} |\n" in (ROOT / "docs" / "results.md").read_text()
+    cells = table[table.seed == "all"].set_index(["condition", "policy"])
+    for policy, title in ("vanilla", "untrained"), ("r3", "R3"):
+        rates = [percent(*cells.loc[(name, policy), ["rate", "lo", "hi"]]) for name in CONDITIONS_BY_NAME]
+        assert " | ".join([f"| {title}", *rates]) + " |\n" in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_pages_give_the_rate_of_the_untrained_model_that_may_work_it_out():
