@@ -69,7 +69,8 @@ def main() -> None:
     policy = Policy("vanilla" if untrained else "r3", model=study.profile.model)
     out = ROOT / "results" / "qwen-room" / (policy.name + "-steps" * options.steps)
     problems = study.problems("test", options.problems)
-    print(accuracy_table(run_episodes(sampler, problems, policy, out, conditions=conditions, shard=64, log=print)))
+    options = {"conditions": conditions, "shard": 64, "log": print}
+    print(accuracy_table(run_episodes(sampler, problems, policy, out, **options)))
 
 
 if __name__ == "__main__":
