@@ -14,9 +14,10 @@ from packaging.requirements import Requirement
 
 from . import preflight
 from .colab import KEPT, version
-from .config import ROOT, Profile, load_profile
+from .config import HOMES, ROOT, Profile, load_profile
 from .errors import R3Error
 from .provenance import TCMALLOC, reaches_hub
+from .settings import CONSTANT
 from .tasks import TASKS, drawn, load_task
 from .weights import bf16_gain, missing
 
@@ -132,6 +133,28 @@ def problems(run: Run) -> str:
     return ", ".join(run.tasks)
 
 
+def training(run: Run) -> str:
+    """Whether TRL takes the training's settings, and their tracker is installed.
+
+    Asked only where there are settings of its own, since its import takes seconds.
+    """
+    given = run.profile.training
+    ours = given.keys() <= HOMES.keys() and given["report_to"] == "none"
+    if ours and given["lr_scheduler_type"] in ("cosine", *CONSTANT):
+        return "settings of ours alone"
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    from .r3_config import R3Config
+
+    try:
+        config = R3Config("unused", **run.profile.sampling, **given)
+        for tracker in get_reporting_integration_callbacks(config.report_to):
+            tracker()
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise R3Error(f"the training's settings are refused: {error}") from error
+    return "settings as TRL takes them"
+
+
 def memory(run: Run) -> str:
     """Whether the estimated memory is there, see `preflight`."""
     try:
@@ -155,4 +178,4 @@ def time(run: Run) -> str:
     return f"{took} ({os.cpu_count()} here){faster}"
 
 
-CHECKS = (packages, gpu, model, problems, memory, time)
+CHECKS = (packages, gpu, model, problems, training, memory, time)

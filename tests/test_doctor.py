@@ -205,3 +205,18 @@ def test_the_measured_peak_is_at_least_what_is_held():
     before = provenance.peak_memory_gib()
     held = b"x" * 2**28
     assert provenance.peak_memory_gib() >= before > 0.05 and held
+
+
+@pytest.mark.parametrize(
+    "setting, value, why",
+    [
+        ("training.optim", "adamw_8bt", "adamw_8bt is not a valid"),
+        ("lr_scheduler_type", "cosin", "cosin is not a valid"),
+        ("report_to", "wandbb", "wandbb is not supported"),
+    ],
+)
+def test_a_word_that_only_the_training_would_refuse_is_refused_before_the_baseline(
+    setting, value, why
+):
+    assert why in refused(**{setting: value})
+    assert ask("training", **{"training.optim": "sgd"}) == ("ok", "settings as TRL takes them")
