@@ -136,7 +136,7 @@ def problems(run: Run) -> str:
 def training(run: Run) -> str:
     """Whether TRL takes the training's settings, and their tracker is installed.
 
-    Asked only where there are settings of its own, since its import takes seconds.
+    TRL is imported, which takes seconds, only where there are settings beyond those of ours.
     """
     given = run.profile.training
     ours = given.keys() <= HOMES.keys() and given["report_to"] == "none"
