@@ -149,16 +149,19 @@ class Recorder:
 
     def _entries(self) -> dict:
         """What the manifest has."""
-        if not self._manifest.exists():
-            return {}
-        try:
-            return json.loads(self._manifest.read_text())["artefacts"]
-        except (ValueError, KeyError) as error:
-            raise R3Error(f"{self._manifest} is damaged: delete it and run again") from error
+        return manifest_entries(self._manifest) if self._manifest.exists() else {}
 
     def _write(self, entries: dict, **made) -> None:
         text = json.dumps({**made, "artefacts": entries}, indent=1, sort_keys=True)
         write_atomic(self._manifest, text)
+
+
+def manifest_entries(manifest: Path) -> dict:
+    """The origin of each table and figure by its name; R3Error: the file is damaged."""
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["artefacts"]
+    except (ValueError, KeyError) as error:
+        raise R3Error(f"{manifest} is damaged: delete it and run again") from error
 
 
 def _marker(target: Path) -> Path:

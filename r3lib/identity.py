@@ -114,7 +114,10 @@ def check_claim(note: Path, facts: dict, held: str, fix: str) -> None:
     """R3Error, naming what differs, unless `note` holds `facts`."""
     differing = f"there is no {note.name} that says of which"
     if note.exists():
-        differing = differences(json.loads(note.read_text()), facts)
+        try:
+            differing = differences(json.loads(note.read_text()), facts)
+        except ValueError:
+            differing = f"{note.name}, which says of which, is damaged"
     if differing:
         raise R3Error(f"{note.parent} holds {held}: {differing}: {fix}")
 

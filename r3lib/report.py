@@ -1,12 +1,12 @@
 """One self-contained HTML page of a run: tables, figures, episodes, where each file came from."""
 
 import base64
-import json
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
+from .artifacts import manifest_entries
 from .config import ROOT
 from .episodes import read_episodes
 from .errors import R3Error
@@ -27,7 +27,7 @@ def write_report(results: Path) -> Path:
     """Write `results`/report.html from the files of a finished run and return its path.
 
     `results` is results/<profile>. The page needs no network and no other file. R3Error: a file of
-    the run is missing.
+    the run is missing or damaged.
     """
     try:
         html = page(Path(results))
@@ -44,8 +44,8 @@ def page(results: Path) -> str:
     tables = results / "tables"
     accuracy = read(tables / "accuracy.csv").fillna({"train_task": ""})
     view = paper_view(accuracy[accuracy.policy.isin(POLICIES) & (accuracy.split == "test")])
-    manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
-    artefacts = pd.DataFrame.from_dict(manifest["artefacts"], orient="index")
+    entries = manifest_entries(results / "manifest.json")
+    artefacts = pd.DataFrame.from_dict(entries, orient="index")
     artefacts = artefacts.sort_values(["notebook", "seconds"], kind="stable")
     names = sorted(Path(name).stem for name in artefacts.index if name.startswith("tables/"))
     return PAGES.get_template("report.html").render(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from r3lib.errors import R3Error
-from r3lib.identity import content, task_facts
+from r3lib.identity import check_claim, content, task_facts
 from r3lib.tasks import Task
 from r3lib.tasks.dataset import DatasetTask
 
@@ -210,3 +210,9 @@ class Slotted:
 @pytest.mark.parametrize("kind", [Slotted, namedtuple("Named", ["id", "gold"])])
 def test_a_gold_answer_counts_in_problems_of_any_kind(kind):
     assert content(kind("p", "8")) == {"id": "p", "gold": "8"}
+
+
+def test_a_damaged_note_is_named_with_its_remedy(tmp_path):
+    (tmp_path / "run.json").write_text('{"seed": 0, "mod')
+    with pytest.raises(R3Error, match="holds shards: run.json, which says of which, is damaged: delete them"):
+        check_claim(tmp_path / "run.json", {"seed": 0}, "shards", "delete them")

@@ -185,9 +185,15 @@ def test_the_gated_hub_says_how_to_get_access_and_a_wrong_path_what_is_read(tmp_
     assert "\n" not in str(error.value)
 
 
-def test_bfcl_without_its_package_or_a_file_names_the_command(tmp_path, monkeypatch):
+def test_bfcl_without_its_package_or_a_whole_file_names_the_command(tmp_path, monkeypatch):
     with pytest.raises(R3Error, match="simple_python.json is missing: .*pip install --no-deps bfcl-eval=="):
         records.read_bfcl(str(tmp_path))
+    for folder in (tmp_path, tmp_path / "possible_answer"):
+        folder.mkdir(exist_ok=True)
+        (folder / "BFCL_v4_simple_python.json").write_text('{"id": "simple_0", "quest')
+    with pytest.raises(R3Error, match="simple_python.json or its answers are damaged .*pip install") as error:
+        records.read_bfcl(str(tmp_path))
+    assert "\n" not in str(error.value)
     monkeypatch.setattr(records, "find_spec", lambda name: None)
     with pytest.raises(R3Error, match="not installed: run `pip install --no-deps bfcl-eval=="):
         records.read_bfcl()

@@ -241,3 +241,9 @@ def test_a_missing_part_is_named_with_its_remedy(results, part):
         report.write_report(results)
     assert "\n" not in str(error.value)
     assert not (results / "report.html").exists()
+
+
+def test_a_damaged_manifest_is_named_with_its_remedy(results):
+    (results / "manifest.json").write_text('{"artefacts": {"tables')
+    with pytest.raises(R3Error, match="manifest.json is damaged: delete it and run again"):
+        report.write_report(results)

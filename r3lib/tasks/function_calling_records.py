@@ -154,6 +154,9 @@ def read_bfcl(source: str = "bfcl") -> Records:
         except OSError as error:
             fix = f"take BFCL's data from `{BFCL_INSTALL}`"
             raise R3Error(f"{error.filename} is missing: {fix}") from error
+        except ValueError as error:
+            fix = f"install it again with `{BFCL_INSTALL}`"
+            raise R3Error(f"{questions} or its answers are damaged ({error}): {fix}") from error
     return _collect(source, rows, _bfcl)
 
 
