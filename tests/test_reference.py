@@ -248,7 +248,7 @@ def test_the_pages_give_the_rate_of_the_untrained_model_that_may_work_it_out():
     assert all(rate in (ROOT / page).read_text() for page in ("README.md", "docs/results.md"))
 
 
-BASELINES = [f"countdown-{run}" for run in ("0.5b-zero-shot", "0.5b-example", "1.5b-zero-shot")]
+BASELINES = [f"countdown-{size}-{prompt}" for size in ("0.5b", "1.5b") for prompt in ("zero-shot", "example")]
 BASELINES.append("arithmetic-0.5b-steps")
 
 
