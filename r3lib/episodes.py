@@ -5,11 +5,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 
 from .card import plain_name
-from .conditions import CONDITIONS, FIRST_TRY, Condition, condition
+from .conditions import CONDITIONS, FIRST_TRY, Condition, Reflects, condition
 from .engines.base import identity
 from .engines.prefix_tree import cut
 from .errors import R3Error
@@ -166,17 +167,22 @@ def frame(rows: list[Episode]) -> pd.DataFrame:
 def _episodes(sampler, problems, policy, split, conditions, seed, log) -> list[Episode]:
     """The rows of one shard."""
     second = [one for one in conditions if one != FIRST_TRY]
-    going_on = [one for one in second if one.told and one.reflection != "other"]
-    going_on.sort(key=lambda one: one.reflection != "own")
+    batch_size = getattr(sampler.engine, "batch_size", len(problems))
+    one_batch = len(problems) <= batch_size  # else another's reflection may be in another one
+    going_on = [one for one in second if one.reflection != "other" or one_batch]
+    # each goes back on what the one before it said: its reflection, then that the try failed
+    order = get_args(Reflects)
+    going_on.sort(key=lambda one: (one.told, order.index(one.reflection)), reverse=True)
     with_reflection = any(one.reflection in ("own", "other") for one in second)
     first, failures, reflections, tried = {}, [], [], defaultdict(list)
-    for some in cut(problems, getattr(sampler.engine, "batch_size", len(problems))):
+    for some in cut(problems, batch_size):
         with sampler.keeping():
             tries = sampler.first_tries(some, seed=seed)
             failed = failures_of(some, tries, sampler)
             own = sampler.own_reflections(failed, seed) if with_reflection else []
             for one in going_on:
-                tried[one] += sampler.second_tries(one, failed, seed, own)
+                if one.reflection != "other" or len(failed) > 1:
+                    tried[one] += sampler.second_tries(one, failed, seed, own)
         for problem, answers in zip(some, tries):
             first[problem.id] = _first_row(sampler, problem, answers[0], policy, split)
         failures += failed

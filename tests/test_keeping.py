@@ -3,13 +3,16 @@
 from contextlib import nullcontext
 from random import Random
 
+import pandas as pd
 import pytest
 import torch
 from conftest import CoinTask, base_model, coin_failures
 
 from r3lib.chat import Chat
+from r3lib.conditions import CONDITIONS
 from r3lib.engines import SamplingParams
 from r3lib.engines.transformers import TransformersEngine
+from r3lib.episodes import Policy, run_episodes
 from r3lib.sampler import Limits, RolloutSampler
 
 GREEDY = SamplingParams(9, 0.0)
@@ -98,6 +101,69 @@ def test_what_does_not_go_on_starts_anew(tiny, tokenizer):
         other = engine.generate([list(range(105, 140))], 1, GREEDY)
     assert other == engine.generate([list(range(105, 140))], 1, GREEDY)
     assert engine._kept is None, "nothing is held after the block"
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_a_question_asked_afresh_is_not_computed_again(tiny, tokenizer, asked_before):
+    """After the first tries, or after conversations that went on from them; of some rows alone."""
+    model = tiny().eval()
+    engine = TransformersEngine(model, tokenizer)
+    engine.end_ids = frozenset(range(0, 600, 9))
+    prompts = [[5 + k, *range(60, 90 + k)] for k in range(6)]
+    afresh, sampled = [prompts[k] for k in (4, 1)], SamplingParams(4, 1.0)
+    seen = computed(model)
+    with engine.keeping():
+        first = engine.generate(prompts, 1, GREEDY)
+        if asked_before:
+            again = [[*prompts[k], *first[k][0].ids, 31] for k in (1, 2, 4)]
+            engine.generate(again, 1, GREEDY)
+        seen.clear()
+        kept = [engine.generate(afresh, 1, sampled, [7, 8]) for _ in range(2)]
+    assert sum(seen) <= 2 * 2 * 3, "the sampled tokens but the last"
+    found = engine.generate(afresh, 1, sampled, [7, 8])
+    for ours in kept:
+        assert [c.ids for [c] in ours] == [c.ids for [c] in found]
+        for [one], [other] in zip(ours, found):
+            torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs))
+
+
+def test_some_asked_afresh_and_some_that_go_on_start_anew(tiny, tokenizer):
+    engine = TransformersEngine(tiny().eval(), tokenizer)
+    engine.end_ids = frozenset([-5])
+    prompts = [list(range(5, 45)), list(range(105, 140))]
+    with engine.keeping():
+        [[first], _] = engine.generate(prompts, 1, GREEDY)
+        mixed = [[*prompts[0], *first.ids, 31], prompts[1]]
+        found = engine.generate(mixed, 1, GREEDY)
+    assert [c.ids for [c] in found] == [c.ids for [c] in engine.generate(mixed, 1, GREEDY)]
+
+
+@pytest.mark.parametrize(
+    "batch_size, anew",
+    [(12, [True] + [False] * 7), (6, 2 * ([True] + [False] * 6) + [True])],
+    ids=["one batch", "two, whose reflections are swapped at the end"],
+)
+def test_a_shards_seven_conditions_compute_a_question_once(tokenizer, tmp_path, batch_size, anew):
+    """Which calls compute more than half of their prompts; and that the rows are those without keeping."""
+    model = base_model().eval()
+    engine = TransformersEngine(model, tokenizer, batch_size)
+    sampler = RolloutSampler(engine, Chat(tokenizer), CoinTask(count=3, largest=20), Limits(24, 24, 12), 1.0)
+    problems = sampler.task.problems("test", 12, 0)
+    seen, generate, calls = computed(model), engine.generate, []
+
+    def counted(prompts, *rest):
+        before = sum(seen)
+        found = generate(prompts, *rest)
+        said = sum(len(c.ids) for group in found for c in group)
+        calls.append(sum(seen) - before - said > sum(map(len, prompts)) / 2)
+        return found
+
+    engine.generate = counted
+    kept = run_episodes(sampler, problems, Policy(), tmp_path / "kept")
+    assert calls == anew
+    engine.keeping = nullcontext
+    pd.testing.assert_frame_equal(kept, run_episodes(sampler, problems, Policy(), tmp_path / "anew"))
+    assert set(kept.condition) == {one.name for one in CONDITIONS}
 
 
 def test_some_of_the_rows_go_on(tiny, tokenizer):

@@ -210,8 +210,8 @@ def group_by_prefix(prompts: list[tuple[int, ...]]) -> list[Group]:
 
 
 def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Tokens with which both begin, leaving each at least one."""
-    most = min(len(a), len(b)) - 1
+    """Tokens with which both begin, leaving each at least one if it has any."""
+    most = max(0, min(len(a), len(b)) - 1)
     return next((i for i in range(most) if a[i] != b[i]), most)
 
 

@@ -165,6 +165,7 @@ class Batch:
         self.tree = PrefixTree()
         self.cache = TreeCache(self.tree, self.longest, model.device)
         self.texts: list[list[int]] = [[] for _ in rows]  # of each, what the last level holds
+        self.after_prompt: Tensor | None = None  # kept logits [rows, vocabulary]
         if keep:
             self.cache.dropped = []
 
@@ -179,7 +180,10 @@ class Batch:
             kind = self.model.config.model_type
             raise R3Error(f"{kind}: its attention cannot be replaced: {USE_VLLM}")
         self.tree.add_level(prompt_of_row, max_tokens)
-        return logits[prompt_of_row]
+        logits = logits[prompt_of_row]
+        if self.cache.dropped is not None:
+            self.after_prompt = logits
+        return logits
 
     def sampled(self, ids: list[list[int]]) -> None:
         """Note the sampled tokens of each row that the kv cache holds."""
@@ -188,7 +192,8 @@ class Batch:
     def go_on(self, numbers: list[int], rows: list[Row], max_tokens: int) -> Tensor:
         """Let the rows with these numbers, ascending, go on as `rows`, whose `ids` they begin.
 
-        `shared` tokens of each are there already. Returns the logits [rows, vocabulary].
+        `shared` tokens of each are there already: either less than all, or all and just the prompt.
+        Returns the logits [rows, vocabulary].
         """
         begun = [len(self.rows[number].ids) for number in numbers]
         rest = [row.ids[row.shared :] for row in rows]
@@ -201,6 +206,9 @@ class Batch:
         self.texts = [[*row.ids[first : row.shared]] for row, first in zip(rows, begun)]
         prompts = [self.rows[number].ids for number in numbers]
         self.rows = [replace(row, ids=ids) for row, ids in zip(rows, prompts)]
+        self.after_prompt = self.after_prompt[numbers]
+        if not any(rest):  # asked afresh
+            return self.after_prompt
         logits = self._append(rest)
         self.texts = [text + [*more] for text, more in zip(self.texts, rest)]
         return logits
@@ -253,8 +261,9 @@ def follow(batches: list[Batch], prompts: list[list[int]]) -> list[tuple] | None
     """For each batch (numbers of rows, those rows as they go on): a row for each of `prompts`.
 
     A prompt goes on from the row that has most of it. None if one of them begins with no row's
-    prompt, or if there are too few rows.
+    prompt, if there are too few rows, or if some prompts, not all, are just those of the rows.
     """
+    fresh = 0
     free = defaultdict(list)  # rows by their prompts: (batch, number)
     for place, batch in enumerate(batches):
         for number, row in enumerate(batch.rows):
@@ -263,13 +272,16 @@ def follow(batches: list[Batch], prompts: list[list[int]]) -> list[tuple] | None
     found: list[dict[int, Row]] = [{} for _ in batches]
     for index, ids in enumerate(map(tuple, prompts)):
         known = next((ids[:size] for size in sizes if free.get(ids[:size])), None)
-        if known is None or len(known) == len(ids):
+        if known is None:
             return None
         rest = ids[len(known) :]
+        fresh += not rest
         common = [common_prefix(rest, [*batches[b].texts[n], -1]) for b, n in free[known]]
         best = max(range(len(common)), key=common.__getitem__)
         place, number = free[known].pop(best)
         found[place][number] = Row(index, 0, ids, len(known) + common[best])
+    if 0 < fresh < len(prompts):
+        return None
     return [(sorted(rows), [rows[number] for number in sorted(rows)]) for rows in found]
 
 
