@@ -28,6 +28,7 @@ def machine() -> dict:
     """Git commit, package versions and hardware, as they go into the manifest."""
     hardware = {
         "cpus": os.cpu_count(),
+        "processor": _output("sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo"),
         "gpu": _output("nvidia-smi --query-gpu=name --format=csv,noheader"),
         "memory_gib": round(ram_gib(), 1),
     }

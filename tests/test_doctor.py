@@ -1,6 +1,7 @@
 """The doctor: what each check finds, the fix it names, and what stops a run before it starts."""
 
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,6 +200,7 @@ def test_the_manifest_gets_commit_versions_and_hardware():
     machine = provenance.machine()
     assert machine["packages"]["torch"] == torch.__version__
     assert machine["hardware"]["memory_gib"] > 0
+    assert machine["hardware"]["processor"] in Path("/proc/cpuinfo").read_text()
     assert {"commit", "dirty"} <= machine.keys() and {"cpus", "gpu"} <= machine["hardware"].keys()
 
 
