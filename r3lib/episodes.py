@@ -18,7 +18,7 @@ from .identity import check_problems, check_task, claim, content, digest, task_f
 from .sampler import RolloutSampler, failures_of, judge
 
 SCHEMA_VERSION = 1
-SHARD = 1024  # problems
+SHARD = 256  # problems
 COUNTS = ("seed", "sample", "attempt_tokens", "reflection_tokens", "retry_tokens", "schema_version")
 UNTRAINED = "vanilla"  # the policy that R3 starts from
 

@@ -95,8 +95,8 @@ class SharedPrefixGRPO(GRPOTrainer):
     def _autocast(self, learning: bool = True):
         """Accelerate's; plain LoRA then need not cast to fp32 what autocast casts back to 16 bits.
 
-        Within the block a weight is cast once. Checkpointing, which computes LoRA again beyond the
-        block, needs it as it is there.
+        Within the block a trained weight is cast once. Checkpointing, which computes LoRA again
+        beyond the block, needs it as it is there.
         """
         with self.accelerator.autocast():
             again = self.accelerator.unwrap_model(self.model).is_gradient_checkpointing and learning

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from .chat import Chat
 from .engines.base import identity
-from .episodes import in_shards
+from .episodes import SHARD, in_shards
 from .errors import R3Error
 from .identity import check_problems, claim, content, digest, task_facts
 from .sampler import Failure, RolloutSampler, mine_failures
@@ -141,6 +141,7 @@ def _facts(sampler: RolloutSampler, problems, args) -> dict:
     settings = ["mine_samples", "mine_temperature", "max_attempt_length", "seed"]
     facts = {name: getattr(args, name) for name in settings}
     facts |= task_facts(sampler.task) | identity(sampler.engine)
+    facts["shard"] = SHARD
     facts["rows"] = digest(content(problem) for problem in problems)
     facts["prompts"] = digest(sampler.chat.start(sampler.task, problem) for problem in problems)
     return facts

@@ -52,7 +52,7 @@ class R3Config(GRPOConfig):
     mine_temperature: float = setting(0.0, "Their temperature; 0 is greedy.")
     max_attempt_length: int = setting(256, "Most tokens of such an answer.")
     dynamic_sampling: int = setting(
-        1, "Draws of a group at most, each of a new failure, until its rewards differ; 1: no."
+        1, "Draws of a group at most, each of a new failure, until its retries differ; 1: no."
     )
     sample_batch: int = setting(256, "Rows sampled at once.")
 

@@ -22,8 +22,8 @@ class Group:
     rewards: list[float]
 
     def has_variance(self) -> bool:
-        """Whether the rewards differ: otherwise every advantage is zero."""
-        return len(set(self.rewards)) > 1
+        """Whether the retries differ: else a group teaches at most to stay below the limit."""
+        return len({retry.verdict.reward for retry in self.retries}) > 1
 
 
 def rollout(prompts: list, trainer) -> dict:
@@ -65,7 +65,8 @@ def sample_groups(places: list[int], turn: int, trainer) -> list[Group]:
     Each depends on seed, place and turn alone, so that a resumed run draws the same.
     """
     size = len(places)
-    if hasattr(trainer.sampler().engine, "keeping"):  # which takes memory until the retries end
+    engine = trainer.sampler(sync=False).engine
+    if hasattr(engine, "keeping"):  # which takes memory until the retries end
         size = max(1, trainer.args.sample_batch // trainer.args.num_generations)
     blocks = [sample_block(some, turn, trainer) for some in cut(places, size)]
     return [group for block in blocks for group in block]
@@ -73,7 +74,7 @@ def sample_groups(places: list[int], turn: int, trainer) -> list[Group]:
 
 def sample_block(places: list[int], turn: int, trainer) -> list[Group]:
     """The groups at `places`, all sampled at once."""
-    args, sampler = trainer.args, trainer.sampler()
+    args, sampler = trainer.args, trainer.sampler(sync=False)  # TRL has
     size = args.num_generations
     failures = [failure_at(place, turn, trainer) for place in places]
     seeds = [group_seed(args.seed, place, turn) for place in places]

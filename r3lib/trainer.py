@@ -150,16 +150,16 @@ class R3Trainer(SharedPrefixGRPO):
         return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     def _mined(self, fresh: bool) -> Sequence[Failure]:
-        """The policy's failures; a `fresh` adapter changes nothing yet, so no engine needs it."""
-        if isinstance(self._engine, RemoteEngine) and not fresh:
-            self._sync()
-        return mine_for_training(self.sampler(), self.args)
+        """The policy's failures; a `fresh` adapter changes nothing yet: those of the model."""
+        if isinstance(self._engine, RemoteEngine) and fresh:
+            self._engine.sync(None)  # it may hold the adapter of another trainer
+        return mine_for_training(self.sampler(sync=not fresh), self.args)
 
     def _take(self, failures: Sequence[Failure]) -> None:
         """Train on `failures`; R3Error if there are none, or one does not fit."""
         if not failures:
             raise R3Error("no failures to train on: mine more problems, or a harder task")
-        check_failures(failures, self.sampler(), self._context())
+        check_failures(failures, self.sampler(sync=False), self._context())
         wanted = self.args.max_steps * self.args.failures_per_step
         self.failures = failures
         self.order = training_order(len(failures), wanted, self.args.seed)
@@ -226,8 +226,13 @@ class R3Trainer(SharedPrefixGRPO):
                 "a model loaded with attn_implementation='eager'"
             )
 
-    def sampler(self) -> RolloutSampler:
-        """Samples from the policy as it stands."""
+    def sampler(self, sync: bool = True) -> RolloutSampler:
+        """Samples from the policy as it stands.
+
+        A `RemoteEngine` is handed it first, by all processes together, unless `sync` is False.
+        """
+        if sync and isinstance(self._engine, RemoteEngine):
+            self._sync()
         args = self.args
         engine = self._engine or TransformersEngine(
             self.accelerator.unwrap_model(self.model),

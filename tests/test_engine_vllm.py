@@ -435,7 +435,7 @@ class Remote(OffPolicy):
         self.synced = []
 
     def sync(self, adapter):
-        self.synced.append((adapter.name, load_file(adapter / "adapter_model.safetensors")))
+        self.synced.append(adapter and (adapter.name, load_file(adapter / "adapter_model.safetensors")))
 
 
 class Gradients(TrainerCallback):
@@ -485,7 +485,27 @@ def test_a_given_adapter_samples_what_is_mined(tiny, tokenizer, tmp_path, given)
         model, small_config(tmp_path, max_attempt_length=8), verifier=lambda text, row: False, train_dataset=rows,
         peft_config=None if given else small_lora(), processing_class=tokenizer, engine=engine,
     )  # fmt: skip
-    assert [name for name, _ in engine.synced] == ["step-000000"] * given
+    assert [synced and synced[0] for synced in engine.synced] == (["step-000000"] if given else [None])
+
+
+def test_after_training_and_after_a_resume_of_all_of_it_the_sampler_is_of_the_last_weights(
+    tiny, tokenizer, tmp_path
+):
+    kept = {"save_strategy": "steps", "save_steps": 1}
+    _, trainer, _, _ = train(tiny, tokenizer, tmp_path, Remote, 0.0, **kept)
+    trained = {n: p.detach() for n, p in trainer.model.named_parameters() if "lora_B" in n}
+    again = R3Trainer(
+        tiny(), small_config(tmp_path, **kept), task=trainer.task, failures=trainer.failures,
+        peft_config=small_lora(), processing_class=tokenizer, engine=Remote(tokenizer, tiny(), 0.0),
+    )  # fmt: skip
+    again.resume_or_train()
+    for one in (trainer, again):
+        before = len(one._engine.synced)
+        one.sampler()
+        name, weights = one._engine.synced[-1]
+        assert (len(one._engine.synced), name) == (before + 1, "step-000002")
+        for key, value in trained.items():
+            torch.testing.assert_close(weights[key.replace(".default", "")], value)
 
 
 @pytest.mark.parametrize("mask", ["reflection", "reflection+retry"])

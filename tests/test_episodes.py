@@ -17,7 +17,7 @@ from r3lib.chat import Chat
 from r3lib.conditions import CONDITIONS, Condition
 from r3lib.engines import transformers as engine_module
 from r3lib.engines.base import Completion
-from r3lib.episodes import Policy, read_episodes, run_episodes
+from r3lib.episodes import Policy, in_shards, read_episodes, run_episodes
 from r3lib.errors import R3Error
 from r3lib.evaluate import accuracy_table
 from r3lib.figures import conditions_figure
@@ -227,6 +227,14 @@ def test_processes_that_share_a_folder_make_together_what_one_makes(sampler, tmp
     idle = sampler()
     pd.testing.assert_frame_equal(run(idle, tmp_path / "shared", shard=3), whole)
     assert idle.engine.calls == [] and run(idle, tmp_path / "none", shard=3, part=(3, 4)).empty
+
+
+def test_by_default_a_thousand_rows_are_work_for_four_processes(tmp_path):
+    for i in range(4):
+        before = {*tmp_path.iterdir()}
+        in_shards(tmp_path, range(1000), lambda some: pd.DataFrame({"row": some}), part=(i, 4))
+        assert {*tmp_path.iterdir()} > before
+    assert [*read_episodes(tmp_path).row] == [*range(1000)]
 
 
 def test_a_damaged_shard_is_named(sampler, tmp_path):

@@ -1,6 +1,7 @@
 """Learning computes each token once, and nothing for nothing: same loss, gradients and weights as TRL's."""
 
 import logging
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,6 +13,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from r3lib.shared_prefix import difference, groups_of, pack, whole_groups
 from r3lib.trainer import R3Trainer, rollout
+from r3lib.verifiers.verdict import Verdict
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "phi3"]
 
@@ -273,6 +275,7 @@ def test_packing_that_changes_the_values_is_found_at_the_start(tiny, tokenizer, 
 def test_dynamic_sampling_replaces_failures_until_their_groups_have_variance(
     tiny, tokenizer, tmp_path, monkeypatch
 ):
+    """A penalty for some that are cut off is no variance: none of these retries succeeds."""
     trainer = make(
         R3Trainer, tiny(), tokenizer, tmp_path, failures=4, failures_per_step=2, dynamic_sampling=5
     )
@@ -283,15 +286,19 @@ def test_dynamic_sampling_replaces_failures_until_their_groups_have_variance(
     def some_dead(places, turn, trainer):
         """The group at place 1 is dead until it is drawn for the third time."""
         sampled.append((turn, list(places)))
-        rewards = [[float(place == 0 or turn == 2), 0.0, 0.0, 0.0] for place in places]
         groups = real(places, turn, trainer)
-        return [module.Group(g.reflections, g.retries, r) for g, r in zip(groups, rewards)]
+        for place, group in zip(places, groups):
+            oks = [place == 0 or turn == 2, False, False, False]
+            verdicts = [Verdict(ok, "ok" if ok else "missed_target") for ok in oks]
+            group.retries[:] = [replace(r, verdict=v) for r, v in zip(group.retries, verdicts)]
+            group.rewards[:] = [float(oks[0]), 0.0, -0.3, 0.0]
+        return groups
 
     monkeypatch.setattr(module, "sample_groups", some_dead)
     prompts = [row["prompt"] for row in trainer.train_dataset.select(range(2)) for _ in range(4)]
     output = rollout(prompts, trainer)
     assert sampled == [(0, [0, 1]), (1, [1]), (2, [1])]
-    assert output["reward"] == [1, 0, 0, 0, 1, 0, 0, 0]
+    assert output["reward"] == [1, 0, -0.3, 0, 1, 0, -0.3, 0]
     assert trainer.r3_metrics["groups_drawn"] == 4
 
 

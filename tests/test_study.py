@@ -168,7 +168,7 @@ def test_a_task_that_inherits_a_shipped_one_hangs_on_its_sources(tmp_path, monke
         with open(root / name, "a") as file:
             file.write("# edited")
         assert sources_hash(CoinTask(), "transformers") == before
-    for name in ("tasks/countdown.py", "study.py", "verifiers/countdown.py"):
+    for name in ("tasks/countdown.py", "tasks/sources.py", "study.py", "verifiers/countdown.py"):
         with open(root / name, "a") as file:
             file.write("# edited")
         after = sources_hash(CoinTask(), "transformers")

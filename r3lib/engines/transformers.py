@@ -165,7 +165,7 @@ class Batch:
         self.tree = PrefixTree()
         self.cache = TreeCache(self.tree, self.longest, model.device)
         self.texts: list[list[int]] = [[] for _ in rows]  # of each, what the last level holds
-        self.after_prompt: Tensor | None = None  # kept logits [rows, vocabulary]
+        self.after_prompt: Tensor | None = None  # kept logits [prompts, vocabulary]
         if keep:
             self.cache.dropped = []
 
@@ -180,10 +180,9 @@ class Batch:
             kind = self.model.config.model_type
             raise R3Error(f"{kind}: its attention cannot be replaced: {USE_VLLM}")
         self.tree.add_level(prompt_of_row, max_tokens)
-        logits = logits[prompt_of_row]
         if self.cache.dropped is not None:
-            self.after_prompt = logits
-        return logits
+            self.after_prompt, self.prompt_of_row = logits, prompt_of_row
+        return logits[prompt_of_row]
 
     def sampled(self, ids: list[list[int]]) -> None:
         """Note the sampled tokens of each row that the kv cache holds."""
@@ -206,9 +205,9 @@ class Batch:
         self.texts = [[*row.ids[first : row.shared]] for row, first in zip(rows, begun)]
         prompts = [self.rows[number].ids for number in numbers]
         self.rows = [replace(row, ids=ids) for row, ids in zip(rows, prompts)]
-        self.after_prompt = self.after_prompt[numbers]
+        self.prompt_of_row = [self.prompt_of_row[number] for number in numbers]
         if not any(rest):  # asked afresh
-            return self.after_prompt
+            return self.after_prompt[self.prompt_of_row]
         logits = self._append(rest)
         self.texts = [text + [*more] for text, more in zip(self.texts, rest)]
         return logits
