@@ -152,8 +152,9 @@ def _plain(value):
 
 
 def check_task(task) -> None:
-    """Raise R3Error for a task without a name or a reflection prompt."""
-    for attribute in ("name", "reflection_prompt"):
+    """Raise R3Error for a task without a name or one of the texts that a model is told."""
+    texts = "name reflection_prompt retry_prompt blind_retry_prompt generic_reflection".split()
+    for attribute in texts:
         value = getattr(task, attribute, None)
         if not isinstance(value, str) or not value:
             raise R3Error(

@@ -43,7 +43,7 @@ class MinedFailures(Sequence):
         self._chat = chat
         self._task = task
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        tables = [pq.read_table(file, columns=KEPT.names) for file in files]
+        tables = [_read(file) for file in files]
         self._rows = pa.concat_tables(
             [KEPT.empty_table(), *(table.cast(KEPT) for table in tables if len(table))]
         )
@@ -106,6 +106,13 @@ def check_failures(
                 f"context has {context}: leave it out, or lower max_completion_length or "
                 "max_retry_length"
             )
+
+
+def _read(file: Path) -> pa.Table:
+    try:
+        return pq.read_table(file, columns=KEPT.names)
+    except pa.ArrowInvalid as error:
+        raise R3Error(f"{file} is damaged ({error}): delete it and run again") from error
 
 
 def mine_for_training(sampler: RolloutSampler, args) -> MinedFailures:

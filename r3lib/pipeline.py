@@ -90,6 +90,8 @@ def choose(start: str | None, only: str | None) -> list[Path]:
         raise R3Error(
             f"no notebooks in {NOTEBOOKS}: run r3 from a source checkout (pip install -e .)"
         )
+    if only and start:
+        raise R3Error(f"--from {start} and --only {only}: give one of them")
     wanted = (only or start or "00").zfill(2)
     if (only or start) and wanted not in found:
         raise R3Error(f"no notebook {wanted!r}: known: {', '.join(found)}")

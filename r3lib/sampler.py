@@ -7,7 +7,7 @@ from random import Random
 
 from .chat import Chat
 from .conditions import Condition
-from .engines.base import Completion, Engine, SamplingParams
+from .engines.base import Completion, Engine, PromptLengthError, SamplingParams
 from .errors import R3Error
 from .identity import check_problems, check_task
 from .verifiers.verdict import Verdict
@@ -76,7 +76,7 @@ class RolloutSampler:
         prompts = [self.chat.start(self.task, problem) for problem in problems]
         sampling = SamplingParams(self.limits.max_attempt_length, temperature)
         seeds = seeds_for(problems, seed, "attempt")
-        return self.engine.generate(prompts, samples, sampling, seeds)
+        return self._generate(problems, prompts, samples, sampling, seeds)
 
     def reflect(
         self, failures: Sequence[Failure], seeds: list[int], n=1, temperature: float | None = None
@@ -89,7 +89,7 @@ class RolloutSampler:
             temperature = self.reflection_temperature
         prompts = [self.reflection_prompt(failure) for failure in failures]
         sampling = SamplingParams(self.limits.max_completion_length, temperature)
-        groups = self.engine.generate(prompts, n, sampling, seeds)
+        groups = self._generate([f.problem for f in failures], prompts, n, sampling, seeds)
         return [
             Reflection(failure, prompt, completion)
             for failure, prompt, group in zip(failures, prompts, groups)
@@ -107,7 +107,8 @@ class RolloutSampler:
         first = dict(zip(reversed(keys), reversed(range(len(prompts)))))
         asked = sorted(first.values())
         turns, seeds = [prompts[i] for i in asked], [seeds[i] for i in asked]
-        found = dict(zip(asked, self.engine.generate(turns, 1, sampling, seeds)))
+        problems = [reflections[i].failure.problem for i in asked]
+        found = dict(zip(asked, self._generate(problems, turns, 1, sampling, seeds)))
         sampled = [found[first[key]][0] for key in keys]
         verdicts = [
             judge(self.task, self.chat.text(completion.ids), r.failure.problem)
@@ -126,8 +127,9 @@ class RolloutSampler:
         given = self.reflections_under(condition, failures, seed, reflections)
         prompts = [self.second_prompt(condition, *pair) for pair in zip(failures, given)]
         sampling = SamplingParams(self.limits.max_retry_length, condition.temperature)
-        seeds = seeds_for([f.problem for f in failures], seed, condition.name)
-        groups = self.engine.generate(prompts, 1, sampling, seeds)
+        problems = [f.problem for f in failures]
+        seeds = seeds_for(problems, seed, condition.name)
+        groups = self._generate(problems, prompts, 1, sampling, seeds)
         return [(reflection, group[0]) for reflection, group in zip(given, groups)]
 
     def own_reflections(self, failures: Sequence[Failure], seed=0) -> list[list[int]]:
@@ -146,6 +148,14 @@ class RolloutSampler:
         if own is None:
             own = self.own_reflections(failures, seed)
         return deranged(own, seed) if condition.reflection == "other" else own
+
+    def _generate(self, problems, prompts, n, sampling, seeds) -> list[list[Completion]]:
+        """The engine's; R3Error, naming it, for a problem whose prompt is too long."""
+        try:
+            return self.engine.generate(prompts, n, sampling, seeds)
+        except PromptLengthError as error:
+            limits = "max_attempt_length, max_completion_length or max_retry_length"
+            raise R3Error(f"problem {problems[error.place].id!r}: {error} ({limits})") from error
 
     def reflection_prompt(self, failure: Failure) -> list[int]:
         """Task, failed attempt, the request to reflect."""

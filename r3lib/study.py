@@ -6,9 +6,10 @@ cached study needs none of them (torch only for `dtype: auto`).
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -305,7 +306,15 @@ class Study:
             return shards
 
         def build(work: Path) -> None:
-            out = shards if shards.exists() and not os.environ.get("R3_FRESH") else work / "shards"
+            out = work / "shards"
+            out.mkdir(exist_ok=True)
+            for folder in shards.parent.glob(f"{escape(target.stem)}-{'?' * 12}"):
+                if folder != shards:
+                    print(f"{folder} is not used: it is of other settings, data or code")
+                elif not os.environ.get("R3_FRESH"):
+                    for path in folder.glob("[!.]*.*"):
+                        if not (out / path.name).exists():
+                            path.rename(out / path.name)
             sample(out, (0, 1))
             read_episodes(out).to_parquet(work / target.name)
 
@@ -344,7 +353,9 @@ def open_studies(
     """
     try:
         settings = yaml.load(overrides, Loader) if isinstance(overrides, str) else overrides
+        if not isinstance(settings, Mapping):
+            raise yaml.YAMLError
         loaded = load_profile(profile, **settings)
         return [Study(loaded, name, results) for name in loaded.tasks(task)]
-    except (yaml.YAMLError, TypeError) as error:
+    except yaml.YAMLError as error:
         raise R3Error(f"overrides={overrides!r} is no mapping: write '{{\"seeds\": 3}}'") from error

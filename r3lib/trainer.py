@@ -93,6 +93,7 @@ class R3Trainer(SharedPrefixGRPO):
         if not isinstance(model, str):
             check_model(model, peft_config)
         self.task, self._engine, self.failures = task, engine, ()
+        self._task_facts = task_facts(task)  # a verifier that counts has not judged yet
         self.r3_metrics, self._metrics_log = {}, R3Metrics(self)
         start = trained_weights(model) if isinstance(model, PeftModel) else {}
         with on_one_device(model, args):
@@ -188,7 +189,7 @@ class R3Trainer(SharedPrefixGRPO):
         turn = self._chat.follow([], [], self.task.reflection_prompt)
         facts = (
             settings_facts(self.args)
-            | task_facts(self.task)
+            | self._task_facts
             | model_facts(self.model, trained=not fresh)
         )
         facts["failures"] = failures_digest(self.failures)

@@ -91,7 +91,8 @@ def test_verdicts_of_every_form(value, verdict, reward):
 
 
 @pytest.mark.parametrize(
-    "verdict", [(True, "correct"), (False, "ok"), (True, "ok", 7.0), (False, "late", -0.1)]
+    "verdict",
+    [(True, "correct"), (False, "ok"), (True, "ok", 7.0), (False, "late", -0.1), (False, 7), (False, "")],
 )
 def test_training_and_tables_cannot_differ_on_a_verdict(verdict):
     """Training rewards `ok` or the score, tables count the reason."""
@@ -103,6 +104,46 @@ def test_training_and_tables_cannot_differ_on_a_verdict(verdict):
 def test_what_is_no_verdict_names_the_row(value, tiny, tokenizer, tmp_path):
     with pytest.raises(R3Error, match="dataset: verify raised .* on problem '0'"):
         make(tiny(), tokenizer, tmp_path, verifier=lambda text, row: value)
+
+
+@pytest.mark.parametrize(("rows", "words"), [
+    (pd.DataFrame(ROWS), "is a DataFrame: give df.to_dict"),
+    ({"train": ROWS, "test": ROWS}, "is a mapping of train, test: give one of them"),
+])  # fmt: skip
+def test_rows_in_another_form_say_how_to_give_them(tiny, tokenizer, tmp_path, rows, words):
+    with pytest.raises(R3Error, match=words):
+        make(tiny(), tokenizer, tmp_path, rows=rows)
+
+
+def test_a_row_that_is_too_long_is_named(tiny, tokenizer, tmp_path):
+    rows = [*ROWS, {"prompt": "and " * 1500, "id": "the-long-one", "gold": 1}]
+    with pytest.raises(R3Error, match=r"problem 'the-long-one': prompt \d has .*lower max_tokens=8 .max_attempt"):
+        make(tiny(), tokenizer, tmp_path, rows=rows, engine=None)
+
+
+def test_a_verifier_that_counts_resumes_what_it_began(tiny, tokenizer, tmp_path):
+    class Counts:
+        calls = 0
+
+        def __call__(self, text, row):
+            self.calls += 1
+            return parity(text, row)
+
+    kept = {"save_strategy": "steps", "save_steps": 1}
+    verifier = Counts()
+    make(tiny(), tokenizer, tmp_path, verifier=verifier, max_steps=1, **kept).train()
+    assert verifier.calls
+    trainer = make(tiny(), tokenizer, tmp_path, verifier=Counts(), max_steps=2, **kept)
+    trainer.resume_or_train()
+    assert trainer.state.global_step == 2
+
+
+def test_damaged_failures_are_named(tiny, tokenizer, tmp_path):
+    make(tiny(), tokenizer, tmp_path)
+    [path] = (tmp_path / "failures").glob("*.parquet")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(R3Error, match="shard-000000.parquet is damaged .*: delete it and run again"):
+        make(tiny(), tokenizer, tmp_path)
 
 
 def test_a_text_is_a_question_and_other_prompts_are_refused():

@@ -446,7 +446,7 @@ GOOD = dict(prompts=[[2, 3], [4]], n=1, sampling=SamplingParams(4), seeds=[0, 1]
         ({"prompts": [[2], []]}, r"prompt 1 has 0 tokens, not 1 to 156"),
         (
             {"prompts": [[2], [3] * 157]},
-            r"prompt 1 has 157 tokens, not 1 to 156: change it or max_tokens",
+            r"prompt 1 has 157 tokens, not 1 to 156: shorten it or leave it out, or lower max_tokens=4",
         ),
         ({"n": 0}, "n=0"),
         ({"sampling": SamplingParams(0)}, "max_tokens=0"),

@@ -137,6 +137,8 @@ def test_choice_of_notebooks(checkout):
     assert chosen(only="06") == ["06"]  # a task of one's own is no part of the study
     with pytest.raises(R3Error, match="no notebook '01': known: 00, 02, 03, 06"):
         chosen(start="01")
+    with pytest.raises(R3Error, match="--from 02 and --only 03: give one of them"):
+        chosen("02", "03")
 
 
 def test_no_notebooks_is_one_line(checkout):

@@ -193,12 +193,42 @@ def test_two_files_of_one_name_hold_two_tasks(tmp_path):
         ("no/such.py:Task", "no task at"),
         ("no.such.module:Task", "no task at"),
         ("r3lib.errors:R3Error", "is no task: let the class inherit"),
+        ("mine.py:Task", "mine.py fails when imported: SyntaxError: .*line 1"),
     ],
 )
-def test_a_task_that_is_nowhere_is_one_line(place, words):
+def test_a_task_that_is_nowhere_is_one_line(place, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("class Task(")
     with pytest.raises(R3Error, match=words) as error:
         load_task(place)
     assert "\n" not in str(error.value)
+
+
+def test_shares_and_what_a_killed_run_has_left_are_all_taken(tmp_path, monkeypatch, capsys):
+    """A whole run that is killed, then a share, one of other settings, and the whole again."""
+    given = {"test_problems": 6, "shard_size": 2}
+    real, left = r3lib.episodes._episodes, []
+
+    def killed(sampler, problems, *rest):
+        if left and not left.pop():
+            raise KeyboardInterrupt
+        done.append(problems[0].id)
+        return real(sampler, problems, *rest)
+
+    monkeypatch.setattr(r3lib.episodes, "_episodes", killed)
+    done, left[:] = [], [False, True]
+    with pytest.raises(KeyboardInterrupt):
+        Study("smoke", CoinTask(), tmp_path, **given).baseline()
+    assert len(done) == 1
+    Study("smoke", CoinTask(), tmp_path, **given).baseline(part=(1, 3))
+    Study("smoke", CoinTask(), tmp_path, **given | {"test_problems": 4}).baseline(part=(1, 2))
+    done.clear()
+    study = Study("smoke", CoinTask(), tmp_path, **given)
+    table = pd.read_parquet(study.baseline())
+    assert len(done) == 1, "the third shard"
+    assert [*table[table.condition == "first_try"].problem_id] == [p.id for p in study.problems("test", 6)]
+    said = capsys.readouterr().out
+    assert said.count("is not used: it is of other settings, data or code") == 1
 
 
 SHORT = dict(train_problems=32, failures_per_step=2, num_generations=4, per_device_train_batch_size=8, max_steps=1)
@@ -270,7 +300,7 @@ def test_overrides_are_a_mapping_or_its_text(tmp_path):
     for overrides in ({"seeds": 2}, '{"seeds": 2}', "{seeds: 2}"):
         [study] = open_studies("smoke", "countdown", tmp_path, overrides)
         assert study.profile.seeds == 2
-    for wrong in ("{seeds: ", "seeds", "[1]"):
+    for wrong in ("{seeds: ", "seeds", "[1]", None):
         with pytest.raises(R3Error, match="is no mapping"):
             open_studies("smoke", "countdown", tmp_path, wrong)
 

@@ -28,6 +28,17 @@ class Completion:
     finished: bool
 
 
+class PromptLengthError(R3Error):
+    """The prompt at `place` does not fit: it has `length` tokens, and `longest` are left for it."""
+
+    def __init__(self, place: int, length: int, longest: int, max_tokens: int):
+        super().__init__(
+            f"prompt {place} has {length} tokens, not 1 to {longest}: shorten it or leave it out, "
+            f"or lower max_tokens={max_tokens}"
+        )
+        self.place = place
+
+
 class Engine(Protocol):
     """Anything that samples completions for token-id prompts.
 
@@ -80,6 +91,4 @@ def check(prompts, n: int, sampling: SamplingParams, seeds, longest: int) -> Non
         )
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= longest:
-            raise R3Error(
-                f"prompt {i} has {len(prompt)} tokens, not 1 to {longest}: change it or max_tokens"
-            )
+            raise PromptLengthError(i, len(prompt), longest, sampling.max_tokens)

@@ -29,8 +29,8 @@ def load_task(name: str, options: dict | None = None, **own) -> Task:
             raise R3Error(f"task {name!r}: no option {option!r}: {nearest(option, known)}")
     try:
         return task(**given)
-    except (TypeError, ValueError) as error:
-        why = f"task {name!r}, options {given}: {error}"
+    except (TypeError, ValueError, KeyError, OSError) as error:
+        why = f"task {name!r}, options {given}: {type(error).__name__}: {error}"
         raise R3Error(f"{why}: see its class for their types") from error
 
 
@@ -74,6 +74,8 @@ def _class_at(place: str) -> type[Task]:
         raise R3Error(
             f"no task at {place!r} ({error}): write file.py:Class or package.module:Class"
         ) from error
+    except Exception as error:
+        raise R3Error(f"{module} fails when imported: {type(error).__name__}: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, Task)):
         raise R3Error(f"{place!r} is no task: let the class inherit from r3lib.Task")
     return found

@@ -35,6 +35,11 @@ class DatasetTask(Task):
     name = "dataset"
 
     def __init__(self, dataset: Sequence, verifier: Callable, reflection_prompt=REFLECTION_PROMPT):
+        if hasattr(dataset, "to_dict") and not hasattr(dataset, "features"):  # lists its columns
+            raise R3Error("the data set is a DataFrame: give df.to_dict('records')")
+        if isinstance(dataset, Mapping):
+            splits = ", ".join(map(str, dataset))
+            raise R3Error(f"the data set is a mapping of {splits}: give one of them")
         self.rows = list(dataset)  # by which this task is told from others, wherever they lie
         self.verifier = verifier
         self.reflection_prompt = reflection_prompt

@@ -16,6 +16,8 @@ class Verdict:
     score: float | None = None
 
     def __post_init__(self):
+        if not isinstance(self.reason, str) or not self.reason:
+            raise ValueError(f"{self}: the reason is a word for the error, or 'ok'")
         if self.ok != (self.reason == "ok"):
             raise ValueError(f"{self}: the reason is 'ok' exactly when ok is True")
         if self.score is not None and not 0 <= self.score <= 1:
