@@ -244,26 +244,28 @@ def test_the_pages_give_the_rate_of_the_untrained_model_that_may_work_it_out():
 
 BASELINES = [f"countdown-{size}-{prompt}" for size in ("0.5b", "1.5b") for prompt in ("zero-shot", "example")]
 BASELINES.append("arithmetic-0.5b-steps")
+BFCL = ["bfcl-0.5b"]
 
 
-def test_the_page_gives_the_rates_of_untrained_models():
+@pytest.mark.parametrize("runs", [BASELINES, BFCL], ids=["words", "calls"])
+def test_the_page_gives_the_rates_of_untrained_models(runs):
     folder, page = ROOT / "results" / "baselines", (ROOT / "docs" / "results.md").read_text()
     kept = pd.read_csv(folder / "accuracy.csv").set_index(["run", "condition"])
     tables = {}
-    for run in BASELINES:
+    for run in runs:
         table = accuracy_table(pd.read_parquet(folder / f"{run}.parquet"))
         tables[run] = table[table.seed == "all"].set_index("condition")
         columns = ["n", "k", "rate", "lo", "hi"]
         pd.testing.assert_frame_equal(tables[run][columns], kept.loc[run, columns], check_dtype=False)
     for name in CONDITIONS_BY_NAME:
-        cells = [percent(*tables[run].loc[name, ["rate", "lo", "hi"]]) for run in BASELINES]
+        cells = [percent(*tables[run].loc[name, ["rate", "lo", "hi"]]) for run in runs]
         assert " | ".join([f"| `{name}`", *cells]) + " |\n" in page
-    failures = [str(int(tables[run].loc["reflect_retry", "n"])) for run in BASELINES]
+    failures = [str(int(tables[run].loc["reflect_retry", "n"])) for run in runs]
     assert f"| failures | {' | '.join(failures)} |\n" in page
 
 
 @pytest.mark.parametrize("b", ["resample", "retry_sampled"])
-@pytest.mark.parametrize("run", BASELINES)
+@pytest.mark.parametrize("run", BASELINES + BFCL)
 def test_the_page_gives_what_a_reflection_is_worth_to_untrained_models(run, b):
     table = comparisons_table(pd.read_parquet(ROOT / "results" / "baselines" / f"{run}.parquet"))
     row = table.set_index("b").loc[f"vanilla/{b}"]
