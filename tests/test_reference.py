@@ -244,7 +244,7 @@ def test_the_pages_give_the_rate_of_the_untrained_model_that_may_work_it_out():
 
 BASELINES = [f"countdown-{size}-{prompt}" for size in ("0.5b", "1.5b") for prompt in ("zero-shot", "example")]
 BASELINES.append("arithmetic-0.5b-steps")
-BFCL = ["bfcl-0.5b"]
+BFCL = ["bfcl-0.5b", "bfcl-1.5b"]
 
 
 @pytest.mark.parametrize("runs", [BASELINES, BFCL], ids=["words", "calls"])
