@@ -711,39 +711,34 @@ ADVERSARIAL |= {
 }
 
 
-def timed(*judged):
-    """The verdict and its seconds: the best of a few, as other work on the machine only adds time."""
-    best = float("inf")
-    for _ in range(9):
-        start = time.process_time()
-        verdict = verify(*judged)
-        best = min(best, time.process_time() - start)
-        if best < 0.010:
-            break
-    return verdict, best
+def judged(*what):
+    """The verdict, after a second of the processor at most; the goal, 10 ms, is in benchmarks/verifiers.py."""
+    start = time.process_time()
+    verdict = verify(*what)
+    assert time.process_time() - start < 1
+    return verdict
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ADVERSARIAL)
-def test_an_adversarial_text_is_rejected_within_10_ms(name, rule):
-    verdict, seconds = timed(ADVERSARIAL[name], TOOLS, [PARIS], rule)
-    assert not verdict.ok and seconds < 0.010
+def test_an_adversarial_text_is_rejected_and_stalls_nothing(name, rule):
+    assert not judged(ADVERSARIAL[name], TOOLS, [PARIS], rule).ok
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "value", ["1," * 900, '"ab",' * 350, '"%s",' % ("é-" * 900), "[[1],[2]]," * 170, '{"a":[1]},' * 170]
 )
-def test_five_large_calls_are_paired_within_10_ms(value, rule):
+def test_five_large_calls_are_paired_without_a_stall(value, rule):
     text = "[" + ",".join([LIST % value[:-1]] * 5) + "]"
-    verdict, seconds = timed(text, TOOLS, [PARIS, PARIS, ROME, ROME, ROME], rule)
-    assert verdict.reason == "wrong_type" and len(text) < MAX_LENGTH and seconds < 0.010
+    verdict = judged(text, TOOLS, [PARIS, PARIS, ROME, ROME, ROME], rule)
+    assert verdict.reason == "wrong_type" and len(text) < MAX_LENGTH
 
 
 @pytest.mark.parametrize("unit", ['```json\n[{"a": 1, ', '```json\n{"x": [\n', "/```json[["])
-def test_data_that_never_ends_is_read_in_10_ms(unit):
+def test_data_that_never_ends_stalls_nothing(unit):
     text = (unit * 9900)[:9900]
-    assert timed(text, [{"name": "f", "parameters": {}}], [{"name": "f", "arguments": {}}])[1] < 0.010
+    assert not judged(text, [{"name": "f", "parameters": {}}], [{"name": "f", "arguments": {}}]).ok
 
 
 # ---------------------------------------------------------------- properties
