@@ -160,17 +160,19 @@ def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1
     return rows // local
 
 
-def _read(name: str) -> dict:
-    """The values of a profile, over those of its `base` and the defaults."""
+def _read(name: str, over: tuple[Path, ...] = ()) -> dict:
+    """The values of a profile, over those of its `base` and the defaults; it is a base of `over`."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file() or name == "defaults":
         known = sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "defaults")
         raise R3Error(f"unknown profile {name!r}: {nearest(name, known)}")
+    if path in over:
+        raise R3Error(f"{path} is a base of itself: name another base in {over[-1]}")
     given = _parsed(path.read_text(encoding="utf-8"), path)
     if not isinstance(given, dict) or "name" not in given:
         raise R3Error(f"{path} is not a profile: its first line must be name: ...")
     base = given.pop("base", None)
-    values = _read(base) if base else copy.deepcopy(DEFAULTS)
+    values = _read(base, (*over, path)) if base else copy.deepcopy(DEFAULTS)
     _merge(values, _with_dtype(given, values), str(path))
     return values
 

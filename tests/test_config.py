@@ -258,6 +258,14 @@ def test_own_profile_names_what_differs_from_another(tmp_path):
     assert own.sampling == nano.sampling and own.training["beta"] == nano.training["beta"]
 
 
+def test_profiles_that_are_bases_of_each_other_are_named(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"name: one\nbase: {two}\n")
+    two.write_text(f"name: two\nbase: {one}\n")
+    with pytest.raises(R3Error, match="one.yaml is a base of itself: name another base in .*two.yaml"):
+        load_profile(str(one))
+
+
 @pytest.mark.parametrize("text", ["steps: [", "just words", "", "- a\n- b", "model: base_model"])
 def test_file_that_is_no_profile_is_one_line(tmp_path, text):
     (tmp_path / "own.yaml").write_text(text)
