@@ -161,7 +161,7 @@ def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1
 
 
 def _read(name: str, over: tuple[Path, ...] = ()) -> dict:
-    """The values of a profile, over those of its `base` and the defaults; it is a base of `over`."""
+    """The values of a profile, over those of its `base` and the defaults; a base of `over`."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file() or name == "defaults":
         known = sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "defaults")
