@@ -56,6 +56,13 @@ def test_a_time_is_told_only_of_a_profile_as_it_was_measured(tmp_path):
     assert "not measured for this profile" in ask("time", str(tmp_path / "own.yaml"))[1]
 
 
+def test_the_time_of_smol_is_told_of_a_folder_with_its_start(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "not measured" in ask("time", "smol", model=str(tmp_path))[1]
+    (tmp_path / "warm_start.json").write_text("{}")
+    assert "an hour a task" in ask("time", "smol", model=str(tmp_path))[1]
+
+
 @pytest.mark.parametrize("gain, hours", [(5.0, "an hour and a half"), (2.7, "three and a half")])
 def test_the_time_of_larger_weights_goes_by_the_products_of_this_machine(gain, hours, monkeypatch):
     monkeypatch.setattr(doctor, "bf16_gain", lambda: gain)

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument(
         "--model", help="another model than the profile's, named as there"
     )
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--batch", type=int, default=32, help=f"conversations a step, x {MICRO_BATCH}"
