@@ -124,6 +124,8 @@ def estimate(profile: Profile, gpu_memory: float | None = None) -> tuple[bool, s
         found = parts(profile, config, bool(gpu))
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = f"config.json is not a dense decoder's ({type(error).__name__}: {error})"
+        if isinstance(error, FileNotFoundError):  # of weights that a run unpacks
+            why = f"{error.filename} is made at the first run; ask again after it"
         raise R3Error(f"memory is not estimated for {profile.model!r}: {why}") from error
     needed = _peak(found, profile)
     if needed > there and not gpu and profile.dtype != "float32":

@@ -120,6 +120,12 @@ def test_a_cpu_that_is_faster_in_16_bits_needs_half(dtype, fits, qwen, monkeypat
     assert not estimate(load_profile("qwen", model=qwen, dtype="float32"))[0]
 
 
+def test_weights_that_the_first_run_unpacks_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SMOLLM2", tmp_path / "none")
+    with pytest.raises(R3Error, match="none/config.json is made at the first run"):
+        estimate(load_profile("smol"))
+
+
 @pytest.mark.parametrize(
     "config, words",
     [
