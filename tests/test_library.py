@@ -1,14 +1,16 @@
 """docs/library.md: its code trains and evaluates, its defaults are those of R3Config."""
 
 import re
+import zlib
 from pathlib import Path
 
 from conftest import CoinTask, small_config, small_lora
 
+from r3lib import R3Trainer
 from r3lib.r3_config import R3Config
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "library.md").read_text()
-_, OWN_TASK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+_, HELD_OUT, OWN_TASK = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 class FewCoins(CoinTask):
@@ -30,6 +32,21 @@ def test_the_example_trains_and_compares_trained_with_untrained(
     sides = set(zip(known["comparisons"].a, known["comparisons"].b))
     assert ("r3/reflect_retry", "vanilla/reflect_retry") in sides
     assert set(known["episodes"].model) == {"base_model"}
+
+
+def test_held_out_rows_are_answered_in_every_condition(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"sum-{n}", "prompt": f"{n} + 1 ="} for n in range(16)]
+    known = dict(verify=lambda text, row: zlib.crc32(f"{text} {row['id']}".encode()) % 2 == 0, held_out=rows[12:])
+    args = small_config(tmp_path / "run", max_attempt_length=8, max_steps=1)
+    known["trainer"] = R3Trainer(
+        model, args, verifier=known["verify"], train_dataset=rows[:12],
+        processing_class=tokenizer, peft_config=small_lora(),
+    )  # fmt: skip
+    exec(HELD_OUT, known)
+    first, *_ = known["accuracy_table"](known["episodes"]).query("condition == 'first_try'").n
+    assert first == 4
+    assert set(known["episodes"].problem_id) <= {row["id"] for row in rows[12:]}
 
 
 def test_the_table_of_defaults_is_that_of_the_config(tmp_path):
