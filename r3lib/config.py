@@ -25,11 +25,20 @@ CHOICES = {
     "quantization": ("none", "nf4"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "engine": ("transformers", "vllm"),
-}
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "importance_sampling_level": ("token", "sequence"),
+    "vllm_importance_sampling_mode": (
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ),
+    "save_strategy": ("steps", "no"),  # the whole training is one epoch
+}  # fmt: skip
 FLAT = DEFAULTS | DEFAULTS["sampling"] | DEFAULTS["training"] | DEFAULTS["lora"]
 NUMBERS = {name: type(value) for name, value in FLAT.items() if type(value) in (int, float)}
 NUMBERS |= {"dynamic_sampling": int, "save_steps": float}  # which may be a share of the steps
+NUMBERS |= {"top_entropy_quantile": float}
 LEAST = {"num_generations": 2, "temperature": 0.01}  # equal reflections teach nothing
+LEAST |= {"save_steps": 0.001}
+MOST = {"top_entropy_quantile": 1}
 
 
 class Loader(yaml.SafeLoader):
@@ -125,11 +134,16 @@ def check_settings(settings: Mapping) -> None:
     """R3Error for a setting out of range, or two that exclude each other; `settings` by name."""
     for key, known in CHOICES.items():
         if settings.get(key, known[0]) not in known:
-            takes = ", ".join(known)
+            takes = ", ".join(map(str, known))
             raise R3Error(f"{key}={settings[key]!r} is not supported by R3: it takes {takes}")
     for key in NUMBERS:
         if key in settings:
             _check_number(key, settings[key])
+    if settings["mine_samples"] > 1 and not settings["mine_temperature"]:
+        raise R3Error(
+            f"mine_samples={settings['mine_samples']} greedy answers to a problem are the same "
+            "answer: set mine_temperature, 1.0 say, or mine_samples=1"
+        )
     if settings["mask"] == "reflection":
         return
     if settings["retry_temperature"] != settings["temperature"]:
@@ -247,9 +261,11 @@ def _check_number(key: str, value) -> None:
     whole = NUMBERS[key] is int
     least = LEAST.get(key, int(whole))
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not (number and value >= least):
+    most = MOST.get(key)
+    if not (number and least <= value <= (value if most is None else most)):
         kind = "a whole number" if whole else "a number"
-        raise R3Error(f"{key}={value!r} is out of range: use {kind}, {least} or more")
+        fit = f"{least} or more" if most is None else f"from {least} to {most}"
+        raise R3Error(f"{key}={value!r} is out of range: use {kind}, {fit}")
 
 
 def _parsed(text: str, where):

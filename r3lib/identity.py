@@ -64,13 +64,18 @@ def model_facts(model, trained: bool = True) -> dict:
 
     Of every tensor of the state the hash takes name, shape, dtype, the exact sum of its bits and 64
     of its values: a change of any one value changes it, whatever the number of threads. `trained`
-    False leaves out what requires a gradient.
+    False leaves out what requires a gradient. LoRA's A, which is random, counts once B is not zero.
     """
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     facts = {"model": type(base).__name__}
     facts["model's config"] = digest([_known(model.config.to_diff_dict())])
     state = model.state_dict(keep_vars=True).items()
-    kept = ((name, value) for name, value in state if trained or not value.requires_grad)
+    idle = {name.replace("lora_B", "lora_A") for name, value in state if _idle(name, value)}
+    kept = (
+        (name, value)
+        for name, value in state
+        if (trained or not value.requires_grad) and name not in idle
+    )
     facts["model's weights"] = digest(_marks(name, value) for name, value in kept)
     if hasattr(model, "peft_config"):
         status = model.get_model_status()
@@ -78,6 +83,11 @@ def model_facts(model, trained: bool = True) -> dict:
         state = [status.enabled, status.active_adapters, status.merged_adapters]
         facts["model's adapters"] = digest([adapters, state])
     return facts
+
+
+def _idle(name: str, value) -> bool:
+    """Whether a tensor is LoRA's B, and as yet zero."""
+    return "lora_B" in name and value.device.type != "meta" and not value.any()
 
 
 def _marks(name: str, value) -> list:

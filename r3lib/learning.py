@@ -132,6 +132,8 @@ class SharedPrefixGRPO(GRPOTrainer):
     def _check_packing(self) -> bool:
         """Whether packed rows give this model's log-probs and gradients; logs why they do not."""
         why = unpackable(self.model)
+        if self.args.neftune_noise_alpha:
+            why = "the noise of neftune_noise_alpha goes by the length of a row"
         if why is None and not self._spread:
             training = self.model.training
             # on a CPU bitsandbytes repacks NF4 for inference, for good, in a forward in eval mode

@@ -22,13 +22,19 @@ REFUSED_FOR = {  # why, or what to do instead: settings that must have their def
     "R3 has one reward, the verdict on the retry": "reward_weights multi_objective_aggregation",
     "R3 takes one step a rollout: raise the learning rate or max_steps instead": "num_iterations",
     "a step of R3 is one rollout: leave it unset": "steps_per_generation generation_batch_size",
+    "R3 takes one step a rollout, so that the ratio is 1 and nothing is clipped": """
+        epsilon epsilon_high delta""",
+    "it belongs to a loss that R3 does not take": """
+        sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg
+        vespo_lambda_neg""",
     "R3 counts steps, not epochs: use max_steps and failures_per_step": "num_train_epochs",
     "the order is drawn from the seed already: use seed": "shuffle_dataset train_sampling_strategy",
     "use seed, which draws the order and the samples": "data_seed",
     "a resumed run would train on the first failures again": "ignore_data_skip",
     "call resume_or_train(), or train(resume_from_checkpoint=...)": "resume_from_checkpoint",
     "a run could not resume: use save_strategy='no' and save_model()": "save_only_model",
-    "a resumed run would lose the reference: leave it off": "sync_ref_model",
+    "a resumed run would lose the reference: leave it off": """
+        sync_ref_model ref_model_mixup_alpha ref_model_sync_steps""",
     "a step holds whole groups: lower per_device_train_batch_size": "auto_find_batch_size",
     "a group is one packed row, without padding: leave it unset": "pad_to_multiple_of",
     "it is of no use in GRPO's loss": "label_smoothing_factor",
@@ -64,10 +70,9 @@ FREE = set(  # decides no weight but by rounding, so that a resumed run may chan
 HONOURED = set(  # TRL's other settings: a resumed run must have the same
     """
     model_init_kwargs router_aux_loss_coef disable_dropout cast_lm_head_to_fp32 num_generations
-    max_completion_length temperature chat_template_kwargs beta epsilon delta epsilon_high
-    sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg
-    vespo_lambda_neg importance_sampling_level scale_rewards loss_type
-    mask_truncated_completions ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile
+    max_completion_length temperature chat_template_kwargs beta
+    importance_sampling_level scale_rewards loss_type
+    mask_truncated_completions top_entropy_quantile
     entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta
     entropy_target vllm_importance_sampling_correction vllm_importance_sampling_mode
     vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
@@ -76,6 +81,12 @@ HONOURED = set(  # TRL's other settings: a resumed run must have the same
     warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     optim_target_modules average_tokens_across_devices max_grad_norm bf16 fp16 tf32
     use_liger_kernel liger_kernel_config neftune_noise_alpha full_determinism seed
+    """.split()
+)
+OF_LOADING = set(  # keys of model_init_kwargs that decide no weight, or are secret
+    """
+    token use_auth_token device_map max_memory offload_folder offload_state_dict low_cpu_mem_usage
+    cache_dir force_download local_files_only proxies trust_remote_code
     """.split()
 )
 CONSTANT = ("constant", "constant_with_warmup")  # schedules that do not look at max_steps
@@ -99,6 +110,8 @@ def settings_facts(config) -> dict:
     """The settings that decide what is learned; `max_steps` if the schedule looks at it."""
     decisive = [f.name for f in fields(config) if f.name not in FREE and f.name not in REFUSED]
     facts = {name: getattr(config, name) for name in decisive}
+    given = facts["model_init_kwargs"] or {}
+    facts["model_init_kwargs"] = {k: v for k, v in given.items() if k not in OF_LOADING} or None
     kind = getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type)
     if kind in CONSTANT and (kind == "constant" or not 0 < config.warmup_steps < 1):
         del facts["max_steps"]

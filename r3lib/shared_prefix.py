@@ -160,9 +160,9 @@ def packed_values(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs and entropies [rows of the batch, kept] of `rows`; zero for all other rows.
 
-    `model` has TRL's fused head, `backbone` is the part of it that gives hidden states. Runs a
-    quarter of the groups at a time, and at most about `batch_size` rows. `evenly`: as many times as
-    other processes do, whatever their groups.
+    `model` has TRL's fused head (that of a reference gives no entropies: zeros), `backbone` is the
+    part of it that gives hidden states. Runs a quarter of the groups at a time, and at most about
+    `batch_size` rows. `evenly`: as many times as other processes do, whatever their groups.
     """
     hidden = backbone.config.get_text_config().hidden_size
     if evenly:
@@ -188,8 +188,10 @@ def packed_values(
             )
         order += own
         # apart: the head then has no gradient of the entropy to compute unless the loss has one
-        logps.append(F.pad(output.log_probs[0], (0, 1))[packed.place])
-        entropies.append(F.pad(output.entropy[0], (0, 1))[packed.place])
+        values = output.log_probs[0]
+        known = values.new_zeros(values.shape) if output.entropy is None else output.entropy[0]
+        logps.append(F.pad(values, (0, 1))[packed.place])
+        entropies.append(F.pad(known, (0, 1))[packed.place])
     index = torch.tensor(order, device=input_ids.device)
     zeros = logps[0].new_zeros(len(input_ids), kept)
     return tuple(zeros.index_copy(0, index, torch.cat(x)) for x in (logps, entropies))

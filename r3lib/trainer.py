@@ -88,8 +88,8 @@ class R3Trainer(SharedPrefixGRPO):
         eval_dataset=None,
     ):
         check_args(args, reward_funcs, eval_dataset)
+        check_reference(model, args, peft_config)
         task = task_of(task, failures, verifier, train_dataset)
-        check_task(task)
         if not isinstance(model, str):
             check_model(model, peft_config)
         self.task, self._engine, self.failures = task, engine, ()
@@ -124,6 +124,8 @@ class R3Trainer(SharedPrefixGRPO):
         torch.backends.cuda.enable_cudnn_sdp(False)
         if not is_deepspeed_zero3_enabled():  # which gathers one dtype only
             train_in_fp32(self.model, start)
+        if self.ref_model is not None and not self._spread:  # which TRL has read from the disk
+            self.ref_model.load_state_dict(self.model.state_dict())
         if not self._spread:
             check_dtypes(self.model, self.args)
             with self.accelerator.autocast():
@@ -196,11 +198,22 @@ class R3Trainer(SharedPrefixGRPO):
         return facts | {"turns (tokenizer, template)": digest([turn, sorted(self._chat.end_ids)])}
 
     def train(self, resume_from_checkpoint=None, *rest, **options):
-        """TRL's. R3Error, naming what differs, if there are checkpoints of another training."""
+        """TRL's. R3Error, naming what differs, if there are checkpoints of another training.
+
+        Also for weights that this trainer has trained already, unless it resumes.
+        """
         if resume_from_checkpoint is True:  # transformers would take one that is not complete
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise R3Error(f"no complete checkpoint in {self.args.output_dir}: call train()")
+        if self.state.global_step and not resume_from_checkpoint:
+            raise R3Error(
+                f"this trainer has taken {self.state.global_step} steps, and there is no "
+                "checkpoint to go on from: build a new trainer on a model loaded anew"
+            )
+        self._step, self._buffered_inputs = 0, None  # what an interrupted step has left
+        for values in self._metrics.values():
+            values.clear()
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             max_steps = self.args.max_steps
@@ -312,8 +325,23 @@ def check_args(args, reward_funcs, eval_dataset) -> None:
         raise R3Error("eval_dataset: R3 does not evaluate while it trains: use run_episodes")
 
 
+def check_reference(model, args, peft_config) -> None:
+    """R3Error if TRL would need a reference model, for KL, and could not make one."""
+    if not args.beta or isinstance(model, str):
+        return
+    if isinstance(model, PeftModel):
+        if "default" not in model.peft_config:
+            names = ", ".join(model.peft_config)
+            raise R3Error(f"the adapter is called {names}: call it 'default', or set beta=0")
+    elif peft_config is None and not model.config._name_or_path:
+        raise R3Error(
+            f"beta={args.beta} compares with a copy of the model as it was, which TRL loads by "
+            "the model's name, and this one has none: set beta=0, or give a peft_config"
+        )
+
+
 def task_of(task, failures, verifier, train_dataset):
-    """The task; R3Error unless it can be made, and its failures are given or can be mined."""
+    """The task; R3Error unless it can be made, has what a task needs, and its failures are given or can be mined."""
     own = [thing is not None for thing in (verifier, train_dataset)]
     made = [thing is not None for thing in (task, failures)]
     if any(own) and any(made):
@@ -325,4 +353,6 @@ def task_of(task, failures, verifier, train_dataset):
             "what to train on is missing: give verifier(text, row) and train_dataset together, "
             "or task and failures, or a DatasetTask"
         )
-    return task if verifier is None else DatasetTask(train_dataset, verifier)
+    task = task if verifier is None else DatasetTask(train_dataset, verifier)
+    check_task(task)
+    return task

@@ -417,6 +417,17 @@ def test_a_model_is_the_same_wherever_it_was_loaded_from_and_on_any_number_of_th
     torch.set_num_threads(threads)
 
 
+def test_an_adapter_that_changes_nothing_yet_is_the_same_whatever_its_random_half(tiny):
+    one, other = (get_peft_model(tiny(), small_lora()) for _ in range(2))
+    for name, value in other.named_parameters():
+        if "lora_A" in name:
+            value.data += 0.1
+    assert model_facts(one) == model_facts(other)
+    for model in (one, other):
+        model.base_model.model.model.layers[0].mlp.up_proj.lora_B.default.weight.data += 0.1
+    assert "model's weights" in differences(model_facts(one), model_facts(other))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(place=st.integers(0, 10**6))
 @settings(

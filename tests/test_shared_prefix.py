@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from conftest import CoinTask, ConstantTask, ScriptedEngine, coin_failures, small_config, small_lora
+from conftest import CoinTask, ConstantTask, ScriptedEngine, base_model, coin_failures, small_config, small_lora
 from transformers import AutoModelForCausalLM, MistralConfig
 from trl import GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
@@ -26,11 +26,11 @@ class Slow(R3Trainer):
     _get_per_token_logps_and_entropies = GRPOTrainer._get_per_token_logps_and_entropies
 
 
-def make(kind, model, tokenizer, folder, failures=4, task=None, **changes):
+def make(kind, model, tokenizer, folder, failures=4, task=None, lora=True, **changes):
     task = task or CoinTask(count=3, largest=20)
     return kind(
         model=model, args=small_config(folder, **changes), task=task,
-        failures=coin_failures(tokenizer, failures, task), peft_config=small_lora(),
+        failures=coin_failures(tokenizer, failures, task), peft_config=small_lora() if lora else None,
         processing_class=tokenizer,
     )  # fmt: skip
 
@@ -124,6 +124,29 @@ def test_twenty_steps_leave_the_adapter_of_the_slow_path(tiny, tokenizer, tmp_pa
         weights.append(torch.cat([p.detach().flatten() for p in trained]))
     slow, ours = weights
     assert (ours - slow).norm() < 1e-4 * slow.norm()
+
+
+def test_a_fully_trained_model_is_compared_with_itself_as_it_was_given(tokenizer, tmp_path):
+    """Its reference is a second model, which TRL reads from the disk."""
+    logs = []
+    for kind in (Slow, R3Trainer):
+        model = base_model()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)  # in memory alone
+        trainer = make(
+            kind, model, tokenizer, tmp_path / kind.__name__, lora=False, beta=0.5, max_steps=3, optim="sgd",
+            learning_rate=0.1,
+        )  # fmt: skip
+        trainer.train()
+        logs.append([(step["kl"], step["grad_norm"]) for step in trainer.state.log_history if "kl" in step])
+    slow, ours = torch.tensor(logs)
+    torch.testing.assert_close(ours, slow, atol=1e-5, rtol=1e-3)
+    assert ours[0, 0].abs() < 1e-6 and ours[-1, 0] > 1e-4
+
+
+def test_noise_that_goes_by_the_length_of_a_row_is_left_to_trls_pass(tiny, tokenizer, tmp_path, caplog):
+    trainer = make(R3Trainer, tiny(), tokenizer, tmp_path, neftune_noise_alpha=5.0)
+    assert not trainer._packs and "neftune_noise_alpha" in caplog.text
 
 
 def calls_of(trainer):

@@ -25,7 +25,7 @@ from conftest import (
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForCausalLM,
@@ -48,6 +48,7 @@ from r3lib.engines import transformers as transformers_engine
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
 from r3lib.rollout import rollout, training_order, verified
+from r3lib.settings import settings_facts
 from r3lib.trainer import R3Trainer
 from r3lib.training_log import R3Metrics, metrics_file
 
@@ -458,6 +459,36 @@ def test_resume_or_train_goes_on_from_the_last_checkpoint(tiny, tokenizer, tmp_p
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
 
 
+class Interrupt(TrainerCallback):
+    """Ctrl-C once, in the middle of the third step."""
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == 2 and not hasattr(self, "done"):
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_trainer_goes_on_as_if_it_had_not_been(tiny, tokenizer, tmp_path):
+    options = dict(lora=small_lora(), max_steps=4, per_device_train_batch_size=2, save_strategy="steps", save_steps=1)
+    make(tiny(), tokenizer, tmp_path / "whole", **options).train()
+    trainer = make(tiny(), tokenizer, tmp_path / "part", callbacks=[Interrupt()], **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.resume_or_train()
+    assert repeatable(tmp_path / "part") == repeatable(tmp_path / "whole")
+
+
+def test_weights_that_have_moved_are_no_start(tiny, tokenizer, tmp_path):
+    trainer = make(
+        tiny(), tokenizer, tmp_path, lora=small_lora(), max_steps=3, per_device_train_batch_size=2,
+        callbacks=[Interrupt()],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(R3Error, match="has taken 2 steps, and there is no checkpoint"):
+        trainer.resume_or_train()
+
+
 # what it refuses
 
 
@@ -480,6 +511,15 @@ REFUSED = [  # settings of TRL that R3 cannot honour: see test_trl_contract.py
     ({"temperature": 0.0}, ["temperature=0.0", "0.01 or more"]),
     ({"gradient_accumulation_steps": 4}, ["steps=4", "is 1 here", "leave it unset"]),
     ({"logging_steps": 2}, ["logging_steps=2", "a line for every step"]),
+    ({"mine_samples": 64}, ["mine_samples=64", "the same answer", "set mine_temperature"]),
+    ({"scale_rewards": "bar"}, ["scale_rewards='bar'", "group, batch, none"]),
+    ({"importance_sampling_level": "row"}, ["level='row'", "token, sequence"]),
+    ({"vllm_importance_sampling_mode": "cut"}, ["mode='cut'", "token_truncate"]),
+    ({"top_entropy_quantile": 7}, ["top_entropy_quantile=7", "from 0 to 1"]),
+    ({"save_strategy": "epoch"}, ["save_strategy='epoch'", "steps, no"]),
+    ({"save_steps": 0}, ["save_steps=0", "0.001 or more"]),
+    ({"epsilon_high": 0.28}, ["epsilon_high=0.28", "nothing is clipped"]),
+    ({"vespo_k_pos": 9.0}, ["vespo_k_pos=9.0", "a loss that R3 does not take"]),
 ]
 
 
@@ -791,6 +831,19 @@ def test_fp32_weights_beside_frozen_16_bit_ones_learn_under_autocast_and_are_ref
     assert not torch.equal(before, model.model.layers[1].mlp.up_proj.weight)
 
 
+def test_a_reference_that_cannot_be_made_is_refused(tiny, tokenizer, tmp_path):
+    named = get_peft_model(tiny(), small_lora(), adapter_name="mine")
+    for model, words in ((tiny(), "has none: set beta=0"), (named, "called mine: call it 'default'")):
+        with pytest.raises(R3Error, match=words):
+            make(model, tokenizer, tmp_path, beta=0.001)
+
+
+def test_what_a_loading_needs_is_no_fact_of_the_training(tmp_path):
+    given = {"dtype": "float32", "token": "secret", "device_map": None}
+    facts = settings_facts(small_config(tmp_path, model_init_kwargs=given))
+    assert facts["model_init_kwargs"] == {"dtype": "float32"}
+
+
 def test_families_and_adapters_that_cannot_be_sampled_are_refused_before_anything_is_built(
     tiny, tokenizer, tmp_path
 ):
@@ -798,11 +851,13 @@ def test_families_and_adapters_that_cannot_be_sampled_are_refused_before_anythin
         T5Config(d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     )
     prompts = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    changed = LoraConfig(init_lora_weights="pissa", target_modules="all-linear")
     spread = tiny()
     spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
     for model, adapter, words in (
         (t5, None, "t5 is an encoder-decoder"),
         (tiny(), prompts, "virtual tokens.*LoRA"),
+        (tiny(), changed, "init_lora_weights='pissa' changes the model's own weights"),
         (spread, None, "llama is spread over 0, cpu: load it on one device"),
     ):
         with pytest.raises(R3Error, match=words):

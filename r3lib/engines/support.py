@@ -2,6 +2,7 @@
 
 from ..errors import R3Error
 
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 USE_VLLM = "R3's own engine does not sample it, use vLLM"
 
 
@@ -13,6 +14,12 @@ def check_model(model, adapter=None) -> None:
         raise R3Error(f"{kind} is an encoder-decoder model: R3 needs a decoder-only one")
     if adapter is not None and adapter.is_prompt_learning:
         raise R3Error(f"{adapter.peft_type.value} puts virtual tokens before a prompt: use LoRA")
+    start = str(getattr(adapter, "init_lora_weights", ""))
+    if start.startswith(CHANGE_BASE):
+        raise R3Error(
+            f"init_lora_weights={start!r} changes the model's own weights too, so that the adapter "
+            "that is saved, and left out for KL, is not all that changed: leave it unset"
+        )
     places = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(places) > 1:
         raise R3Error(
