@@ -341,7 +341,7 @@ def check_reference(model, args, peft_config) -> None:
 
 
 def task_of(task, failures, verifier, train_dataset):
-    """The task; R3Error unless it can be made, has what a task needs, and its failures are given or can be mined."""
+    """The task; R3Error unless it is whole, and its failures are given or can be mined."""
     own = [thing is not None for thing in (verifier, train_dataset)]
     made = [thing is not None for thing in (task, failures)]
     if any(own) and any(made):
