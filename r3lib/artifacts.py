@@ -22,14 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STARTED = time.time()
+UNCOUNTED = (".stage.json", ".md")  # endings of files that decide nothing: markers, model cards
 
 
 def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, log=print) -> Path:
     """Make `target` (file or folder) unless the same config and inputs have made it before.
 
     `build(work: Path)` writes `work/<target.name>`; `work` survives a kill, so that a build can
-    resume. The marker `<target>.stage.json` comes last. R3Error: an input or the output is missing,
-    or another run is making `target`.
+    resume, until `target` is made, of whatever settings. The marker `<target>.stage.json` comes
+    last. R3Error: an input or the output is missing, or another run is making `target`.
     """
     wanted = _wanted(config, inputs, target)
     marker = _marker(target)
@@ -43,7 +44,11 @@ def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, l
         work.mkdir(parents=True, exist_ok=True)
         build(work)
         return _made_by_main(target, marker, wanted)
-    _remove_others(target, work, run)
+    if run and work.exists() and not (work / f".{run}").exists():
+        _remove([work])  # which an earlier run left
+    others = _others(target, work)
+    if others:
+        why += " (unfinished work of other settings goes once this is made)"
     with claimed(work):
         unfinished = any(path.name != LOCK for path in work.iterdir()) and not run
         log(f"running {target.name}: {'goes on where it stopped' if unfinished else why}")
@@ -54,6 +59,7 @@ def stage(target: Path, config: dict, inputs: Iterable[Path], build: Callable, l
             marker.unlink(missing_ok=True)  # for which the other processes then wait
         build(work)
         _put_in_place(target, work, {**wanted, "run": run}, started)
+    _remove(others)
     return target
 
 
@@ -160,7 +166,7 @@ def manifest_entries(manifest: Path) -> dict:
     """The origin of each table and figure by its name; R3Error: the file is damaged."""
     try:
         return json.loads(manifest.read_text(encoding="utf-8"))["artefacts"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise R3Error(f"{manifest} is damaged: delete it and run again") from error
 
 
@@ -173,12 +179,19 @@ def _wanted(config: dict, inputs: Iterable[Path], target: Path) -> dict:
     return json.loads(json.dumps(wanted, default=str))
 
 
-def _remove_others(target: Path, work: Path, run: str) -> None:
-    """Remove what other configurations, or an earlier fresh run, left unfinished."""
-    for other in target.parent.glob(f".work-{escape(target.name)}-*"):
-        if other != work or (run and not (work / f".{run}").exists()):
-            with claimed(other):
-                shutil.rmtree(other)
+def _others(target: Path, work: Path) -> list[Path]:
+    """What other settings have left unfinished; R3Error if another run is at it."""
+    others = [p for p in target.parent.glob(f".work-{escape(target.name)}-*") if p != work]
+    for other in others:
+        with claimed(other):
+            pass
+    return others
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with claimed(folder):
+            shutil.rmtree(folder)
 
 
 def _made_by_main(target: Path, marker: Path, wanted: dict) -> Path:
@@ -192,13 +205,13 @@ def _made_by_main(target: Path, marker: Path, wanted: dict) -> Path:
 
 
 def _hashes(paths: Path | Iterable[Path], base: Path) -> dict[str, str]:
-    """Digest of each file by its name relative to `base`; hidden files and markers left out."""
+    """Digest of each file by its name relative to `base`, less hidden ones, markers and cards."""
     found = {}
     for path in [paths] if isinstance(paths, Path) else paths:
         if not path.exists():
             raise R3Error(f"{path} is missing: run the step that writes it first (r3 reproduce)")
         names = glob("**", root_dir=path, recursive=True) if path.is_dir() else [""]
-        for file in (path / name for name in sorted(names) if not name.endswith(".stage.json")):
+        for file in (path / name for name in sorted(names) if not name.endswith(UNCOUNTED)):
             if file.is_file():
                 found[Path(os.path.relpath(file, base)).as_posix()] = sha256(file)
     return found
@@ -208,20 +221,26 @@ def _why(marker: Path, wanted: dict, run: str) -> str | None:
     """Why a stage has to run; None when what it made is there, up to date and intact."""
     try:
         old = json.loads(marker.read_text())
-    except (FileNotFoundError, ValueError):
+        _, inputs, files = old["config"], _counted(old["inputs"]), _counted(old["files"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return f"file missing or damaged: {marker.name}" if marker.exists() else "not there yet"
-    if run and old["run"] != run:
+    if run and old.get("run") != run:
         return "fresh run"
     if old["config"] != wanted["config"]:
         return f"config changed: {_changes(old['config'], wanted['config'])}"
-    inputs = dict(old["inputs"].items() ^ wanted["inputs"].items())
-    if inputs:
-        return f"input changed: {', '.join(sorted(inputs))}"
-    for name, digest in old["files"].items():
+    changed = dict(inputs.items() ^ wanted["inputs"].items())
+    if changed:
+        return f"input changed: {', '.join(sorted(changed))}"
+    for name, digest in files.items():
         file = marker.parent / name
         if not file.is_file() or sha256(file) != digest:
             return f"file missing or damaged: {file.name}"
     return None
+
+
+def _counted(hashes: dict[str, str]) -> dict[str, str]:
+    """Those of files that decide something."""
+    return {name: digest for name, digest in hashes.items() if not name.endswith(UNCOUNTED)}
 
 
 def _changes(before: dict, now: dict) -> str:

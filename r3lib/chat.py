@@ -78,9 +78,18 @@ class Chat:
     def start(self, task, problem) -> list[int]:
         """Ids of the first prompt; tools go through the template if it takes them."""
         tools = task.tools(problem)
-        if tools and self.takes_tools:
-            return self._ids(self._text(task.bare_messages(problem), tools))
-        return self.prompt(task.messages(problem))
+        bare = tools and self.takes_tools
+        try:
+            messages = task.bare_messages(problem) if bare else task.messages(problem)
+            asked = messages[-1]["role"] == "user" and messages[-1]["content"]
+        except (TypeError, KeyError, IndexError):
+            asked = False
+        if not asked or not isinstance(asked, str):
+            raise R3Error(
+                f"{task.name}: messages of problem {problem.id!r} are {messages!r:.80}: return "
+                "[{role, content}, ...], of which the last is the user's"
+            )
+        return self._ids(self._text(messages, tools)) if bare else self.prompt(messages)
 
     def shown(self, task, problem) -> str:
         """What `start` asks, as text: the last message, or the whole prompt if it holds tools."""

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -176,13 +177,16 @@ def accumulation_steps(failures: int, group: int, batch: int, processes: int = 1
 
 def _read(name: str, over: tuple[Path, ...] = ()) -> dict:
     """The values of a profile, over those of its `base` and the defaults; a base of `over`."""
-    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file() or name == "defaults":
         known = sorted(p.stem for p in FOLDER.glob("*.yaml") if p.stem != "defaults")
         raise R3Error(f"unknown profile {name!r}: {nearest(name, known)}")
     if path in over:
         raise R3Error(f"{path} is a base of itself: name another base in {over[-1]}")
-    given = _parsed(path.read_text(encoding="utf-8"), path)
+    try:
+        given = _parsed(path.read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise R3Error(f"{path} is not UTF-8: save it as that") from error
     if not isinstance(given, dict) or "name" not in given:
         raise R3Error(f"{path} is not a profile: its first line must be name: ...")
     base = given.pop("base", None)
@@ -262,7 +266,7 @@ def _check_number(key: str, value) -> None:
     least = LEAST.get(key, int(whole))
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     most = MOST.get(key)
-    if not (number and least <= value <= (value if most is None else most)):
+    if not (number and isfinite(value) and least <= value <= (value if most is None else most)):
         kind = "a whole number" if whole else "a number"
         fit = f"{least} or more" if most is None else f"from {least} to {most}"
         raise R3Error(f"{key}={value!r} is out of range: use {kind}, {fit}")

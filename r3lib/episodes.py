@@ -110,6 +110,8 @@ def in_shards(
     if not problems:
         raise R3Error("no problems to run: ask for at least 1")
     out.mkdir(parents=True, exist_ok=True)
+    if shard * part[0] >= len(problems):
+        log(f"share {part[0]}/{part[1]} is empty: lower shard_size, which is {shard} problems")
     for start in range(shard * part[0], len(problems), shard * part[1]):
         path = out / f"shard-{start:06d}.parquet"
         if not path.exists():

@@ -8,6 +8,10 @@ class R3Error(Exception):
     """Bad input or a broken precondition; the command line prints one line and exits with 2."""
 
 
+class Stale(R3Error):
+    """Notebooks of one run were run with different settings, or their files were changed."""
+
+
 def nearest(word, known: Iterable[str]) -> str:
     """A hint for an unknown `word`: the known one that looks most like it, or the known ones."""
     known = list(known)

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .conditions import CONDITIONS, FIRST_TRY, REFLECT_RETRY
 from .episodes import UNTRAINED
+from .errors import R3Error
 from .evaluate import pooled
 
 GREY, BLUE, PINK, DARK = "#777777", "#0072B2", "#CC79A7", "#444444"
@@ -61,6 +62,11 @@ def conditions_figure(
     if not first_tries:
         accuracy = accuracy[accuracy.condition != FIRST_TRY.name]
         label = "second tries that succeed, of failures"
+    if accuracy.empty:
+        raise R3Error(
+            "no first try failed, so that there are no second tries to show: raise test_problems, "
+            "or take harder problems (task_options)"
+        )
     table = pooled(accuracy)
     colors = {c.name: c.color for c in conditions}
     order = list(table.condition.unique())

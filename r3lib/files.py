@@ -50,25 +50,27 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, shared: bool = False):
+def claimed(folder: Path, shared: bool = False, lock: str = LOCK):
     """Make a `folder` of results and hold it for the block: alone, or `shared` with others.
+
+    `lock`: the file by which it is held.
 
     The lock ends with the process, however it ends. On a disk without locks there is none. Raises
     R3Error when the folder cannot be written, or another run holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")
+        held = open(folder / lock, "a+")
     except OSError as error:
         fix = "give yourself permission and room there, or name another folder with --results"
         raise R3Error(f"cannot write {folder} ({error.strerror}): {fix}") from error
-    with lock as file:
+    with held as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             why = f"process {file.read().strip() or 'unknown'} is running in {folder}"
-            fix = "wait for it, or give this run another folder with --set name=..."
+            fix = "wait for it, or give this run another folder (--set name=..., output_dir)"
             raise R3Error(f"{why}: {fix}") from error
         except OSError:  # a disk that knows no locks
             pass

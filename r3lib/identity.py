@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -170,6 +171,11 @@ def check_task(task) -> None:
             raise R3Error(
                 f"task {type(task).__name__} has no {attribute}: give its class {attribute} = '...'"
             )
+    if not re.fullmatch(r"\w[\w.-]*", task.name):
+        raise R3Error(f"a task's name={task.name!r} names files: use letters, digits, - and _")
+    reasons = getattr(task, "reasons", ())
+    if isinstance(reasons, str):
+        raise R3Error(f"task {task.name}: reasons is the text {reasons!r}: write ({reasons!r},)")
 
 
 def check_problems(problems) -> None:

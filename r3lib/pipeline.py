@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .config import ROOT, Profile, load_profile
 from .doctor import Run, check_run, outcome
 from .doctor import time as expected_time
-from .errors import R3Error
+from .errors import R3Error, Stale
 from .files import claimed
 from .provenance import allocator, reaches_hub
 from .render import render
@@ -78,7 +78,11 @@ def report_of(folder: Path, log) -> Path:
         return folder
     from .report import write_report
 
-    report = write_report(folder)
+    try:
+        report = write_report(folder)
+    except Stale as error:  # of notebooks that are run one by one
+        log(f"no report: {error}")
+        return folder
     log(f"report: {report}")
     return report
 

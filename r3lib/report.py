@@ -1,6 +1,7 @@
 """One self-contained HTML page of a run: tables, figures, episodes, where each file came from."""
 
 import base64
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -9,10 +10,10 @@ from jinja2 import Environment, FileSystemLoader
 from .artifacts import manifest_entries
 from .config import ROOT
 from .episodes import read_episodes
-from .errors import R3Error
+from .errors import R3Error, Stale
 from .evaluate import paper_view, pooled
 from .figures import COLUMNS, POLICIES, style
-from .files import write_atomic
+from .files import sha256, write_atomic
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 PAGES = Environment(loader=TEMPLATES, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -27,7 +28,7 @@ def write_report(results: Path) -> Path:
     """Write `results`/report.html from the files of a finished run and return its path.
 
     `results` is results/<profile>. The page needs no network and no other file. R3Error: a file of
-    the run is missing or damaged.
+    the run is missing, damaged or of other settings than the others.
     """
     try:
         html = page(Path(results))
@@ -45,6 +46,7 @@ def page(results: Path) -> str:
     accuracy = read(tables / "accuracy.csv").fillna({"train_task": ""})
     view = paper_view(accuracy[accuracy.policy.isin(POLICIES) & (accuracy.split == "test")])
     entries = manifest_entries(results / "manifest.json")
+    check_origins(results, entries)
     artefacts = pd.DataFrame.from_dict(entries, orient="index")
     artefacts = artefacts.sort_values(["notebook", "seconds"], kind="stable")
     names = sorted(Path(name).stem for name in artefacts.index if name.startswith("tables/"))
@@ -60,6 +62,20 @@ def page(results: Path) -> str:
         per_cell=PER_CELL,
         provenance=html_of(provenance(artefacts)),
     )
+
+
+def check_origins(results: Path, entries: dict) -> None:
+    """Stale unless each table and figure is as it was made, and from files as they are now."""
+    known = cache(sha256)
+    for name, made in entries.items():
+        number = made["notebook"][:2]
+        fix = f"run `r3 reproduce --from {number}` with the settings of the others"
+        if known(results / name) != made["sha256"]:
+            raise Stale(f"{results / name} is not as notebook {number} wrote it: {fix}")
+        for source, digest in made["inputs"].items():
+            path = results / source
+            if path.is_file() and known(path) != digest:
+                raise Stale(f"{path} has changed since notebook {number} drew {name}: {fix}")
 
 
 def read(path: Path) -> pd.DataFrame:

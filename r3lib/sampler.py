@@ -201,7 +201,7 @@ def judge(task, text: str, problem) -> Verdict:
         verdict = task.verify(text, problem)
     except R3Error:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise R3Error(
             f"{task.name}: verify raised {said} {where}: make it return a Verdict"

@@ -6,7 +6,7 @@ What depends on TRL's experimental `rollout_func` or on its private names is her
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from math import isfinite
@@ -27,6 +27,7 @@ from .engines.base import RemoteEngine
 from .engines.support import check_model, reach
 from .engines.transformers import TransformersEngine
 from .errors import R3Error
+from .files import claimed
 from .identity import check_task, digest, model_facts, task_facts
 from .learning import SharedPrefixGRPO
 from .mining import check_failures, failures_digest, mine_for_training
@@ -38,6 +39,8 @@ from .settings import settings_facts
 from .tasks.dataset import DatasetTask
 from .training_log import R3Metrics
 from .weights import NO_SAMPLING, device
+
+TRAINING = ".r3-training.lock"  # in output_dir, while it trains
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the contract tests pin rollout_func
 
@@ -200,7 +203,8 @@ class R3Trainer(SharedPrefixGRPO):
     def train(self, resume_from_checkpoint=None, *rest, **options):
         """TRL's. R3Error, naming what differs, if there are checkpoints of another training.
 
-        Also for weights that this trainer has trained already, unless it resumes.
+        Also while another process trains into `output_dir`, and for weights that this trainer has
+        trained already, unless it resumes.
         """
         if resume_from_checkpoint is True:  # transformers would take one that is not complete
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -214,11 +218,13 @@ class R3Trainer(SharedPrefixGRPO):
         self._step, self._buffered_inputs = 0, None  # what an interrupted step has left
         for values in self._metrics.values():
             values.clear()
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            max_steps = self.args.max_steps
-            claim_checkpoints(folder, resume_from_checkpoint, self._facts, max_steps)
-        return super().train(resume_from_checkpoint, *rest, **options)
+        main = self.is_world_process_zero()
+        folder = Path(self.args.output_dir)
+        with claimed(folder, lock=TRAINING) if main else nullcontext():
+            if main:
+                max_steps = self.args.max_steps
+                claim_checkpoints(folder, resume_from_checkpoint, self._facts, max_steps)
+            return super().train(resume_from_checkpoint, *rest, **options)
 
     def log(self, logs, start_time=None) -> None:
         """TRL's, with R3's own metrics of the step."""

@@ -77,9 +77,10 @@ def test_truncated_or_missing_file_is_computed_again_and_named(bench, damage):
 def test_truncated_marker_is_computed_again(bench):
     bench.run()
     marker = bench.target.with_name("table.csv.stage.json")
-    marker.write_text(marker.read_text()[:50])
-    bench.run()
-    assert bench.said[-1] == "running table.csv: file missing or damaged: table.csv.stage.json"
+    for text in (marker.read_text()[:50], "{}", "null"):
+        marker.write_text(text)
+        bench.run()
+        assert bench.said[-1] == "running table.csv: file missing or damaged: table.csv.stage.json"
 
 
 def test_folder_is_replaced_as_a_whole_and_checked_file_by_file(tmp_path):
@@ -264,7 +265,37 @@ def test_what_another_run_is_making_is_neither_made_twice_nor_removed(tmp_path):
                 artifacts.stage(target, {"seed": seed}, [], lambda work: (work / target.name).touch(), log.append)
     assert (work / "shard").exists() and not target.exists() and log == []
     artifacts.stage(target, {"seed": 1}, [], lambda work: (work / target.name).touch(), log.append)
-    assert target.exists() and not work.exists() and log == ["running episodes.parquet: not there yet"]
+    assert target.exists() and not work.exists()
+    assert log == [f"running {target.name}: not there yet (unfinished work of other settings goes once this is made)"]
+
+
+def test_unfinished_work_outlives_a_build_of_other_settings_that_fails(tmp_path):
+    target = tmp_path / "t"
+
+    def killed(work):
+        (work / "shard").touch()
+        raise KeyboardInterrupt
+
+    def fails(work):
+        raise R3Error("target_modules=nope")
+
+    for config, build, error in (({"steps": 8}, killed, KeyboardInterrupt), ({"steps": 4}, fails, R3Error)):
+        with pytest.raises(error):
+            artifacts.stage(target, config, [], build)
+    assert (artifacts.work_folder(target, {"steps": 8}, []) / "shard").exists()
+
+
+def test_a_model_card_decides_nothing(tmp_path):
+    def build(work):
+        (work / "a").mkdir()
+        (work / "a" / "README.md").write_text("card")
+        (work / "a" / "weights").write_text("1")
+
+    log = []
+    artifacts.stage(tmp_path / "a", {}, [], build)
+    (tmp_path / "a" / "README.md").write_text("card and note")
+    artifacts.stage(tmp_path / "a", {}, [], build, log.append)
+    assert log == ["cached  a"]
 
 
 @pytest.mark.parametrize("name", ["a.md", "a.pt", "part/a.json"])

@@ -62,6 +62,15 @@ def killed_at(call, function):
     return wrapped
 
 
+@pytest.mark.parametrize("changed", [["--steps", "2"], ["--seed", "1"]])
+def test_another_model_does_not_take_the_place_of_the_shipped_one(monkeypatch, capsys, changed):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", *changed])
+    monkeypatch.setattr(pretrain, "pretrain", None)
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "give --out FOLDER" in capsys.readouterr().err
+
+
 def assert_same_weights(a, b):
     a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -173,6 +173,7 @@ print(*sys.modules)
         ("dynamic_sampling", "0", ["dynamic_sampling=0", "1 or more"]),
         ("temperature", "0", ["temperature=0.0", "0.01 or more"]),
         ("temperature", "nan", ["temperature='nan'", "a number"]),
+        ("learning_rate", ".inf", ["learning_rate=inf", "a number"]),
         ("mask", "reflexion", ["mask='reflexion'", "it takes reflection, reflection+retry, retry"]),
         ("loss_type", "sapo", ["loss_type='sapo' is not supported by R3: it takes dr_grpo, grpo,"]),
         ("retry_temperature", "-1", ["retry_temperature=-1", "0 or more"]),
@@ -247,6 +248,15 @@ def test_settings_of_a_server_that_nobody_would_ask_are_refused(settings, words)
 def test_unknown_profile_names_the_nearest():
     with pytest.raises(R3Error, match="unknown profile 'nanno': did you mean 'nano'"):
         load_profile("nanno")
+
+
+def test_an_own_profile_may_end_in_yml_and_must_be_utf_8(tmp_path):
+    path = tmp_path / "own.yml"
+    path.write_text("name: mine\nbase: nano\n")
+    assert load_profile(str(path)).name == "mine"
+    path.write_bytes("name: mine  # für mich\n".encode("latin-1"))
+    with pytest.raises(R3Error, match="own.yml is not UTF-8"):
+        load_profile(str(path))
 
 
 def test_own_profile_names_what_differs_from_another(tmp_path):

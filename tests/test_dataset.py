@@ -109,10 +109,22 @@ def test_what_is_no_verdict_names_the_row(value, tiny, tokenizer, tmp_path):
 @pytest.mark.parametrize(("rows", "words"), [
     (pd.DataFrame(ROWS), "is a DataFrame: give df.to_dict"),
     ({"train": ROWS, "test": ROWS}, "is a mapping of train, test: give one of them"),
+    ([], "the data set has no rows"),
+    ([{"prompt": " "}], "row 0: prompt is .* give text"),
 ])  # fmt: skip
 def test_rows_in_another_form_say_how_to_give_them(tiny, tokenizer, tmp_path, rows, words):
     with pytest.raises(R3Error, match=words):
         make(tiny(), tokenizer, tmp_path, rows=rows)
+
+
+def test_a_verifier_that_changes_its_row_changes_a_copy(tiny, tokenizer, tmp_path):
+    def verify(text, row):
+        row["gold"] = 0
+        return parity(text, row)
+
+    rows = [dict(row) for row in ROWS]
+    make(tiny(), tokenizer, tmp_path, rows=rows, verifier=verify)
+    assert rows == ROWS
 
 
 def test_a_row_that_is_too_long_is_named(tiny, tokenizer, tmp_path):

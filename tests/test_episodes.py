@@ -541,6 +541,21 @@ def test_a_task_without_a_name_is_refused_at_the_start(tokenizer, tmp_path):
             use()
 
 
+@pytest.mark.parametrize("changed, words", [
+    (dict(name="../../up"), "name='../../up' names files: use letters"),
+    (dict(reasons="missed"), "reasons is the text 'missed': write .'missed',."),
+    (dict(messages=lambda problem: None), "messages of problem .* are None: return"),
+    (dict(messages=lambda problem: []), "messages of problem .* are .*: return"),
+    (dict(messages=lambda problem: [{"role": "user", "content": None}]), "messages of problem .* are .*: return"),
+    (dict(messages=lambda problem: [{"role": "assistant", "content": "a"}]), "the last is the user's"),
+])  # fmt: skip
+def test_a_task_that_is_not_whole_is_refused(tokenizer, tmp_path, changed, words):
+    task = SumTask()
+    vars(task).update(changed)
+    with pytest.raises(R3Error, match=words):
+        run_sums(ScriptedEngine(tokenizer), tokenizer, tmp_path, task=task)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -12,6 +12,7 @@ import pytest
 
 from r3lib import figures
 from r3lib.episodes import read_episodes
+from r3lib.errors import R3Error
 from r3lib.failures import (
     arithmetic_table,
     error_types,
@@ -201,3 +202,9 @@ def test_no_notebook_shows_text_of_a_model_as_markup(path):
     assert ".style." not in code.replace(".task.style", "").replace(numbers, "")
     for call in re.findall(r"(?:HTML|Markdown)\((.*)", code):
         assert call.startswith(("texts_html(", "mask_html("))
+
+
+def test_without_a_failure_there_are_no_second_tries_to_draw():
+    first = pd.DataFrame({"condition": ["first_try"], "rate": [1.0]})
+    with pytest.raises(R3Error, match="no first try failed.*raise test_problems"):
+        figures.conditions_figure(first)

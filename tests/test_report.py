@@ -11,8 +11,9 @@ import pytest
 
 from r3lib import report
 from r3lib.episodes import Episode, frame
-from r3lib.errors import R3Error
+from r3lib.errors import R3Error, Stale
 from r3lib.evaluate import ACCURACY, COMPARISONS
+from r3lib.files import sha256
 
 HOSTILE = "</script><b onload=alert(1)>\"quoted\" & 'single' \u2028 <!-- \\u003c a.org \x00 é"
 PIXEL = bytes.fromhex(
@@ -117,13 +118,15 @@ def results(tmp_path):
     )
     made = {"notebook": "03_train_r3", "cell": "reward", "commit": "abc123", "dirty": True}
     made |= {"hardware": {"cpus": 2, "gpu": None}, "packages": {"torch": "2.13.0", "vllm": None}}
+    episodes(4).to_parquet(root / "episodes" / "shard-0.parquet")
+    made["inputs"] = {"episodes/shard-0.parquet": sha256(root / "episodes" / "shard-0.parquet")}
     artefacts = {"tables/styles.csv": made | {"seconds": 9}}
     for name, notebook in (("errors", "05_failures"), ("training", "03_train_r3")):
         (root / "figures" / f"{name}.png").write_bytes(PIXEL)
         artefacts[f"figures/{name}.png"] = made | {"seconds": 512, "notebook": notebook}
+    artefacts = {name: entry | {"sha256": sha256(root / name)} for name, entry in artefacts.items()}
     manifest = {"schema_version": 1, "artefacts": artefacts}
     (root / "manifest.json").write_text(json.dumps(manifest))
-    episodes(4).to_parquet(root / "episodes" / "shard-0.parquet")
     return root
 
 
@@ -241,6 +244,18 @@ def test_a_missing_part_is_named_with_its_remedy(results, part):
         report.write_report(results)
     assert "\n" not in str(error.value)
     assert not (results / "report.html").exists()
+
+
+def test_tables_of_other_episodes_than_are_there_are_no_report(results):
+    episodes(5).to_parquet(results / "episodes" / "shard-0.parquet")
+    with pytest.raises(Stale, match="shard-0.parquet has changed since notebook 03 drew .*--from 03"):
+        report.write_report(results)
+
+
+def test_a_table_that_was_cut_off_is_named(results):
+    (results / "tables" / "styles.csv").write_text("style\n")
+    with pytest.raises(Stale, match="styles.csv is not as notebook 03 wrote it: run .*--from 03"):
+        report.write_report(results)
 
 
 def test_a_damaged_manifest_is_named_with_its_remedy(results):

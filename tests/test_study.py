@@ -141,6 +141,7 @@ def test_a_function_that_a_task_imports_from_a_file_beside_it_counts_too(tmp_pat
     ("def problems(self, split, n, seed): return super().problems(split, n, seed)[:5]", "gives 5: ask for as many"),
     ("def problems(self, split, n, seed): return 1 / 0", "raises ZeroDivisionError: division by zero"),
     ("def messages(self, problem): return 'What?'", "messages gives 'What.': return"),
+    ("def part(self, problem_id): return None", "part gives None: return text"),
 ])  # fmt: skip
 def test_problems_that_are_none_are_refused_before_anything_is_sampled(tmp_path, body, words):
     (tmp_path / "mine.py").write_text(f"{OWN}    {body}\n")
@@ -194,11 +195,13 @@ def test_two_files_of_one_name_hold_two_tasks(tmp_path):
         ("no.such.module:Task", "no task at"),
         ("r3lib.errors:R3Error", "is no task: let the class inherit"),
         ("mine.py:Task", "mine.py fails when imported: SyntaxError: .*line 1"),
+        ("script.py:Task", "script.py exits when imported: put what it runs under `if __name__"),
     ],
 )
 def test_a_task_that_is_nowhere_is_one_line(place, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("class Task(")
+    Path("script.py").write_text("raise SystemExit(0)")
     with pytest.raises(R3Error, match=words) as error:
         load_task(place)
     assert "\n" not in str(error.value)

@@ -217,6 +217,12 @@ def test_a_row_that_is_no_problem_is_named(write, row):
         CountdownTask(source=source).problems("train", 1, 0)
 
 
+def test_a_row_of_more_numbers_than_can_be_solved_is_named(write):
+    source = write([((1, 2, 3, 4, 5, 6, 7, 8), 19)])
+    with pytest.raises(R3Error, match="row 0: 8 numbers: give 1 to 6"):
+        CountdownTask(source=source).problems("train", 1, 0)
+
+
 def test_a_data_set_with_a_wrong_column_is_told_what_is_needed(write):
     source = write(ROWS, columns=("numbers", "target"))
     with pytest.raises(R3Error, match="has columns .*numbers.* Countdown needs `nums`"):

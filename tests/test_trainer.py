@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -47,9 +48,10 @@ from r3lib.checkpoints import RUN_NOTE, last_checkpoint
 from r3lib.engines import transformers as transformers_engine
 from r3lib.engines.transformers import TransformersEngine
 from r3lib.errors import R3Error
+from r3lib.files import claimed
 from r3lib.rollout import rollout, training_order, verified
 from r3lib.settings import settings_facts
-from r3lib.trainer import R3Trainer
+from r3lib.trainer import TRAINING, R3Trainer
 from r3lib.training_log import R3Metrics, metrics_file
 
 METRICS = [
@@ -420,15 +422,20 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_takes_again(tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_an_unfinished_checkpoint_is_passed_over_and_nothing_is_deleted(tmp_path, damage):
+@pytest.mark.parametrize("left", [None, 12])  # bytes
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over_and_nothing_is_deleted(tmp_path, caplog, name, left):
     for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"global_step": 2}')
-    state = tmp_path / "checkpoint-10" / "trainer_state.json"
-    os.remove(state) if damage == "missing" else state.write_text('{"global_')
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+        save_file({"a": torch.zeros(9)}, checkpoint / "adapter_model.safetensors")
+        torch.save({}, checkpoint / "optimizer.pt")
+    assert last_checkpoint(str(tmp_path)) == str(checkpoint)
+    damaged = checkpoint / name
+    os.remove(damaged) if left is None else damaged.write_bytes(damaged.read_bytes()[:left])
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
-    assert (tmp_path / "checkpoint-10").exists()
+    assert checkpoint.exists() and ("passed over" in caplog.text) == (name != "trainer_state.json")
 
 
 def test_without_any_checkpoint_there_is_nothing_to_resume(tmp_path):
@@ -476,6 +483,13 @@ def test_an_interrupted_trainer_goes_on_as_if_it_had_not_been(tiny, tokenizer, t
         trainer.train()
     trainer.resume_or_train()
     assert repeatable(tmp_path / "part") == repeatable(tmp_path / "whole")
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tokenizer, tmp_path):
+    trainer = make(tiny(), tokenizer, tmp_path, lora=small_lora())
+    with claimed(tmp_path, lock=TRAINING), pytest.raises(R3Error, match="is running in .*output_dir"):
+        trainer.train()
+    trainer.train()
 
 
 def test_weights_that_have_moved_are_no_start(tiny, tokenizer, tmp_path):

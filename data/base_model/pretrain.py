@@ -68,8 +68,11 @@ def main() -> int:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps {options.steps} trains nothing: ask for at least 1")
+    config = PretrainConfig(seed=options.seed, steps=options.steps)
+    if options.out.resolve() == HERE and config != PretrainConfig():
+        parser.error("this would replace the model that is shipped by another: give --out FOLDER")
     try:
-        pretrain(options.out, PretrainConfig(seed=options.seed, steps=options.steps))
+        pretrain(options.out, config)
     except R3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

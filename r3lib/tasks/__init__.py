@@ -49,6 +49,9 @@ def drawn(task: Task, split: str, n: int) -> list:
         raise R3Error(f"{call} gives {len(problems)}: ask for as many, or make the task give them")
     if not (isinstance(messages, list) and all(isinstance(m, dict) for m in messages)):
         raise R3Error(f"{task.name}: messages gives {messages!r}: return [{{role, content}}, ...]")
+    for name, value in (("part", task.part(problems[0].id)), ("style", task.style(""))):
+        if not isinstance(value, str):
+            raise R3Error(f"{task.name}: {name} gives {value!r}: return text")
     return problems
 
 
@@ -74,6 +77,9 @@ def _class_at(place: str) -> type[Task]:
         raise R3Error(
             f"no task at {place!r} ({error}): write file.py:Class or package.module:Class"
         ) from error
+    except SystemExit as error:
+        fix = "put what it runs under `if __name__ == '__main__':`"
+        raise R3Error(f"{module} exits when imported: {fix}") from error
     except Exception as error:
         raise R3Error(f"{module} fails when imported: {type(error).__name__}: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, Task)):

@@ -19,6 +19,7 @@ EXAMPLE = (  # its problem, 2-6-17=46, is in the split that is never tested
     " For example, using the numbers [17, 2, 6], an equation that equals 46 is "
     "<answer> 2 * (17 + 6) </answer>."
 )
+MOST_NUMBERS = 6  # what they reach takes a second to compute; of eight, days
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 
 
@@ -159,6 +160,11 @@ def read_rows(source: str, seed: int) -> Iterator[CountdownProblem]:
         if not (isinstance(nums, list) and all(isinstance(n, int) for n in [*nums, target])):
             raise R3Error(
                 f"{source!r}, row {place}: nums={nums!r}, target={target!r}: give whole numbers"
+            )
+        if not 1 <= len(nums) <= MOST_NUMBERS:
+            raise R3Error(
+                f"{source!r}, row {place}: {len(nums)} numbers: give 1 to {MOST_NUMBERS}, of which "
+                "it can be said what they reach"
             )
         yield CountdownProblem(tuple(nums), target)
 

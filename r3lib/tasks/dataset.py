@@ -48,6 +48,8 @@ class DatasetTask(Task):
 
     def problems(self, split: str, n: int | None = None, seed: int = 0) -> list[Row]:
         """Return the first `n` rows (None: all); the data set is one split, whatever its name."""
+        if not self.rows:
+            raise R3Error("the data set has no rows: give some")
         size = len(self.rows) if n is None else min(n, len(self.rows))
         return [self._row(index) for index in range(size)]
 
@@ -57,7 +59,7 @@ class DatasetTask(Task):
 
     def verify(self, text: str, problem: Row) -> Verdict:
         """The verifier's verdict, whichever form it has."""
-        return as_verdict(self.verifier(text, problem.values))
+        return as_verdict(self.verifier(text, dict(problem.values)))
 
     def _row(self, index: int) -> Row:
         values = self.rows[index]
@@ -90,4 +92,4 @@ def _is_conversation(messages) -> bool:
     if not isinstance(messages, Sequence) or not messages:
         return False
     each = all(isinstance(m, Mapping) and isinstance(m.get("content"), str) for m in messages)
-    return each and messages[-1].get("role") == "user"
+    return each and messages[-1].get("role") == "user" and bool(messages[-1]["content"].strip())
