@@ -39,6 +39,7 @@ NUMBERS |= {"dynamic_sampling": int, "save_steps": float}  # which may be a shar
 NUMBERS |= {"top_entropy_quantile": float}
 LEAST = {"num_generations": 2, "temperature": 0.01}  # equal reflections teach nothing
 LEAST |= {"save_steps": 0.001}
+OF_STUDY = {"seed": "it trains with seeds 0, 1, ...: use seeds", "output_dir": "use name"}
 MOST = {"top_entropy_quantile": 1}
 
 
@@ -236,7 +237,7 @@ def _check_names(block: str, names: Iterable[str], where: str) -> None:
     known = {name for name, home in HOMES.items() if home == block}
     further = set(names) - known
     if further and block == "training":
-        known |= (HONOURED | FREE) - HOMES.keys() - {"output_dir", "seed"}  # a study sets those
+        known |= (HONOURED | FREE) - HOMES.keys() - OF_STUDY.keys()
     elif further and block == "lora":
         from peft import LoraConfig  # seconds: only where such a setting is given
 
@@ -244,7 +245,7 @@ def _check_names(block: str, names: Iterable[str], where: str) -> None:
     for name in further - known:
         why = nearest(name, sorted(known))
         if block == "training":
-            why = REFUSED.get(name, why)
+            why = (REFUSED | OF_STUDY).get(name, why)
         raise R3Error(f"{block}.{name} in {where} is not supported: {why}")
 
 

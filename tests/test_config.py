@@ -164,6 +164,7 @@ print(*sys.modules)
         ("num_generations", "1", ["num_generations=1 is out of range", "2 or more"]),
         ("num_generation", "4", ["unknown setting 'num_generation'", "did you mean 'num_generations'?"]),
         ("sampling.max_step", "4", ["sampling.max_step", "is not supported"]),
+        ("training.seed", "7", ["training.seed", "is not supported", "use seeds"]),
         ("use_rslora", "true", ["unknown setting 'use_rslora'", "lora.use_rslora=..."]),
         ("max_steps", "-1", ["max_steps=-1", "1 or more"]),
         ("max_steps", "many", ["max_steps='many'", "a whole number"]),
