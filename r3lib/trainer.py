@@ -114,13 +114,13 @@ class R3Trainer(SharedPrefixGRPO):
             )
         self._check_and_cast(start)
         self._join_engine()
-        check_model(self.model)
         self._take(self._mined(fresh=peft_config is not None) if failures is None else failures)
         self._packs = self._check_packing()
         self._facts = self._decisive(fresh=peft_config is not None)
 
     def _check_and_cast(self, start: dict) -> None:
         """Cast what is trained to fp32; R3Error for a model that cannot be trained or sampled."""
+        check_model(self.model)
         if self._engine is None and self._spread:
             raise R3Error(NO_SAMPLING)
         # its backward under a mask can give nan at widths of 64 modulo 128: pytorch's issue 196678
