@@ -175,8 +175,4 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
             raise R3Error(f"--set {pair!r}: write KEY=VALUE, for example --set seeds=3")
-    keys = [pair.split("=", 1)[0] for pair in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise R3Error(f"--set gives {key} twice: leave one out")
     return dict(pair.split("=", 1) for pair in pairs)

@@ -48,11 +48,6 @@ def test_set_without_a_value_is_one_line_and_exit_2(asked, capsys):
     assert not asked
 
 
-def test_a_setting_given_twice_is_refused(asked, capsys):
-    assert cli.main(["reproduce", "--set", "seeds=3", "seeds=2"]) == 2
-    assert "--set gives seeds twice" in capsys.readouterr().err
-
-
 def test_stated_error_is_one_line_and_exit_2(monkeypatch, capsys):
     def refuse(*_, **__):
         raise R3Error("this is wrong: do that")
