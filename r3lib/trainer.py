@@ -40,7 +40,7 @@ from .tasks.dataset import DatasetTask
 from .training_log import R3Metrics
 from .weights import NO_SAMPLING, device
 
-TRAINING = ".r3-training.lock"  # in output_dir, while it trains
+TRAINING = "_training.lock"  # in output_dir while it trains; transformers pushes no name with _
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # the contract tests pin rollout_func
 
