@@ -16,7 +16,7 @@ RUN_NOTE = "r3_run.json"  # beside the checkpoints: what decides the training
 STATE = "trainer_state.json"  # the last file of a checkpoint to be written
 SPREAD = ("pytorch_model_fsdp*", "global_step*")  # of FSDP, of DeepSpeed
 PARTS = {  # of a checkpoint: one of the files of each
-    "weights": ("*.safetensors", "*.bin", *SPREAD),
+    "weights": ("*.safetensors", "*model*.bin", *SPREAD),  # training_args.bin is none
     "optimizer": ("optimizer.*", "optimizer_*", *SPREAD),
 }
 FIX = "give another output_dir, or delete its checkpoints"
@@ -48,7 +48,7 @@ def _damage(checkpoint: Path) -> str | None:
                 pass
         except SafetensorError:
             return f"{path.name} is damaged"
-    cut = [path.name for path in checkpoint.glob("*.pt") if not zipfile.is_zipfile(path)]
+    cut = [path.name for path in checkpoint.glob("*.pt*") if not zipfile.is_zipfile(path)]
     return f"{cut[0]} is damaged" if cut else None
 
 

@@ -212,8 +212,9 @@ class R3Trainer(SharedPrefixGRPO):
                 raise R3Error(f"no complete checkpoint in {self.args.output_dir}: call train()")
         if self.state.global_step and not resume_from_checkpoint:
             raise R3Error(
-                f"this trainer has taken {self.state.global_step} steps, and there is no "
-                "checkpoint to go on from: build a new trainer on a model loaded anew"
+                f"this trainer has taken {self.state.global_step} steps already: go on from its "
+                "checkpoint with resume_or_train(), or, where there is none, build a new trainer "
+                "on a model loaded anew"
             )
         self._step, self._buffered_inputs = 0, None  # what an interrupted step has left
         for values in self._metrics.values():

@@ -6,6 +6,7 @@ import re
 import warnings
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -422,15 +423,17 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_takes_again(tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
 
 
-@pytest.mark.parametrize("left", [None, 12])  # bytes
-@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("name, left", [  # bytes of it, None: the file is missing
+    *product(["trainer_state.json", "adapter_model.safetensors", "optimizer.pt"], [None, 12]), ("rng_state.pth", 12),
+])  # fmt: skip
 def test_a_checkpoint_that_is_not_whole_is_passed_over_and_nothing_is_deleted(tmp_path, caplog, name, left):
     for step in (2, 10):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
         save_file({"a": torch.zeros(9)}, checkpoint / "adapter_model.safetensors")
-        torch.save({}, checkpoint / "optimizer.pt")
+        for name_of_part in ("optimizer.pt", "rng_state.pth", "training_args.bin"):
+            torch.save({}, checkpoint / name_of_part)
     assert last_checkpoint(str(tmp_path)) == str(checkpoint)
     damaged = checkpoint / name
     os.remove(damaged) if left is None else damaged.write_bytes(damaged.read_bytes()[:left])
@@ -499,7 +502,7 @@ def test_weights_that_have_moved_are_no_start(tiny, tokenizer, tmp_path):
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    with pytest.raises(R3Error, match="has taken 2 steps, and there is no checkpoint"):
+    with pytest.raises(R3Error, match="has taken 2 steps already: .* build a new trainer"):
         trainer.resume_or_train()
 
 
