@@ -79,8 +79,8 @@ class Chat:
         """Ids of the first prompt; tools go through the template if it takes them."""
         tools = task.tools(problem)
         bare = tools and self.takes_tools
+        messages = task.bare_messages(problem) if bare else task.messages(problem)
         try:
-            messages = task.bare_messages(problem) if bare else task.messages(problem)
             asked = messages[-1]["role"] == "user" and messages[-1]["content"]
         except (TypeError, KeyError, IndexError):
             asked = False

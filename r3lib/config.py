@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from math import isfinite
+from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -266,10 +266,9 @@ def _check_number(key: str, value) -> None:
     whole = NUMBERS[key] is int
     least = LEAST.get(key, int(whole))
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    most = MOST.get(key)
-    if not (number and isfinite(value) and least <= value <= (value if most is None else most)):
+    if not (number and isfinite(value) and least <= value <= MOST.get(key, inf)):
         kind = "a whole number" if whole else "a number"
-        fit = f"{least} or more" if most is None else f"from {least} to {most}"
+        fit = f"from {least} to {MOST[key]}" if key in MOST else f"{least} or more"
         raise R3Error(f"{key}={value!r} is out of range: use {kind}, {fit}")
 
 

@@ -541,6 +541,13 @@ def test_a_task_without_a_name_is_refused_at_the_start(tokenizer, tmp_path):
             use()
 
 
+def test_an_error_inside_messages_is_the_tasks_own(tokenizer, tmp_path):
+    task = SumTask()
+    task.messages = lambda problem: {}["question"]
+    with pytest.raises(KeyError, match="question"):
+        run_sums(ScriptedEngine(tokenizer), tokenizer, tmp_path, task=task)
+
+
 @pytest.mark.parametrize("changed, words", [
     (dict(name="../../up"), "name='../../up' names files: use letters"),
     (dict(reasons="missed"), "reasons is the text 'missed': write .'missed',."),

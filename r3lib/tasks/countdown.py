@@ -19,7 +19,7 @@ EXAMPLE = (  # its problem, 2-6-17=46, is in the split that is never tested
     " For example, using the numbers [17, 2, 6], an equation that equals 46 is "
     "<answer> 2 * (17 + 6) </answer>."
 )
-MOST_NUMBERS = 6  # what they reach takes a second to compute; of eight, days
+MOST_NUMBERS = 6  # what six reach takes a second to compute, 60 times as long as five
 HUB_DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 
 
