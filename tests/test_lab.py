@@ -120,7 +120,7 @@ def run_all_cells(page, lab, path):
     page.add_locator_handler(question, lambda: question.click(), no_wait_after=True)
     prompts = page.locator(".jp-CodeCell .jp-InputPrompt")
     deadline = time.monotonic() + 300
-    while True:  # a click that comes before the kernel is there runs nothing: click again
+    while True:  # a click that comes before the kernel is there runs nothing, or not every cell: click again
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         page.wait_for_timeout(5000)
@@ -129,7 +129,7 @@ def run_all_cells(page, lab, path):
         page.keyboard.press("Control+s")
         expect(page.locator(".jp-mod-dirty")).to_have_count(0, timeout=MINUTE)
         saved = nbformat.read(path, as_version=4)
-        if errors(saved) or not not_run(saved) or time.monotonic() > deadline:
+        if not (errors(saved) or not_run(saved)) or time.monotonic() > deadline:
             return saved
 
 
